@@ -1,0 +1,181 @@
+"""What the scripts share at their command line: settings, one-line errors and exit codes.
+
+Settings are frozen dataclasses whose fields are made by `setting`, which keeps a field's help text
+and legal range beside its default. The options of a script are derived from them::
+
+    @dataclass(frozen=True)
+    class Training:
+        \"\"\"Training\"\"\"
+        batch_size: int = setting(32, "examples per optimizer step", minimum=1)
+
+        def __post_init__(self) -> None:
+            check_settings(self)
+
+    parser = Parser(description=...)
+    add_settings(parser, Training)
+    training = replace(Training(), **given_settings(parser.parse_args(argv), Training))
+
+Needs the standard library only.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class InputError(ValueError):
+    """A user's mistake. The message is one line: what was wrong, what was expected, what to do."""
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field with its help text and its legal values, ends included (`minimum`, `maximum`)
+    or not (`above`, `below`); for a tuple the range holds for each entry."""
+    limits = {"minimum": minimum, "above": above, "maximum": maximum, "below": below, "choices": choices}
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+def option_name(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def check_settings(settings: Any) -> None:
+    """Raise InputError for the first field of a settings dataclass that is outside its legal values."""
+    for field in dataclasses.fields(settings):
+        value, limits = getattr(settings, field.name), field.metadata
+        if value is None or not limits:
+            continue
+        if limits["choices"]:
+            choose(value, limits["choices"], option_name(field.name))
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not _within(number, limits):
+                raise InputError(f"{option_name(field.name)} must be {legal_range(limits)}, got {number}")
+
+
+def _within(number: float, limits: typing.Mapping[str, Any]) -> bool:
+    return (
+        math.isfinite(number)
+        and (limits["minimum"] is None or number >= limits["minimum"])
+        and (limits["above"] is None or number > limits["above"])
+        and (limits["maximum"] is None or number <= limits["maximum"])
+        and (limits["below"] is None or number < limits["below"])
+    )
+
+
+def legal_range(limits: typing.Mapping[str, Any]) -> str:
+    words = {"minimum": "at least", "above": "above", "maximum": "at most", "below": "below"}
+    return (
+        " and ".join(f"{word} {limits[key]}" for key, word in words.items() if limits[key] is not None)
+        or "finite"
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "did you mean 'x'? " for the closest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'? " if close else ""
+
+
+def choose(name: str, known: Iterable[str], what: str) -> str:
+    """`name` if it is known, else InputError with the nearest known name and all of them."""
+    known = list(known)
+    if name not in known:
+        raise InputError(f"unknown {what} '{name}': {nearest(name, known)}(one of {', '.join(known)})")
+    return name
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, with the nearest option for a mistyped one."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def options(self) -> list[str]:
+        """Every option of this parser and of its sub-commands."""
+        found = []
+        for action in self._actions:
+            found += [option for option in action.option_strings if option.startswith("--")]
+            if isinstance(action, argparse._SubParsersAction):
+                for sub in action.choices.values():
+                    found += sub.options()
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        hint = ""
+        unknown = re.match(r"unrecognized arguments: .*?(--[\w-]+)", message)
+        if unknown:
+            hint = f" ({nearest(unknown[1], self.options())}see --help)"
+        print(f"{self.prog}: error: {message}{hint}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Add an option for each field of a settings dataclass, in a group named by its docstring's first line.
+
+    An option that is not given leaves no trace in the namespace, so that presets can be told from wishes."""
+    group = parser.add_argument_group((settings.__doc__ or settings.__name__).strip().splitlines()[0])
+    hints = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        text = field.metadata["help"].replace("%", "%%")
+        shown = "not set" if field.default is None else _shown(field.default)
+        kwargs: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+        kwargs["help"] = f"{text} (default: {shown})"
+        kwargs |= _argument_kind(hints[field.name], field)
+        group.add_argument(option_name(field.name), **kwargs)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(str(entry) for entry in value) if isinstance(value, tuple) else str(value)
+
+
+def _argument_kind(hint: Any, field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """argparse's keywords for a field of type bool, int, float, str, tuple[X, ...] or any of these or None."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    metavar = "|".join(field.metadata["choices"]) if field.metadata["choices"] else None
+    if typing.get_origin(hint) is tuple:
+        entry = typing.get_args(hint)[0]
+        return {"type": entry, "nargs": "+", "metavar": entry.__name__.upper()}
+    return {"type": hint, "metavar": metavar or hint.__name__.upper()}
+
+
+def given_settings(namespace: argparse.Namespace, settings: type) -> dict[str, Any]:
+    """The fields of a settings dataclass that were given on the command line."""
+    given = {
+        field.name: getattr(namespace, field.name)
+        for field in dataclasses.fields(settings)
+        if hasattr(namespace, field.name)
+    }
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def exit_code(prog: str, body: Callable[[], int]) -> int:
+    """Run a script's body; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        return body()
+    except InputError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED

@@ -147,7 +147,7 @@ def _shown(value: Any) -> str:
 
 
 def _argument_kind(hint: Any, field: dataclasses.Field[Any]) -> dict[str, Any]:
-    """argparse's keywords for a field of type bool, int, float, str, tuple[X, ...] or any of these or None."""
+    """The argparse keywords of a field: bool, int, float, str, tuple[X, ...], each also as optional."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     if hint is bool:

@@ -3,7 +3,7 @@
 ::
 
     results_YYYYmmdd_HHMMSS/
-      config.json  environment.json       the run: settings, planned cells, argv; versions, commit, device, data
+      config.json  environment.json       the run: settings, cells, argv; versions, commit, device, data
       <task>/<model>/seed<k>/             a cell: one model trained on one task with one seed
         config.json  status.json          its settings; its state and, where it has one, the reason
         metrics.jsonl  result.json        a line per epoch; the figures of the finished cell
@@ -118,7 +118,7 @@ def write_status(folder: Path, state: str, reason: str = "") -> None:
 
 
 def create_results_folder(parent: Path) -> Path:
-    """A new folder `results_YYYYmmdd_HHMMSS` under `parent`; a second start in the same second gets `_2`, and so on.
+    """A new folder `results_YYYYmmdd_HHMMSS` under `parent`, with `_2` and so on for starts in one second.
 
     Raises InputError where it cannot be written."""
     stamp = time.strftime("results_%Y%m%d_%H%M%S")
@@ -165,7 +165,7 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_cell(root: Path, cell: Cell) -> CellRecord:
-    """A cell as its folder has it. A done cell whose files do not parse is returned as failed, with the reason."""
+    """A cell as its folder has it; one whose files do not parse is returned as failed, with the reason."""
     folder = cell.folder(root)
     if not (folder / "status.json").is_file():
         return CellRecord(cell, folder, "missing", "planned, but never started")

@@ -1,0 +1,152 @@
+"""Gravitational attention: tokens attract each other by their masses and the distance of query and key.
+
+    attention = GravitationalAttention(embed_dim=128, num_heads=4, normalization="softmax")
+    output, weights = attention(x, x, x, key_padding_mask=mask)
+    attention.masses(x, x)["key"]   # (N, 1, H, L): how strongly each token attracts
+
+Symbols: N batch, L query length, S key length, E embed_dim, H num_heads, D = E / H, T timescales (1 here).
+A token's mass is its weight as a source ("key" role) or as a receiver ("query" role) of attraction. True
+in a boolean mask means blocked.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention_kernels import Gravity
+from attention_module import AttentionModule
+
+NORMALIZATIONS = ("softmax", "force")
+
+
+class GravitationalField(nn.Module):
+    """Masses and G for T timescales: everything of a gravitational score but the positions q and k.
+
+    `m = softplus(W x + b) > 0` for each token, head and timescale, with separate W, b for the query and the
+    key role; b starts at log(e - 1), so that masses start around 1. `G = exp(log_gravity)`, 1 at the start,
+    for each timescale and head. With normalization "force" G and the query mass cancel and do not exist.
+    """
+
+    log_gravity: Tensor | None
+    query_mass: nn.Linear | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_timescales: int,
+        softening: float,
+        distance_power: float,
+        normalization: Literal["softmax", "force"],
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("softening", softening), ("distance_power", distance_power)):
+            if not (0.0 < value < math.inf):
+                raise ValueError(f"{name} must be above 0 and finite, got {value}")
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
+        self.softening, self.distance_power = float(softening), float(distance_power)
+        self.normalization: Literal["softmax", "force"] = normalization
+        self.shape = (num_timescales, num_heads)
+
+        def mass_projection() -> nn.Linear:
+            projection = nn.Linear(embed_dim, num_timescales * num_heads, device=device, dtype=dtype)
+            nn.init.constant_(projection.bias, math.log(math.e - 1))
+            return projection
+
+        self.key_mass = mass_projection()
+        if normalization == "softmax":
+            self.query_mass = mass_projection()
+            self.log_gravity = nn.Parameter(torch.zeros(self.shape, device=device, dtype=dtype))
+        else:
+            self.query_mass = None
+            self.register_parameter("log_gravity", None)
+
+    def mass(self, projection: nn.Linear, x: Tensor) -> Tensor:
+        """(N, L, E) -> (N, T, H, L), above 0 also where softplus underflows."""
+        mass = F.softplus(projection(x).to(torch.promote_types(x.dtype, torch.float32)))
+        return mass.clamp(min=1e-30).unflatten(-1, self.shape).permute(0, 2, 3, 1)
+
+    def score(self, query: Tensor, key: Tensor, log_decay: Tensor | None = None) -> Gravity:
+        return Gravity(
+            key_mass=self.mass(self.key_mass, key),
+            query_mass=None if self.query_mass is None else self.mass(self.query_mass, query),
+            log_gravity=self.log_gravity,
+            softening=self.softening,
+            distance_power=self.distance_power,
+            normalization=self.normalization,
+            log_decay=log_decay,
+        )
+
+    def masses(self, query: Tensor, key: Tensor) -> dict[str, Tensor]:
+        """{"key": (N, T, H, S)} and, but for "force", {"query": (N, T, H, L)}; detached."""
+        with torch.no_grad():
+            found = {"key": self.mass(self.key_mass, key)}
+            return found if self.query_mass is None else found | {"query": self.mass(self.query_mass, query)}
+
+    def learned_scalars(self) -> dict[str, Tensor]:
+        return {} if self.log_gravity is None else {"gravity": self.log_gravity.detach().exp()}
+
+
+class GravitationalAttention(AttentionModule):
+    """`output_i = sum_j softmax_j(F_ij) v_j`, `F_ij = G m_i m_j / (|q_i - k_j|^2 / D + softening)^(p / 2)`.
+
+    The difference from softmax attention: the logit is a gravitational force, not a dot product. In plain
+    PyTorch, for one head::
+
+        q, k, v = x @ W_q.T + b_q, x @ W_k.T + b_k, x @ W_v.T + b_v
+        m_q, m_k = F.softplus(x @ w_mq + b_mq), F.softplus(x @ w_mk + b_mk)
+        r2 = (q[:, None] - k[None]).square().sum(-1) / D
+        force = G * m_q[:, None] * m_k / (r2 + softening) ** (p / 2)
+        weights = force.softmax(-1)                     # normalization="softmax"
+        weights = force / force.sum(-1, keepdim=True)   # normalization="force"
+        output = weights @ v @ W_o.T + b_o
+
+    With "softmax", G m_i is a temperature per query. With "force", G and m_i scale a whole row and cancel:
+    the module then has neither, and no exponential is needed.
+
+    embed_dim: E, a positive multiple of num_heads. num_heads: H.
+    dropout: probability of dropping an attention weight in training, in [0, 1); default 0.
+    bias: whether the four projections have biases (masses always have).
+    softening: Plummer softening of N-body simulation, above 0; default 0.1, a tenth of the mean r2 at the
+        start. Without it a coincident pair has infinite force.
+    distance_power: p, above 0; default 2, the inverse square law.
+    normalization: "softmax" (default) or "force".
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        softening: float = 0.1,
+        distance_power: float = 2.0,
+        normalization: Literal["softmax", "force"] = "softmax",
+        batch_first: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, batch_first=batch_first, device=device, dtype=dtype
+        )
+        self.out_proj = self.make_out_proj(embed_dim, bias, device, dtype)
+        self.field = GravitationalField(
+            embed_dim, num_heads, 1, softening, distance_power, normalization, device, dtype
+        )
+
+    def score(self, query: Tensor, key: Tensor) -> Gravity:
+        return self.field.score(query, key)
+
+    def masses(self, query: Tensor, key: Tensor) -> dict[str, Tensor]:
+        """Masses of the inputs query (N, L, E) and key (N, S, E), by role: each (N, 1, H, L or S)."""
+        return self.field.masses(query, key)
+
+    def learned_scalars(self) -> dict[str, Tensor]:
+        return self.field.learned_scalars()

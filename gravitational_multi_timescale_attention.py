@@ -1,0 +1,86 @@
+"""Gravitational multi-timescale attention: gravity whose pull also fades with distance in the text, at
+several rates, each with its own masses and G, joined by a Laplace decoder.
+
+    attention = GravitationalMultiTimescaleAttention(embed_dim=128, num_heads=4, num_timescales=3)
+    output, weights = attention(x, x, x, key_padding_mask=mask)
+
+Symbols: N batch, L query length, S key length, E embed_dim, H num_heads, D = E / H, T num_timescales, i
+query and j key position. True in a boolean mask means blocked.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from attention_kernels import Gravity
+from attention_module import AttentionModule
+from gravitational_attention import GravitationalField
+from multi_timescale_attention import Discounts, TimescaleDecoder
+
+
+class GravitationalMultiTimescaleAttention(AttentionModule):
+    """One q, k, v; per timescale t masses, G and a discount: the gravitational weight times gamma_t^|i-j|.
+
+    The difference from softmax attention: the logit is a gravitational force plus `|i - j| log gamma_t`, for
+    T timescales, whose outputs are decoded. In plain PyTorch, for one head::
+
+        r2 = (q[:, None] - k[None]).square().sum(-1) / D
+        for t in range(T):
+            force = G[t] * m_q[t][:, None] * m_k[t] / (r2 + softening) ** (p / 2)
+            weights = (force + distance * gamma[t].log()).softmax(-1)             # normalization="softmax"
+            weights = force * gamma[t] ** distance; weights /= weights.sum(-1, keepdim=True)   # "force"
+            read[t] = weights @ v
+        lag_bins = torch.einsum("bt,tld->lbd", mixing, read)
+        output = lag_bins.flatten(1) @ W_o.T + b_o
+
+    The arguments are those of `GravitationalAttention` and `MultiTimescaleAttention`, with their defaults.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        num_timescales: int = 3,
+        gammas: Sequence[float] | None = None,
+        learn_gammas: bool = True,
+        decoder: Literal["laplace", "linear", "mlp"] = "laplace",
+        softening: float = 0.1,
+        distance_power: float = 2.0,
+        normalization: Literal["softmax", "force"] = "softmax",
+        batch_first: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            num_timescales=num_timescales,
+            batch_first=batch_first,
+            device=device,
+            dtype=dtype,
+        )
+        self.discounts = Discounts(num_timescales, num_heads, gammas, learn_gammas, device, dtype)
+        self.decoder = TimescaleDecoder(embed_dim, self.discounts.initial_gammas, decoder, device, dtype)
+        self.out_proj = self.make_out_proj(self.decoder.out_features, bias, device, dtype)
+        self.field = GravitationalField(
+            embed_dim, num_heads, num_timescales, softening, distance_power, normalization, device, dtype
+        )
+
+    def score(self, query: Tensor, key: Tensor) -> Gravity:
+        return self.field.score(query, key, self.discounts.log_gamma())
+
+    def decode(self, heads: Tensor) -> Tensor:
+        return self.decoder(heads)
+
+    def masses(self, query: Tensor, key: Tensor) -> dict[str, Tensor]:
+        """Masses of the inputs query (N, L, E) and key (N, S, E), by role: each (N, T, H, L or S)."""
+        return self.field.masses(query, key)
+
+    def learned_scalars(self) -> dict[str, Tensor]:
+        return self.field.learned_scalars() | self.discounts.learned_scalars()

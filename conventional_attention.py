@@ -1,4 +1,4 @@
-"""Conventional attention: softmax over scaled dot products (Vaswani et al. 2017, "Attention is all you need").
+"""Conventional attention: softmax of scaled dot products (Vaswani et al. 2017, "Attention is all you need").
 
     attention = ConventionalAttention(embed_dim=128, num_heads=4)
     output, weights = attention(x, x, x, key_padding_mask=mask)

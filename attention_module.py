@@ -4,7 +4,7 @@
 the results. A mechanism adds its score, and a decoder where it has several timescales:
 
     class MyAttention(AttentionModule):
-        def score(self, query, key):                  # -> attention_kernels.Score
+        def score(self, query, key):                  # -> attention_scores.Score
             return DotProduct(scale=self.head_dim**-0.5)
 
 Symbols: N batch, L query length, S key length, E embed_dim, H num_heads, D = E / H, T timescales.
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_kernels import Mask, Score, attend, dense_weights, merge_masks
+from attention_kernels import attend, dense_weights
+from attention_scores import Mask, Score, merge_masks
 
 
 class AttentionModule(nn.Module):

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from attention_kernels import DotProduct
 from attention_module import AttentionModule
+from attention_scores import DotProduct
 
 
 class ConventionalAttention(AttentionModule):

@@ -1,0 +1,144 @@
+"""How a pair is weighed (`Score`) and which pairs are blocked (`Mask`): what a module tells the engine.
+
+A `Score` is data, not a callback, so that every backend can fuse it and a test can compare any backend
+with the dense formula for any score. `Score.logits` is that formula: attention is its softmax over keys.
+A new mechanism is a new score; only speed needs more.
+
+Symbols: N batch, L query length, S key length, H heads, D head width, T timescales, i query and j key
+position. q has shape (N, T', H, L, D) and k (N, T', H, S, D), where T' is T, or 1 where the timescales share
+them. True in a boolean mask means blocked, as in `nn.MultiheadAttention`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DotProduct:
+    """Scaled dot product, `q_i . k_j * scale` (Vaswani et al. 2017), optionally with exponential decay.
+
+    log_decay: log gamma, (T, H), below 0: adds `|i - j| log gamma` to the logit, so that a weight is
+    multiplied by gamma for each step of distance.
+    """
+
+    scale: float
+    log_decay: Tensor | None = None
+
+    def logits(self, q: Tensor, k: Tensor) -> Tensor:
+        """(N, T, H, L, S) logits without decay."""
+        return q @ k.mT * self.scale
+
+
+@dataclass(frozen=True)
+class Gravity:
+    """Newton's law with Plummer softening: `F_ij = G m_i m_j / (r2_ij + softening)^(distance_power / 2)`,
+    where `r2_ij = |q_i - k_j|^2 / D`.
+
+    normalization "softmax": the weights are softmax_j(F_ij). "force": they are F_ij / sum_j F_ij, which is
+    the softmax of log F_ij; G and m_i scale a whole row, cancel, and are None.
+
+    key_mass:    (N, T, H, S), above 0.
+    query_mass:  (N, T, H, L), above 0, or None with "force".
+    log_gravity: log G, (T, H), or None with "force".
+    log_decay:   log gamma, (T, H), below 0, or None: weights are multiplied by gamma^|i - j|.
+    """
+
+    key_mass: Tensor
+    query_mass: Tensor | None
+    log_gravity: Tensor | None
+    softening: float
+    distance_power: float = 2.0
+    normalization: Literal["softmax", "force"] = "softmax"
+    log_decay: Tensor | None = None
+
+    def logits(self, q: Tensor, k: Tensor) -> Tensor:
+        """(N, T, H, L, S) logits without decay."""
+        softened = squared_distance(q, k) / q.shape[-1] + self.softening
+        if self.query_mass is None or self.log_gravity is None:
+            return self.key_mass.log().unsqueeze(-2) - self.distance_power / 2 * softened.log()
+        strength = self.log_gravity.exp().unsqueeze(-1) * self.query_mass  # G m_i: (N, T, H, L)
+        return strength.unsqueeze(-1) * self.key_mass.unsqueeze(-2) * softened.pow(-self.distance_power / 2)
+
+
+Score = DotProduct | Gravity
+
+
+def squared_distance(q: Tensor, k: Tensor) -> Tensor:
+    """`|q_i - k_j|^2` (..., L, S) from one matrix product, never from an (L, S, D) tensor."""
+    norms = q.square().sum(-1, keepdim=True) + k.square().sum(-1).unsqueeze(-2)
+    return (norms - 2 * q @ k.mT).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query may not attend to, and what is added to its logits; made by `merge_masks`.
+
+    padding: (N, S) bool, True = blocked, or None.
+    pairs:   (N or 1, 1, H or 1, L or 1, S) bool (True = blocked) or float (added to the logits), or None.
+    causal:  block j > i.
+    """
+
+    padding: Tensor | None = None
+    pairs: Tensor | None = None
+    causal: bool = False
+
+    def dense(self, query_length: int, key_length: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """`blocked`, broadcastable to (N, T, H, L, S), and the finite part of the float mask, or None."""
+        blocked = torch.zeros(1, 1, 1, 1, 1, dtype=torch.bool, device=device)
+        added = None
+        if self.padding is not None:
+            blocked = blocked | self.padding[:, None, None, None, :]
+        if self.pairs is not None and self.pairs.dtype == torch.bool:
+            blocked = blocked | self.pairs
+        elif self.pairs is not None:
+            minus_infinity = self.pairs == -math.inf
+            blocked, added = blocked | minus_infinity, self.pairs.masked_fill(minus_infinity, 0.0)
+        if self.causal:
+            order = torch.ones(query_length, key_length, dtype=torch.bool, device=device).triu(1)
+            blocked = blocked | order
+        return blocked, added
+
+
+def merge_masks(
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    batch: int,
+    num_heads: int,
+    query_length: int,
+    key_length: int,
+) -> Mask:
+    """Check the masks of `nn.MultiheadAttention`'s forward and put them into one `Mask`.
+
+    key_padding_mask: (N, S) bool or float. attn_mask: (L, S) or (N * H, L, S) bool or float. All given masks
+    hold together. ValueError names both shapes where one does not fit.
+    """
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(f"{name} must be of a boolean or floating type, got {mask.dtype}")
+    pairs = None
+    if attn_mask is not None:
+        shapes = [(query_length, key_length), (batch * num_heads, query_length, key_length)]
+        if tuple(attn_mask.shape) not in shapes:
+            raise ValueError(
+                f"attn_mask must have shape {shapes[0]} or {shapes[1]}, got {tuple(attn_mask.shape)}"
+            )
+        pairs = attn_mask.view(-1, 1, 1 if attn_mask.dim() == 2 else num_heads, query_length, key_length)
+    if key_padding_mask is not None:
+        if tuple(key_padding_mask.shape) != (batch, key_length):
+            expected, got = (batch, key_length), tuple(key_padding_mask.shape)
+            raise ValueError(f"key_padding_mask must have shape {expected}, got {got}")
+        if key_padding_mask.dtype != torch.bool:
+            added = key_padding_mask[:, None, None, None, :]
+            return Mask(None, added if pairs is None else _as_added(pairs, added.dtype) + added, is_causal)
+    return Mask(key_padding_mask, pairs, is_causal)
+
+
+def _as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)

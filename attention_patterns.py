@@ -31,7 +31,7 @@ DISTANCE_TOKENS = 1024
 DISTANCE_EDGES = np.concatenate([[0], 2 ** np.arange(DISTANCE_TOKENS.bit_length())])
 
 
-class NoAttentionMaps(ValueError):
+class NoAttentionMapsError(ValueError):
     """The module gives no weights per head: it can be trained, but not shown."""
 
 
@@ -45,7 +45,7 @@ def attention_patterns(
 ) -> dict[str, np.ndarray]:
     """The arrays above. `model` maps tokens (N, L) and key_padding_mask (N, L) to logits, in eval mode.
 
-    Raises NoAttentionMaps where a module has neither `attention_maps` nor weights per head.
+    Raises NoAttentionMapsError where a module has neither `attention_maps` nor weights per head.
     """
     lengths = np.asarray(task.val.lengths)
     shown = choose_examples(lengths <= MAP_TOKENS, seed)
@@ -102,9 +102,10 @@ def _short_examples(
 def _masses(attentions: Sequence[nn.Module], inputs: list[Tensor], mask: Tensor) -> dict[str, np.ndarray]:
     found: dict[str, list[Tensor]] = {}
     for attention, x in zip(attentions, inputs, strict=True):
-        if not hasattr(attention, "masses"):
+        masses = getattr(attention, "masses", None)
+        if masses is None:
             return {}
-        for role, mass in attention.masses(x, x).items():
+        for role, mass in masses(x, x).items():
             found.setdefault(f"{role}_mass", []).append(mass.masked_fill(mask[:, None, None, :], 0.0))
     return {name: torch.stack(layers).float().cpu().numpy() for name, layers in found.items()}
 
@@ -166,15 +167,16 @@ def _layer_inputs(
 
 def _maps(attention: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     """(N, T, H, L, L), float32; T = 1 for a module that only has the interface of nn.MultiheadAttention."""
-    if hasattr(attention, "attention_maps"):
-        maps = attention.attention_maps(x, x, key_padding_mask=mask)
+    attention_maps = getattr(attention, "attention_maps", None)
+    if attention_maps is not None:
+        maps = attention_maps(x, x, key_padding_mask=mask)
     else:
         _, weights = attention(x, x, x, key_padding_mask=mask, need_weights=True, average_attn_weights=False)
         maps = None if weights is None else weights.unsqueeze(1)
     length = x.shape[1]
     if maps is None or maps.dim() != 5 or maps.shape[0] != len(x) or maps.shape[-2:] != (length, length):
         got = None if maps is None else tuple(maps.shape)
-        raise NoAttentionMaps(
+        raise NoAttentionMapsError(
             f"{type(attention).__name__} gives no weights of shape (N, T, H, {length}, {length}): got {got}"
         )
     return maps.float()

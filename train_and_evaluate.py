@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_patterns import NoAttentionMaps, attention_patterns
+from attention_patterns import NoAttentionMapsError, attention_patterns
 from command_line import check_settings, setting
 from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches, training_batches
 from device_memory import PeakMemory
@@ -67,7 +67,7 @@ class TrainingSettings:
         check_settings(self)
 
 
-class Diverged(ArithmeticError):
+class DivergedError(ArithmeticError):
     """A loss was not finite; the message says where."""
 
 
@@ -105,7 +105,7 @@ def evaluate(
     batches: Iterable[Batch],
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> list[Evaluation]:
-    """Evaluate models, in eval mode, in one pass over the batches. Sums are over examples: no mean of means."""
+    """Evaluate models, in eval mode, in one pass over the batches. Sums are over examples, not batches."""
     losses: list[list[Tensor]] = [[] for _ in models]
     predicted: list[list[Tensor]] = [[] for _ in models]
     labels, index = [], []
@@ -133,7 +133,7 @@ class StepMeter:
     """Sums of loss and correct answers over an epoch's examples.
 
     They stay on the device and are read about once a second and at the end, so that steps are queued
-    without waiting; every step's loss is then looked at, in order. Raises Diverged at the first that is
+    without waiting; every step's loss is then looked at, in order. Raises DivergedError at the first that is
     not finite.
     """
 
@@ -154,11 +154,11 @@ class StepMeter:
             self.progress.steps_done(1, *self.means())
 
     def means(self) -> tuple[float, float]:
-        """Mean loss and accuracy so far. One read; added up one by one, so that when it happens changes nothing."""
+        """Mean loss and accuracy so far, in one read; added up step by step, whenever reads happen."""
         for loss, correct in torch.stack(self.waiting).tolist() if self.waiting else []:
             self.steps += 1
             if not math.isfinite(loss):
-                raise Diverged(f"the training loss is {loss} in epoch {self.epoch}, step {self.steps}")
+                raise DivergedError(f"the training loss is {loss} in epoch {self.epoch}, step {self.steps}")
             self.loss_sum += loss
             self.correct += correct
         self.waiting.clear()
@@ -266,7 +266,7 @@ class Trainer:
         started = time.perf_counter()
         [validation] = self.evaluate([self.forward], self.task.val)
         if not math.isfinite(validation.loss):
-            raise Diverged(f"the validation loss is {validation.loss} after epoch {epoch}")
+            raise DivergedError(f"the validation loss is {validation.loss} after epoch {epoch}")
         seconds = time.perf_counter() - started
         return {"val_loss": validation.loss, "val_accuracy": validation.accuracy, "eval_seconds": seconds}
 
@@ -288,7 +288,7 @@ class Trainer:
         """What the mechanism shows of itself, by layer: each (T, H)."""
         found = {}
         for index, attention in enumerate(self.model.attentions):
-            scalars = attention.learned_scalars() if hasattr(attention, "learned_scalars") else {}
+            scalars: dict[str, Tensor] = getattr(attention, "learned_scalars", dict)()
             found[f"layer{index}"] = {name: value.tolist() for name, value in scalars.items()}
         return {layer: scalars for layer, scalars in found.items() if scalars}
 
@@ -327,7 +327,7 @@ def train_and_evaluate(
     """Train one model on one task with one seed, then read the test split, once. Returns result.json.
 
     Writes metrics.jsonl and the checkpoints after each epoch, test_predictions.npz and
-    attention_patterns.npz at the end. Raises Diverged where a loss is not finite.
+    attention_patterns.npz at the end. Raises DivergedError where a loss is not finite.
     """
     started = time.perf_counter()
     memory = PeakMemory(device)
@@ -348,7 +348,7 @@ def train_and_evaluate(
         patterns = attention_patterns(best, best.attentions, task, seed, device)
         _save_arrays(folder / "attention_patterns.npz", patterns)
         result |= {"attention_patterns": "attention_patterns.npz", "attention_patterns_reason": ""}
-    except NoAttentionMaps as error:
+    except NoAttentionMapsError as error:
         result |= {"attention_patterns": None, "attention_patterns_reason": str(error)}
     return result | {"wall_seconds": time.perf_counter() - started}
 
@@ -408,7 +408,7 @@ def run_cell(
         )
         write_json(folder / "result.json", as_json(result))
         state, reason = "done", ""
-    except Diverged as error:
+    except DivergedError as error:
         state, reason = "diverged", str(error)
     except KeyboardInterrupt:
         write_status(folder, "interrupted", "interrupted by the user or the system")

@@ -100,7 +100,7 @@ class EncoderLayer(nn.Module):
 
 
 class TransformerClassifier(nn.Module):
-    """Token and sinusoidal position embedding, encoder layers, a final norm, mean pooling, a linear classifier.
+    """Token and sinusoidal position embedding, encoder layers, a final norm, mean pooling, a linear map.
 
     Deviations from the 2017 encoder: pre-norm, hence the final norm; and it classifies, from the mean of
     the final vectors over the true tokens. Neither the amount nor the content of padding changes a logit.

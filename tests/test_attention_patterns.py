@@ -1,0 +1,116 @@
+"""What is kept of a model's attention: true weights of true tokens, and shares of weight by distance."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attention_patterns import DISTANCE_EDGES, NoAttentionMapsError, attention_patterns, choose_examples
+from data_pipeline import TaskData, TokenDataset
+from experiment_plan import attention_factory
+from transformer_classifier import ModelSettings, TransformerClassifier
+
+SETTINGS = ModelSettings(embed_dim=8, num_heads=2, num_layers=2, feed_forward_dim=12)
+CPU = torch.device("cpu")
+
+
+def make_task(lengths: list[int]) -> TaskData:
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = (np.arange(offsets[-1]) % 5 + 1).astype(np.uint8)
+    split = TokenDataset(tokens=tokens, offsets=offsets, labels=np.arange(len(lengths)) % 3)
+    names = ("a", "b", "c")
+    return TaskData("tiny", "Tiny", 6, 3, names, split, split, split, lambda token: f"<{token}>", {})
+
+
+def extract(make_attention: Any, lengths: list[int]) -> dict[str, np.ndarray]:
+    model = TransformerClassifier(make_attention, 6, 3, SETTINGS).eval()
+    patterns = attention_patterns(model, model.attentions, make_task(lengths), 0, CPU)
+    assert not any(attention._forward_pre_hooks for attention in model.attentions)
+    return patterns
+
+
+class UniformAttention(nn.Module):
+    """The interface of nn.MultiheadAttention and no more: every key has the same weight."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Any]:
+        n, length, _ = query.shape
+        weights = torch.full((n, 2, length, length), 1 / length) if options["need_weights"] else None
+        return torch.zeros_like(query), weights
+
+
+class SecretiveAttention(nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(query), None
+
+
+def test_maps_are_weights_over_true_tokens_and_zero_elsewhere() -> None:
+    patterns = extract(attention_factory("gravitational_multi_timescale", SETTINGS), [7, 3, 5, 1])
+    assert patterns["maps"].shape == (2, 4, 3, 2, 7, 7)
+    assert patterns["maps"].dtype == np.float16
+    for example, length in enumerate(patterns["lengths"]):
+        maps = patterns["maps"][:, example].astype(np.float64)
+        np.testing.assert_allclose(maps[..., :length, :length].sum(-1), 1, atol=2e-3)
+        assert not maps[..., length:, :].any()
+        assert not maps[..., length:].any()
+
+
+def test_masses_are_there_where_the_mechanism_has_them() -> None:
+    patterns = extract(attention_factory("gravitational", SETTINGS), [7, 3, 5, 2])
+    for name in ("key_mass", "query_mass"):
+        assert patterns[name].shape == (2, 4, 1, 2, 7)
+        assert (patterns[name][:, 1, :, :, :3] > 0).all()
+        assert not patterns[name][:, 1, :, :, 3:].any()
+    assert "key_mass" not in extract(attention_factory("conventional", SETTINGS), [7, 3, 5, 2])
+    force = ModelSettings(embed_dim=8, num_heads=2, normalization="force")
+    assert "query_mass" not in extract(attention_factory("gravitational", force), [7, 3, 5, 2])
+
+
+def test_a_module_with_the_interface_of_pytorch_has_one_timescale() -> None:
+    patterns = extract(partial(nn.MultiheadAttention, 8, 2, batch_first=True), [4, 3, 5, 2])
+    assert patterns["maps"].shape == (2, 4, 1, 2, 5, 5)
+
+
+def test_distance_shares_of_uniform_attention_are_those_counted_by_hand() -> None:
+    # Of the 9 pairs of 3 tokens, 3 are at distance 0, 4 at 1 and 2 at 2.
+    share = extract(UniformAttention, [3, 3, 3, 3])["distance_share"]
+    assert share.shape == (2, 1, 2, len(DISTANCE_EDGES) - 1)
+    np.testing.assert_allclose(share[1, 0, 1, :3], [3 / 9, 4 / 9, 2 / 9], rtol=1e-6)
+    assert not share[..., 3:].any()
+
+
+def test_distance_shares_come_from_long_examples_of_at_most_1024_tokens() -> None:
+    share = extract(UniformAttention, [1500, 3, 4, 2, 5, 1100, 2000, 1024])["distance_share"]
+    np.testing.assert_allclose(share.sum(-1), 1, rtol=1e-6)
+    distance = np.abs(np.arange(1024)[:, None] - np.arange(1024))
+    expected = (distance >= 512).mean()
+    np.testing.assert_allclose(share[..., -1], expected, rtol=1e-5)
+
+
+def test_long_examples_are_cut_to_64_tokens_where_short_ones_are_few() -> None:
+    patterns = extract(UniformAttention, [100, 70, 66, 90, 80])
+    assert patterns["tokens"].shape == (4, 64)
+    assert patterns["symbols"][0, 0].startswith("<")
+
+
+def test_tokens_symbols_and_labels_belong_together() -> None:
+    patterns = extract(UniformAttention, [2, 4, 3])
+    np.testing.assert_array_equal(patterns["tokens"], [[1, 2, 0, 0], [3, 4, 5, 1], [2, 3, 4, 0]])
+    np.testing.assert_array_equal(patterns["labels"], [0, 1, 2])
+    assert patterns["symbols"].tolist()[0] == ["<1>", "<2>", "", ""]
+
+
+def test_the_seed_alone_chooses_the_examples() -> None:
+    wanted = np.arange(40) % 2 == 0
+    chosen = choose_examples(wanted, 3)
+    np.testing.assert_array_equal(chosen, choose_examples(wanted, 3))
+    assert len(set(chosen.tolist())) == 4
+    assert wanted[chosen].all()
+    assert chosen.tolist() != choose_examples(wanted, 4).tolist()
+
+
+def test_a_module_without_weights_is_named() -> None:
+    with pytest.raises(NoAttentionMapsError, match="SecretiveAttention gives no weights of shape"):
+        extract(SecretiveAttention, [3, 4, 5, 6])

@@ -1,0 +1,500 @@
+"""The encoder and one cell's training: fair, repeatable, exact in its sums, honest about failures."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import train_and_evaluate
+from torch import Tensor, nn
+
+from conventional_attention import ConventionalAttention
+from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches
+from experiment_plan import MODELS, attention_factory
+from train_and_evaluate import (
+    ModelSettings,
+    Progress,
+    Trainer,
+    TrainingSettings,
+    TransformerClassifier,
+    evaluate,
+    run_cell,
+)
+from transformer_classifier import random_stream, sinusoidal_positions
+
+VOCABULARY, CLASSES = 11, 3
+SETTINGS = ModelSettings(embed_dim=8, num_heads=2, num_layers=2, feed_forward_dim=12)
+TRAINING = TrainingSettings(batch_size=8, learning_rate=1e-2, max_epochs=3)
+CPU = torch.device("cpu")
+CONVENTIONAL = partial(ConventionalAttention, 8, 2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_split(size: int, seed: int) -> TokenDataset:
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(2, 10, size)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = generator.integers(1, VOCABULARY, offsets[-1]).astype(np.uint8)
+    return TokenDataset(tokens=tokens, offsets=offsets, labels=generator.integers(0, CLASSES, size))
+
+
+def make_task(train: int = 37) -> TaskData:
+    return TaskData(
+        name="tiny",
+        title="Tiny",
+        vocab_size=VOCABULARY,
+        num_classes=CLASSES,
+        class_names=("a", "b", "c"),
+        train=make_split(train, 1),
+        val=make_split(19, 2),
+        test=make_split(23, 3),
+        symbols=str,
+        provenance={},
+    )
+
+
+def make_classifier(
+    attention: Callable[[], nn.Module] = CONVENTIONAL, **changes: Any
+) -> TransformerClassifier:
+    settings = ModelSettings(**{"embed_dim": 8, "num_heads": 2, "feed_forward_dim": 12} | changes)
+    return TransformerClassifier(attention, VOCABULARY, CLASSES, settings).eval()
+
+
+def train_cell(
+    folder: Path,
+    attention: Callable[[], nn.Module] = CONVENTIONAL,
+    training: TrainingSettings = TRAINING,
+    seed: int = 0,
+    task: TaskData | None = None,
+) -> dict[str, Any]:
+    """Run a cell that must succeed; its result."""
+    folder.mkdir(exist_ok=True)
+    outcome = run_cell(attention, task or make_task(), SETTINGS, training, seed, folder, CPU)
+    assert outcome == ("done", "")
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def scripted_validation(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
+    def validate(trainer: Trainer, epoch: int) -> dict[str, Any]:
+        trainer.model.eval()
+        return {"val_loss": 1.0, "val_accuracy": accuracies[epoch - 1], "eval_seconds": 0.0}
+
+    monkeypatch.setattr(Trainer, "validate", validate)
+
+
+class SilentAttention(nn.Module):
+    """Adds nothing to the residual stream, but draws `extra` random numbers when it is built."""
+
+    def __init__(self, extra: int) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.randn(extra))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(query) * self.unused.sum(), None
+
+
+class TroubledAttention(SilentAttention):
+    """Silent until its `call`-th forward pass in training, when `trouble` happens."""
+
+    def __init__(self, call: int, trouble: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(1)
+        self.call, self.trouble = call, trouble
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
+        self.call -= self.training
+        return (self.trouble(query) if self.call == 0 else super().forward(query, key, value)[0]), None
+
+
+# Equal starts
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_models_start_from_the_same_weights_outside_attention(name: str) -> None:
+    one = make_classifier().state_dict()
+    other = make_classifier(attention_factory(name, SETTINGS)).state_dict()
+    shared = [key for key in one if ".attention." not in key]
+    assert len(shared) == 21
+    assert shared == [key for key in other if ".attention." not in key]
+    assert all(torch.equal(one[key], other[key]) for key in shared)
+
+
+def test_equal_shaped_first_draws_of_two_mechanisms_are_equal() -> None:
+    one = make_classifier().state_dict()
+    other = make_classifier(attention_factory("gravitational", SETTINGS)).state_dict()
+    assert all(torch.equal(one[key], other[key]) for key in one if "in_proj" in key)
+
+
+def test_layers_and_seeds_start_from_different_weights() -> None:
+    model = make_classifier()
+    again = TransformerClassifier(CONVENTIONAL, VOCABULARY, CLASSES, SETTINGS, seed=1)
+    first, second = (layer.state_dict() for layer in model.layers)
+    for key in ("attention.in_proj_weight", "feed_forward.0.weight"):
+        assert not torch.equal(first[key], second[key])
+        assert not torch.equal(first[key], again.layers[0].state_dict()[key])
+    assert not torch.equal(model.embedding.weight, again.embedding.weight)
+
+
+def test_building_a_model_leaves_the_callers_random_numbers_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    make_classifier()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_random_stream_depends_on_its_purpose_alone() -> None:
+    def draw(*purpose: object) -> Tensor:
+        with random_stream(CPU, *purpose):
+            return torch.rand(4)
+
+    assert torch.equal(draw(0, "dropout", 1), draw(0, "dropout", 1))
+    assert not torch.equal(draw(0, "dropout", 1), draw(0, "dropout", 2))
+    assert not torch.equal(draw(0, "dropout", 1), draw(1, "dropout", 1))
+
+
+def test_models_of_a_seed_see_the_same_batches_and_the_same_dropout(tmp_path: Path) -> None:
+    train_cell(tmp_path / "a", partial(SilentAttention, 3))
+    train_cell(tmp_path / "b", partial(SilentAttention, 1000))
+    keys = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+    runs = [[[row[key] for key in keys] for row in metrics_of(tmp_path / name)] for name in "ab"]
+    assert runs[0] == runs[1]
+
+
+# The encoder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_neither_the_amount_nor_the_content_of_padding_changes_the_logits(name: str) -> None:
+    model = make_classifier(attention_factory(name, SETTINGS))
+    tokens = torch.randint(1, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([7, 4, 1])
+    with torch.no_grad():
+        alone = [
+            model(row[None, :length], torch.zeros(1, int(length), dtype=torch.bool))
+            for row, length in zip(tokens, lengths, strict=True)
+        ]
+        padded = nn.functional.pad(tokens, (0, 6), value=VOCABULARY - 1)
+        together = model(padded, torch.arange(13) >= lengths[:, None])
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_logits_are_the_classifier_of_the_mean_over_true_tokens() -> None:
+    model = make_classifier(partial(SilentAttention, 1), num_layers=1)
+    tokens, padding = torch.tensor([[4, 9, 2]]), torch.tensor([[False, False, True]])
+    seen: list[Tensor] = []
+    model.final_norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    logits = model(tokens, padding)
+    expected = model.classifier((seen[0][0, 0] + seen[0][0, 1]) / 2)
+    torch.testing.assert_close(logits[0], expected)
+
+
+def test_positions_are_sines_and_cosines_of_the_2017_wavelengths() -> None:
+    positions = sinusoidal_positions(4, 6, CPU)
+    assert positions.shape == (4, 6)
+    torch.testing.assert_close(positions[0], torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0]))
+    expected = torch.tensor([math.sin(3 / 10000 ** (2 / 6)), math.cos(3 / 10000 ** (2 / 6))])
+    torch.testing.assert_close(positions[3, 2:4], expected)
+    assert sinusoidal_positions(4, 5, CPU).shape == (4, 5)
+
+
+def test_logits_are_float32_under_bf16_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = make_classifier()(torch.ones(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.bool))
+    assert logits.dtype == torch.float32
+
+
+# Sums and selection
+
+
+def test_an_evaluation_is_the_mean_over_examples_with_a_ragged_last_batch() -> None:
+    split = make_split(23, 3)
+    model = make_classifier()
+    [found] = evaluate([model], evaluation_batches(split, 8))
+    logits = torch.cat(
+        [
+            model(
+                torch.from_numpy(split.example(i).astype(np.int64))[None],
+                torch.zeros(1, int(n), dtype=torch.bool),
+            )
+            for i, n in enumerate(split.lengths)
+        ]
+    )
+    labels = torch.from_numpy(split.labels)
+    assert found.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert found.accuracy == (logits.argmax(-1) == labels).double().mean().item()
+    np.testing.assert_array_equal(found.predictions, logits.argmax(-1).numpy())
+
+
+def test_a_training_epoch_counts_each_example_once_with_a_ragged_last_batch() -> None:
+    task = make_task()
+    still = TrainingSettings(batch_size=8, learning_rate=1e-30, max_epochs=1)
+    trainer = Trainer(make_classifier(dropout=0.0), task, still, 0, CPU, Progress())
+    row = trainer.train_epoch(1)
+    [expected] = trainer.evaluate([trainer.model], task.train)
+    assert row["train_loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert row["train_accuracy"] == pytest.approx(expected.accuracy, abs=1e-12)
+    assert (row["train_examples"], row["train_tokens"]) == (37, int(task.train.lengths.sum()))
+
+
+def test_reading_the_losses_more_often_changes_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    def epoch() -> tuple[float, float]:
+        trainer = Trainer(make_classifier(), make_task(), TRAINING, 0, CPU, Progress())
+        row = trainer.train_epoch(1)
+        return row["train_loss"], row["train_accuracy"]
+
+    seldom = epoch()
+    monkeypatch.setattr(train_and_evaluate, "READ_EVERY_SECONDS", 0.0)
+    assert epoch() == seldom
+
+
+def test_the_test_split_is_read_once_and_after_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task()
+    read: list[str] = []
+
+    def spy(split: TokenDataset, *args: Any, **options: Any) -> Iterator[Batch]:
+        for batch in evaluation_batches(split, *args, **options):
+            read.append("test" if split is task.test else "val")
+            yield batch
+
+    monkeypatch.setattr(train_and_evaluate, "evaluation_batches", spy)
+    scripted = [0.5, 0.3, 0.2]
+    original = Trainer.validate
+
+    def validate(trainer: Trainer, epoch: int) -> dict[str, Any]:
+        return original(trainer, epoch) | {"val_accuracy": scripted[epoch - 1]}
+
+    monkeypatch.setattr(Trainer, "validate", validate)
+    result = train_cell(tmp_path, task=task)
+    assert result["best_epoch"] == 1  # so that two sets of weights were tested
+    assert read == ["val"] * 3 * 3 + ["test"] * 3
+
+
+def test_the_best_validation_epoch_is_selected_and_the_last_is_recorded_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted_validation(monkeypatch, [0.2, 0.6, 0.6, 0.5])
+    task = make_task()
+    training = TrainingSettings(batch_size=8, learning_rate=5e-2, max_epochs=4)
+    result = train_cell(tmp_path, training=training, task=task)
+    assert (result["best_epoch"], result["best_val_accuracy"], result["epochs_run"]) == (2, 0.6, 4)
+    for which, epoch in (("best", 2), ("last", 4)):
+        saved = torch.load(tmp_path / f"checkpoint_{which}.pt", weights_only=True)
+        assert saved["epoch"] == epoch
+        model = make_classifier()
+        model.load_state_dict(saved["model"])
+        [expected] = evaluate([model], evaluation_batches(task.test, 8))
+        assert result[f"test_loss_{which}"] == pytest.approx(expected.loss, rel=1e-6)
+        assert result[f"test_accuracy_{which}"] == expected.accuracy
+        if which == "best":
+            with np.load(tmp_path / "test_predictions.npz") as arrays:
+                np.testing.assert_array_equal(arrays["predictions"], expected.predictions)
+                np.testing.assert_array_equal(arrays["labels"], task.test.labels)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "epochs", "early"),
+    [([0.5, 0.4, 0.5, 0.9], 3, True), ([0.1, 0.2, 0.3, 0.4], 4, False), ([0.1, 0.4, 0.3, 0.3], 4, False)],
+)
+def test_training_stops_after_patience_epochs_without_a_better_accuracy(
+    accuracies: list[float], epochs: int, early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted_validation(monkeypatch, accuracies)
+    result = train_cell(tmp_path, training=TrainingSettings(batch_size=8, max_epochs=4, patience=2))
+    assert (result["epochs_run"], result["stopped_early"]) == (epochs, early)
+
+
+# Repeatability
+
+
+TIMINGS = {"train_seconds", "eval_seconds", "tokens_per_second", "peak_memory_bytes"}
+
+
+@pytest.mark.parametrize("name", ["conventional", "gravitational_multi_timescale"])
+def test_two_runs_of_a_seed_are_equal_to_the_bit_and_another_seed_differs(name: str, tmp_path: Path) -> None:
+    rows, weights = [], []
+    for run, seed in enumerate((4, 4, 5)):
+        folder = tmp_path / str(run)
+        train_cell(folder, attention_factory(name, SETTINGS), seed=seed)
+        rows.append(
+            [{key: value for key, value in row.items() if key not in TIMINGS} for row in metrics_of(folder)]
+        )
+        weights.append(torch.load(folder / "checkpoint_last.pt", weights_only=True)["model"])
+    assert rows[0] == rows[1] != rows[2]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_checkpoint_has_all_that_the_next_epoch_needs(tmp_path: Path) -> None:
+    train_cell(tmp_path)
+    saved = torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)
+    trainer = Trainer(make_classifier(), make_task(), TRAINING, 0, CPU, Progress())
+    trainer.model.load_state_dict(saved["model"])
+    trainer.optimizer.load_state_dict(saved["optimizer"])
+    resumed = trainer.train_epoch(saved["epoch"] + 1)
+    longer = TrainingSettings(batch_size=8, learning_rate=1e-2, max_epochs=4)
+    train_cell(tmp_path / "longer", training=longer)
+    assert resumed["train_loss"] == metrics_of(tmp_path / "longer")[3]["train_loss"]
+
+
+# What is recorded
+
+
+def test_metrics_and_result_hold_what_a_reader_needs(tmp_path: Path) -> None:
+    result = train_cell(tmp_path, attention_factory("gravitational_multi_timescale", SETTINGS))
+    rows = metrics_of(tmp_path)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert all(row["train_seconds"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+    assert np.shape(rows[0]["learned"]["layer1"]["gamma"]) == (3, 2)
+    assert np.shape(rows[0]["learned"]["layer0"]["gravity"]) == (3, 2)
+    assert result["seconds_per_epoch"] == pytest.approx(np.mean([row["train_seconds"] for row in rows]))
+    model = make_classifier(attention_factory("gravitational_multi_timescale", SETTINGS))
+    attention = sum(p.numel() for layer in model.attentions for p in layer.parameters())
+    assert (result["parameters"], result["attention_parameters"]) == (
+        sum(p.numel() for p in model.parameters()),
+        attention,
+    )
+    assert result["memory_kind"] == "resident set" or result["memory_reason"]
+
+
+def test_the_warm_up_step_is_in_no_rate(tmp_path: Path) -> None:
+    training = TrainingSettings(batch_size=64, max_epochs=2)
+    train_cell(tmp_path, training=training)
+    first, second = metrics_of(tmp_path)
+    assert (first["train_seconds"], first["tokens_per_second"]) == (None, None)  # one step: only warm-up
+    tokens = int(make_task().train.lengths.sum())
+    assert second["tokens_per_second"] == pytest.approx(tokens / second["train_seconds"])
+
+
+def test_padding_to_the_longest_of_the_task_gives_the_same_results(tmp_path: Path) -> None:
+    task = make_task()
+    fixed = TrainingSettings(batch_size=8, learning_rate=1e-2, max_epochs=1, pad_to="max")
+    trainer = Trainer(make_classifier(), task, fixed, 0, CPU, Progress())
+    assert trainer.pad_to == max(int(split.lengths.max()) for split in (task.train, task.val, task.test))
+    [padded] = trainer.evaluate([trainer.model], task.val)
+    [cut] = evaluate([trainer.model], evaluation_batches(task.val, 8))
+    assert padded.loss == pytest.approx(cut.loss, rel=1e-5)
+    np.testing.assert_array_equal(padded.predictions, cut.predictions)
+
+
+def test_bf16_training_runs_on_the_cpu_when_asked_for(tmp_path: Path) -> None:
+    training = TrainingSettings(batch_size=8, max_epochs=1, precision="bf16")
+    assert train_cell(tmp_path, training=training)["precision"] == "bf16"
+
+
+# Failures
+
+
+def test_a_loss_that_is_not_finite_ends_the_cell_as_diverged_at_its_step(tmp_path: Path) -> None:
+    # 37 examples in batches of 8: 5 steps an epoch, so the 7th call of a layer is step 2 of epoch 2.
+    nan = partial(TroubledAttention, 7, lambda query: query * math.nan)
+    state, reason = run_cell(nan, make_task(), SETTINGS, TRAINING, 0, tmp_path, CPU)
+    assert state == "diverged"
+    assert reason == "the training loss is nan in epoch 2, step 2"
+    assert len(metrics_of(tmp_path)) == 1
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "diverged"
+
+
+def test_weights_broken_by_the_last_step_are_found_by_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Trainer.train_epoch
+
+    def train_epoch(trainer: Trainer, epoch: int) -> dict[str, Any]:
+        row = original(trainer, epoch)
+        nn.init.constant_(trainer.model.classifier.bias, math.nan)
+        return row
+
+    monkeypatch.setattr(Trainer, "train_epoch", train_epoch)
+    state, reason = run_cell(CONVENTIONAL, make_task(), SETTINGS, TRAINING, 0, tmp_path, CPU)
+    assert (state, reason) == ("diverged", "the validation loss is nan after epoch 1")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
+def test_an_error_in_a_cell_is_recorded_with_its_reason(kind: type[Exception], tmp_path: Path) -> None:
+    def fail(query: Tensor) -> Tensor:
+        raise kind("no luck\nwith details")
+
+    state, reason = run_cell(
+        partial(TroubledAttention, 3, fail), make_task(), SETTINGS, TRAINING, 0, tmp_path, CPU
+    )
+    assert state == "failed"
+    assert reason.startswith(f"{kind.__name__}: no luck (test_train_and_evaluate.py:")
+    assert json.loads((tmp_path / "status.json").read_text())["reason"] == reason
+    assert "Traceback" in (tmp_path / "error.txt").read_text()
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_an_interrupt_is_noted_and_passed_on(tmp_path: Path) -> None:
+    def interrupt(query: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    troubled = partial(TroubledAttention, 7, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(troubled, make_task(), SETTINGS, TRAINING, 0, tmp_path, CPU)
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "interrupted"
+    assert torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)["epoch"] == 1
+
+
+def test_after_an_error_the_callers_random_numbers_are_as_before(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with contextlib.suppress(KeyError), random_stream(CPU, "dropout"):
+        torch.rand(7)
+        raise KeyError
+    assert torch.equal(torch.rand(2), expected)
+
+
+# On a GPU
+
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@on_cuda
+@pytest.mark.parametrize("name", MODELS)
+def test_on_cuda_a_cell_trains_in_bf16_and_counts_the_allocators_memory(name: str, tmp_path: Path) -> None:
+    settings = ModelSettings(embed_dim=64, num_heads=2)
+    cell = attention_factory(name, settings), make_task(), settings, TRAINING, 0, tmp_path
+    assert run_cell(*cell, torch.device("cuda")) == ("done", "")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["precision"], result["memory_kind"]) == ("bf16", "cuda allocator")
+    assert result["peak_memory_bytes"] > 4 * result["parameters"]
+
+
+@pytest.mark.gpu
+@on_cuda
+@pytest.mark.parametrize("name", MODELS)
+def test_on_cuda_a_training_step_does_not_wait_for_the_device(name: str) -> None:
+    device = torch.device("cuda")
+    settings = ModelSettings(embed_dim=64, num_heads=2)
+    model = TransformerClassifier(attention_factory(name, settings), VOCABULARY, CLASSES, settings)
+    trainer = Trainer(model, make_task(), TRAINING, 0, device, Progress())
+    batch = next(evaluation_batches(trainer.task.train, 8, device=device))
+    trainer.step(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sums = trainer.step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sums.isfinite().all()

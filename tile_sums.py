@@ -20,8 +20,9 @@ Symbols: B problems (a timescale of a head of an example), L queries, S keys, A 
 that share a tile, C = U W columns of u, W = C / U.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 256  # rows and keys of a tile
+BLOCK = 256  # rows and keys of a tile, at most
 TILE_PAIRS = 2**18  # pairs worked on at once: 1 MiB in float32, two such buffers stay in a core's cache
 LARGEST_SUM = 1e30
 
@@ -93,6 +94,8 @@ class Plan:
 
     causal: keys after a row's own position are blocked.
     lengths, windows: for each problem the number of leading keys to look at, and the largest |i - j|.
+    blocks: for each problem the rows and keys of a tile; so few that gamma^(2 block) is far from underflow,
+        since arithmetic on denormal numbers is a hundred times slower.
     least_sum: (B, U), sums of weights below it are not trusted.
     padding: (B, S) bool, True = blocked (u is zero there), or None.
     pair_mask: from problems, rows and keys to what is added to the tile's logits, or None.
@@ -104,6 +107,7 @@ class Plan:
     causal: bool
     lengths: list[int]
     windows: list[int]
+    blocks: list[int]
     least_sum: Tensor
     padding: Tensor | None = None
     pair_mask: Callable[[slice, slice, slice], Tensor] | None = None
@@ -127,8 +131,8 @@ class Block(NamedTuple):
         return self.stop - self.start
 
 
-def blocks_of(length: int) -> list[Block]:
-    return [Block(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+def blocks_of(length: int, block: int) -> list[Block]:
+    return [Block(start, min(start + block, length)) for start in range(0, length, block)]
 
 
 class Side(NamedTuple):
@@ -153,8 +157,9 @@ class Problems:
         self.weightings = plan.least_sum.shape[1]
         self.width = u.shape[2] // self.weightings
         self.window = max(plan.windows[span])
-        self.keys = blocks_of(max(plan.lengths[span]))
-        self.rows = blocks_of(self.length)
+        self.block = plan.blocks[span.start]
+        self.keys = blocks_of(max(plan.lengths[span]), self.block)
+        self.rows = blocks_of(self.length, self.block)
         self.sides = () if self.rate is None else (self._side(before=True), self._side(before=False))
         self.side_values = [self.u * side.key_factor for side in self.sides] or [self.u]
         self.gap_factors: dict[int, Tensor] = {}
@@ -162,8 +167,8 @@ class Problems:
     def _side(self, before: bool) -> Side:
         def steps(length: int, to_start: bool) -> Tensor:
             position = torch.arange(length, device=self.a.device)
-            within = position % BLOCK
-            last = torch.clamp(position - within + BLOCK, max=length) - position - 1
+            within = position % self.block
+            last = torch.clamp(position - within + self.block, max=length) - position - 1
             return (within if to_start else last).to(self.a.dtype)
 
         rows, keys = steps(self.length, before), steps(self.u.shape[1], not before)
@@ -255,11 +260,14 @@ class Problems:
         return kept.bernoulli_(1 - self.plan.dropout, generator=generator).div_(1 - self.plan.dropout)
 
 
-def spans_of(plan: Plan, a: Tensor, b: Tensor) -> list[slice]:
-    """Problems in groups that fill a tile."""
-    pairs = min(BLOCK, a.shape[1]) * min(BLOCK, b.shape[1])
-    count = max(1, TILE_PAIRS // max(1, pairs))
-    return [slice(start, min(start + count, len(a))) for start in range(0, len(a), count)]
+def spans_of(plan: Plan, rows: int, keys: int) -> Iterator[slice]:
+    """Problems of one block size, in groups that fill a tile."""
+    start = 0
+    for block, group in itertools.groupby(plan.blocks):
+        stop = start + len(list(group))
+        count = max(1, TILE_PAIRS // max(1, min(block, rows) * min(block, keys)))
+        yield from (slice(first, min(first + count, stop)) for first in range(start, stop, count))
+        start = stop
 
 
 class Buffer:
@@ -436,7 +444,7 @@ class TileSums(torch.autograd.Function):
         y = a.new_empty(len(a), a.shape[1], u.shape[2])
         moment = torch.zeros_like(y) if want_moment else None
         tile = Buffer(a)
-        for span in spans_of(plan, a, b):
+        for span in spans_of(plan, a.shape[1], b.shape[1]):
             problems = Problems(plan, span, a, b, u, log_decay)
             sums = ForwardSums(problems, tile, want_moment)
 
@@ -462,7 +470,7 @@ class TileSums(torch.autograd.Function):
         drate = None if moment is None else torch.empty_like(log_decay)
         tiles = (Buffer(a), Buffer(a))
         dy = dy.contiguous()
-        for span in spans_of(ctx.plan, a, b):
+        for span in spans_of(ctx.plan, a.shape[1], b.shape[1]):
             problems = Problems(ctx.plan, span, a, b, u, log_decay)
             sums = BackwardSums(problems, dy[span], tiles, moment is not None)
             sums.run()

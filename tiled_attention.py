@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from attention_scores import DotProduct, Gravity, Mask, Score
-from tile_sums import PairWeight, Plan, TileSums
+from tile_sums import BLOCK, PairWeight, Plan, TileSums
 
 SMALLEST_SUM = 1e-30
 TOLERANCE, TOLERANCE_LEARNED_DECAY = 2.0**-24, 2.0**-34  # a gradient by log gamma weighs far keys by |i - j|
-ROUNDING = (
-    1e-4  # the largest error of the softened distance, relative to the softening, that float32 may make
-)
+LOG_VANISHED = math.log(1e-24)  # gamma^|i-j| below this is never summed
+LOG_BLOCK_DECAY = math.log(1e-15)
+ROUNDING = 1e-4  # the most that float32 may err in the softened distance, relative to the softening
 
 
 class Lowered(NamedTuple):
@@ -77,6 +77,7 @@ def tiled_attention(
         mask.causal,
         _lengths(padding, len(a), k.shape[3]),
         windows,
+        _blocks(log_decay, timescales // weightings, len(a)),
         least_sum,
         padding,
         None if mask.pairs is None else _pair_mask(mask.pairs, batch, heads),
@@ -191,22 +192,31 @@ def _windows(
     row, that what lies beyond weighs less than the tolerance."""
     a, b, u, weight, log_largest, weightings = lowered
     everything = max(a.shape[1], b.shape[1])
-    least_sum = torch.full_like(log_largest, SMALLEST_SUM)
     added = mask.pairs is not None and mask.pairs.dtype != torch.bool
-    if log_decay is None or not skip_far_keys or added or not u.numel():
-        return [everything] * len(a), least_sum
-    own_keys = slice(0, min(a.shape[1], b.shape[1]))
-    own = weight.log_weight((a[:, own_keys] * b[:, own_keys]).sum(-1)).unsqueeze(-1)
-    if not weight.exponential:
-        own = own + u.unflatten(-1, (weightings, -1))[:, own_keys, :, -1].log()
-    if padding is not None:
-        own = own.masked_fill(padding[:, own_keys, None], math.inf)
-    log_own = own.amin(1).clamp(max=log_largest)  # (B, U)
+    if log_decay is None or added or not u.numel():
+        return [everything] * len(a), torch.full_like(log_largest, SMALLEST_SUM)
     tolerance = TOLERANCE_LEARNED_DECAY if log_decay.requires_grad else TOLERANCE
-    beyond = log_largest + (2 / -log_decay.expm1()).log() - math.log(tolerance)  # at distance 0
-    window = ((beyond - log_own) / -log_decay).ceil().amax(1).clamp(min=0, max=everything)
-    needed = (beyond + (window[:, None] + 1) * log_decay).exp()
-    unlimited = window[:, None] >= everything
-    least_sum = torch.where(unlimited, least_sum, needed.clamp(min=SMALLEST_SUM))
+    log_beyond = log_largest + (2 / -log_decay.expm1()).log() - math.log(tolerance)  # of all keys, at d = 0
+    window = LOG_VANISHED / log_decay
+    if skip_far_keys:
+        own_keys = slice(0, min(a.shape[1], b.shape[1]))
+        own = weight.log_weight((a[:, own_keys] * b[:, own_keys]).sum(-1)).unsqueeze(-1)
+        if not weight.exponential:
+            own = own + u.unflatten(-1, (weightings, -1))[:, own_keys, :, -1].log()
+        if padding is not None:
+            own = own.masked_fill(padding[:, own_keys, None], math.inf)
+        window = torch.minimum(window, (log_beyond - own.amin(1)) / -log_decay)
+    window = window.ceil().amax(1).clamp(min=0, max=everything)
+    least_sum = (log_beyond + (window[:, None] + 1) * log_decay).exp().clamp(min=SMALLEST_SUM)
+    least_sum = least_sum.masked_fill(window[:, None] >= everything, SMALLEST_SUM)
     windows: list[int] = window.long().tolist()
     return windows, least_sum
+
+
+def _blocks(log_decay: Tensor | None, timescales: int, problems: int) -> list[int]:
+    """For each problem its block: a power of two, with gamma^block at least 1e-15 where that leaves 32."""
+    if log_decay is None:
+        return [BLOCK] * problems
+    fastest = log_decay.detach().reshape(timescales, -1).amin(1).tolist()
+    sizes = [min(BLOCK, max(32, 2 ** int(math.log2(LOG_BLOCK_DECAY / rate)))) for rate in fastest]
+    return [size for size in sizes for _ in range(problems // timescales)]

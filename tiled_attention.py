@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from attention_scores import DotProduct, Gravity, Mask, Score
-from tile_sums import BLOCK, PairWeight, Plan, TileSums
+from tile_plan import BLOCK, PairWeight, Plan
+from tile_sums import TileSums
 
 SMALLEST_SUM = 1e-30
 TOLERANCE, TOLERANCE_LEARNED_DECAY = 2.0**-24, 2.0**-34  # a gradient by log gamma weighs far keys by |i - j|
-LOG_VANISHED = math.log(1e-24)  # gamma^|i-j| below this is never summed
 LOG_BLOCK_DECAY = math.log(1e-15)
 ROUNDING = 1e-4  # the most that float32 may err in the softened distance, relative to the softening
 
@@ -71,7 +71,9 @@ def tiled_attention(
     if score.log_decay is not None:
         rates = score.log_decay.to(a.dtype)[:, None].expand(-1, batch, -1)  # (T, N, H)
         log_decay = rates.reshape(weightings, -1).mT if weightings > 1 else rates.reshape(-1, 1)
-    windows, least_sum = _windows(lowered, padding, mask, log_decay, skip_far_keys)
+    learned = log_decay is not None and log_decay.requires_grad
+    tolerance = TOLERANCE_LEARNED_DECAY if learned else TOLERANCE
+    windows, least_sum = _windows(lowered, padding, mask, log_decay if skip_far_keys else None, tolerance)
     plan = Plan(
         weight,
         mask.causal,
@@ -79,6 +81,7 @@ def tiled_attention(
         windows,
         _blocks(log_decay, timescales // weightings, len(a)),
         least_sum,
+        tolerance,
         padding,
         None if mask.pairs is None else _pair_mask(mask.pairs, batch, heads),
         dropout,
@@ -186,29 +189,27 @@ def _pair_mask(pairs: Tensor, batch: int, heads: int) -> Callable[[slice, slice,
 
 @torch.no_grad()
 def _windows(
-    lowered: Lowered, padding: Tensor | None, mask: Mask, log_decay: Tensor | None, skip_far_keys: bool
+    lowered: Lowered, padding: Tensor | None, mask: Mask, log_decay: Tensor | None, tolerance: float
 ) -> tuple[list[int], Tensor]:
     """For each problem the largest |i - j| to look at, and (B, U) the least sum of weights that proves, for a
     row, that what lies beyond weighs less than the tolerance."""
     a, b, u, weight, log_largest, weightings = lowered
     everything = max(a.shape[1], b.shape[1])
+    least_sum = torch.full_like(log_largest, SMALLEST_SUM)
     added = mask.pairs is not None and mask.pairs.dtype != torch.bool
     if log_decay is None or added or not u.numel():
-        return [everything] * len(a), torch.full_like(log_largest, SMALLEST_SUM)
-    tolerance = TOLERANCE_LEARNED_DECAY if log_decay.requires_grad else TOLERANCE
+        return [everything] * len(a), least_sum
+    own_keys = slice(0, min(a.shape[1], b.shape[1]))
+    own = weight.log_weight((a[:, own_keys] * b[:, own_keys]).sum(-1)).unsqueeze(-1)
+    if not weight.exponential:
+        own = own + u.unflatten(-1, (weightings, -1))[:, own_keys, :, -1].log()
+    if padding is not None:
+        own = own.masked_fill(padding[:, own_keys, None], math.inf)
     log_beyond = log_largest + (2 / -log_decay.expm1()).log() - math.log(tolerance)  # of all keys, at d = 0
-    window = LOG_VANISHED / log_decay
-    if skip_far_keys:
-        own_keys = slice(0, min(a.shape[1], b.shape[1]))
-        own = weight.log_weight((a[:, own_keys] * b[:, own_keys]).sum(-1)).unsqueeze(-1)
-        if not weight.exponential:
-            own = own + u.unflatten(-1, (weightings, -1))[:, own_keys, :, -1].log()
-        if padding is not None:
-            own = own.masked_fill(padding[:, own_keys, None], math.inf)
-        window = torch.minimum(window, (log_beyond - own.amin(1)) / -log_decay)
+    window = (log_beyond - own.amin(1)) / -log_decay
     window = window.ceil().amax(1).clamp(min=0, max=everything)
-    least_sum = (log_beyond + (window[:, None] + 1) * log_decay).exp().clamp(min=SMALLEST_SUM)
-    least_sum = least_sum.masked_fill(window[:, None] >= everything, SMALLEST_SUM)
+    needed = (log_beyond + (window[:, None] + 1) * log_decay).exp().clamp(min=SMALLEST_SUM)
+    least_sum = torch.where(window[:, None] >= everything, least_sum, needed)
     windows: list[int] = window.long().tolist()
     return windows, least_sum
 

@@ -1,0 +1,58 @@
+"""A cache of numpy arrays in a folder: one uncompressed .npz without pickles per entry, written atomically.
+
+    arrays = cached_arrays(Path("~/.cache/x").expanduser(), "imdb-3f2a", make)   # make() once, then from disk
+
+An entry that is damaged, or not ours, is made anew. A folder that cannot be written costs time, not the run:
+one line on stderr says so.
+"""
+
+import os
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from results_folder import write_atomic
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def default_cache_folder() -> Path:
+    """$XDG_CACHE_HOME/attention-comparison, or ~/.cache/attention-comparison."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(home) if home else Path.home() / ".cache") / "attention-comparison"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / "attention-comparison"
+
+
+def read_arrays(folder: Path, name: str) -> Arrays | None:
+    """The arrays of an entry, or None where there is none that can be read."""
+    try:
+        with np.load(folder / f"{name}.npz", allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def write_arrays(folder: Path, name: str, arrays: Arrays) -> None:
+    """Write an entry; where that fails, say so on stderr and go on."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / f"{name}.npz", lambda file: np.savez(file, allow_pickle=False, **arrays))
+    except OSError as error:
+        print(f"the cache {folder} cannot be written ({error.strerror}): going on without", file=sys.stderr)
+
+
+def cached_arrays(folder: Path, name: str, make: Callable[[], Arrays]) -> Arrays:
+    """The arrays of an entry; `make` is called where it is not there yet."""
+    arrays = read_arrays(folder, name)
+    if arrays is None:
+        arrays = make()
+        write_arrays(folder, name, arrays)
+    return arrays

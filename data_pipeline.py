@@ -1,0 +1,391 @@
+"""The tasks: what is read or made, how it is split and turned into tokens, and the batches of it.
+
+    task = load_task("listops", DataSettings(train_size=6000, min_length=10, max_length=80))
+    for batch in training_batches(task.train, 32, seed=0, epoch=1):
+        logits = model(batch.tokens, batch.key_padding_mask)   # (N, L), (N, L) True = pad
+
+| task | examples | tokens |
+|---|---|---|
+| imdb | 22,500 / 2,500 / 25,000 film reviews (imdb.py), 2 classes | bytes or words |
+| listops | 96,000 / 2,000 / 2,000 expressions (listops.py), 10 classes | 15 symbols |
+| synthetic_reviews | made-up documents (synthetic_reviews.py), 2 classes | bytes or words |
+
+IMDb's validation split is a stratified tenth of its training set, drawn by --data-seed before any subset is
+taken; the test set is never used for it. A new task is a function from DataSettings to TaskData in TASKS.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import imdb
+import listops
+import listops_tsv
+from array_cache import Arrays, cached_arrays
+from command_line import (
+    EXIT_DONE,
+    InputError,
+    Parser,
+    add_settings,
+    choose,
+    exit_code,
+    given_settings,
+    option_name,
+)
+from imdb_download import MissingData, download_archive
+from synthetic_reviews import generate_reviews
+from task_data import DataSettings, TaskData
+from text_tokenizers import (
+    WORD_VERSION,
+    ByteTokenizer,
+    ListOpsTokenizer,
+    WordTokenizer,
+    count_words,
+    make_vocabulary,
+)
+from token_dataset import (
+    Batch,
+    TokenDataset,
+    concatenate,
+    evaluation_batches,
+    offsets_of,
+    stratified_choice,
+    training_batches,
+)
+
+__all__ = [
+    "TASKS",
+    "Batch",
+    "ByteTokenizer",
+    "DataSettings",
+    "ListOpsTokenizer",
+    "MissingData",
+    "TaskData",
+    "TokenDataset",
+    "WordTokenizer",
+    "evaluation_batches",
+    "load_task",
+    "training_batches",
+]
+
+TEXT_LENGTH = 4096
+LISTOPS_SIZES = {"train": 96_000, "val": 2_000, "test": 2_000}
+SYNTHETIC_SIZES = {"train": 22_500, "val": 2_500, "test": 5_000}
+SENTIMENTS = ("negative", "positive")
+
+PROG = "data_pipeline.py"
+EXAMPLES = """examples:
+  python data_pipeline.py listops --output-dir listops_data
+  python data_pipeline.py listops --output-dir short --train 6000 --min-length 10 --max-length 80
+  python data_pipeline.py imdb --data-dir downloads
+  python data_pipeline.py stats --task imdb --data-dir downloads --tokenizer word"""
+LISTOPS_HELP = {
+    "min_length": "expressions are longer than this",
+    "max_length": "expressions are shorter than this",
+    "max_depth": "depth of the deepest digit, the whole expression being 1",
+    "max_args": "most arguments of an operator",
+}
+PERCENTILES = (1, 10, 50, 90, 99)
+SHOWN_TOKENS = 200
+
+
+def load_imdb(settings: DataSettings) -> TaskData:
+    """IMDb reviews, 0 negative, 1 positive. Raises MissingData where they cannot be had."""
+    _refuse_min_length(settings, "imdb")
+    folder = Path(settings.data_dir).expanduser() if settings.data_dir else None
+    reviews = imdb.load_reviews(folder, settings.cache_folder)
+    validation = stratified_choice(
+        reviews.train.labels, round(len(reviews.train) / 10), settings.data_seed, "validation"
+    )
+    rest = np.setdiff1d(np.arange(len(reviews.train)), validation)
+    chosen = {
+        name: _subset(split, pool, size, settings.data_seed, name)
+        for (name, split, pool), size in zip(
+            [
+                ("train", reviews.train, rest),
+                ("val", reviews.train, validation),
+                ("test", reviews.test, np.arange(len(reviews.test))),
+            ],
+            (settings.train_size, settings.val_size, settings.test_size),
+            strict=True,
+        )
+    }
+    texts = concatenate([reviews.train, reviews.test])
+    chosen["test"] += len(reviews.train)
+
+    def words() -> tuple[TokenDataset, tuple[str, ...]]:
+        key = f"imdb-words-{reviews.sha256[:32]}-v{WORD_VERSION}"
+        return _cached_words(texts, settings.cache_folder, key)
+
+    source = {"source": reviews.source, "sha256": reviews.sha256, "official_archive": reviews.official}
+    return _text_task("imdb", "IMDb", texts, chosen, words, settings, source)
+
+
+def _refuse_min_length(settings: DataSettings, name: str) -> None:
+    if settings.min_length is not None:
+        raise InputError(f"--min-length means nothing to {name}: it is for listops")
+
+
+def _subset(
+    split: TokenDataset, pool: NDArray[np.int64], size: int | None, seed: int, name: str
+) -> NDArray[np.int64]:
+    """Positions in the split: all of the pool, or a stratified choice of `size`."""
+    if size is None:
+        return pool
+    if size > len(pool):
+        raise InputError(f"--{name}-size {size} is more than the {len(pool)} examples there are")
+    return pool[stratified_choice(split.labels[pool], size, seed, "subset", name)]
+
+
+def _cached_words(texts: TokenDataset, cache: Path, key: str) -> tuple[TokenDataset, tuple[str, ...]]:
+    """`count_words`, which takes some seconds for all of IMDb, kept in the cache."""
+
+    def make() -> Arrays:
+        counted, lexicon = count_words(texts)
+        listed = np.frombuffer("\n".join(lexicon).encode(), np.uint8)
+        return {"ids": counted.tokens, "offsets": counted.offsets, "lexicon": listed}
+
+    kept = cached_arrays(cache, key, make)
+    lexicon = tuple(kept["lexicon"].tobytes().decode().split("\n"))
+    return TokenDataset(kept["ids"], kept["offsets"], texts.labels), lexicon
+
+
+def load_synthetic_reviews(settings: DataSettings) -> TaskData:
+    """Made-up reviews that fit into --max-length as a whole, 0 negative, 1 positive."""
+    _refuse_min_length(settings, "synthetic_reviews")
+    length = settings.max_length or TEXT_LENGTH
+    # A word and its space take some six bytes: documents of as many words are seldom cut.
+    max_bytes = min(TEXT_LENGTH, length if settings.tokenizer == "byte" else 5 * length)
+    sizes = settings.sizes(SYNTHETIC_SIZES)
+    splits = generate_reviews(sizes, max_bytes, settings.data_seed)
+    texts = concatenate([splits["train"], splits["val"], splits["test"]])
+    bounds = offsets_of(list(sizes.values()))
+    chosen = {name: np.arange(bounds[k], bounds[k + 1]) for k, name in enumerate(sizes)}
+    source = {"source": f"synthetic_reviews.py, at most {max_bytes} bytes", "sha256": _sha256(texts)}
+    title = "Synthetic reviews"
+    return _text_task("synthetic_reviews", title, texts, chosen, lambda: count_words(texts), settings, source)
+
+
+def _text_task(
+    name: str,
+    title: str,
+    texts: TokenDataset,
+    chosen: dict[str, NDArray[np.int64]],
+    words: Callable[[], tuple[TokenDataset, tuple[str, ...]]],
+    settings: DataSettings,
+    source: dict[str, Any],
+) -> TaskData:
+    """A text task from its documents as bytes.
+
+    chosen: by split, positions in `texts`. words: makes the same documents as ids into a lexicon of words."""
+    length = settings.max_length or TEXT_LENGTH
+    tokenizer: ByteTokenizer | WordTokenizer
+    if settings.tokenizer == "byte":
+        tokenizer = ByteTokenizer()
+        cut = {split: texts.take(index, length) for split, index in chosen.items()}
+        splits = {
+            split: replace(part, tokens=tokenizer.encode_bytes(part.tokens)) for split, part in cut.items()
+        }
+    else:
+        counted, lexicon = words()
+        cut = {split: counted.take(index, length) for split, index in chosen.items()}
+        tokenizer, table = make_vocabulary(cut["train"], lexicon, settings.word_vocabulary)
+        splits = {split: replace(part, tokens=table[part.tokens]) for split, part in cut.items()}
+    arena = " (LRA Text)" if name == "imdb" and settings.tokenizer == "byte" else ""
+    about = source | {"tokenizer": settings.tokenizer, "cut_at_tokens": length}
+    return _task(
+        name, f"{title}, {settings.tokenizer}s{arena}", SENTIMENTS, splits, tokenizer, settings, about
+    )
+
+
+def load_listops(settings: DataSettings) -> TaskData:
+    """ListOps: the files basic_{train,val,test}.tsv of --data-dir where they are there, else made here.
+
+    Of files, the expressions of a length between --min-length and --max-length are kept."""
+    defaults = listops.ListOpsSettings()
+    lengths = listops.ListOpsSettings(
+        min_length=defaults.min_length if settings.min_length is None else settings.min_length,
+        max_length=settings.max_length or defaults.max_length,
+    )
+    files = listops_tsv.find_files(Path(settings.data_dir).expanduser()) if settings.data_dir else None
+    if files:
+        source = {"source": ", ".join(path.name for path in files.values())}
+        splits = {}
+        for (name, path), size in zip(
+            files.items(), (settings.train_size, settings.val_size, settings.test_size), strict=True
+        ):
+            read = listops_tsv.read_tsv(path)
+            fitting = np.flatnonzero(lengths.fits(read.lengths))
+            if not len(fitting):
+                raise InputError(
+                    f"{path} has no expression of more than {lengths.min_length} and less than "
+                    f"{lengths.max_length} tokens; give other --min-length and --max-length, or another --data-dir"
+                )
+            splits[name] = read.take(_subset(read, fitting, size, settings.data_seed, name))
+    else:
+        source = {"source": "listops.py"}
+        splits = listops.generate_splits(
+            lengths, settings.sizes(LISTOPS_SIZES), settings.data_seed, show_progress=True
+        )
+    about = source | {
+        "sha256": _sha256(*splits.values()),
+        "tokenizer": "listops symbols",
+        "longer_than": lengths.min_length,
+        "shorter_than": lengths.max_length,
+    }
+    digits = tuple("0123456789")
+    return _task("listops", "ListOps (LRA)", digits, splits, ListOpsTokenizer(), settings, about)
+
+
+def _sha256(*splits: TokenDataset) -> str:
+    """Of tokens, lengths and labels, in little-endian order."""
+    digest = hashlib.sha256()
+    for split in splits:
+        for array in (split.tokens, split.offsets, split.labels):
+            digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def _task(
+    name: str,
+    title: str,
+    class_names: tuple[str, ...],
+    splits: dict[str, TokenDataset],
+    tokenizer: ByteTokenizer | WordTokenizer | ListOpsTokenizer,
+    settings: DataSettings,
+    about: dict[str, Any],
+) -> TaskData:
+    provenance = {
+        "task": name,
+        **about,
+        "vocab_size": tokenizer.vocab_size,
+        "data_seed": settings.data_seed,
+        "sizes": {split: len(part) for split, part in splits.items()},
+        "lengths": {
+            split: {
+                "mean": round(float(part.lengths.mean()), 1),
+                "median": float(np.median(part.lengths)),
+                "longest": int(part.lengths.max()),
+            }
+            for split, part in splits.items()
+        },
+    }
+    return TaskData(
+        name=name,
+        title=title,
+        vocab_size=tokenizer.vocab_size,
+        num_classes=len(class_names),
+        class_names=class_names,
+        train=splits["train"],
+        val=splits["val"],
+        test=splits["test"],
+        symbols=tokenizer.symbol,
+        provenance=provenance,
+    )
+
+
+TASKS: dict[str, Callable[[DataSettings], TaskData]] = {
+    "imdb": load_imdb,
+    "listops": load_listops,
+    "synthetic_reviews": load_synthetic_reviews,
+}
+
+
+def load_task(name: str, settings: DataSettings) -> TaskData:
+    """A task's data. Raises InputError for an unknown task or data that cannot be used, and its subclass
+    MissingData where IMDb is not to be had."""
+    return TASKS[choose(name, TASKS, "task")](settings)
+
+
+def make_parser() -> Parser:
+    intro = (__doc__ or "").split("\n\n")[0]
+    parser = Parser(prog=PROG, description=intro, epilog=EXAMPLES)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="listops|imdb|stats")
+    text = "make ListOps and write it as the Long Range Arena's basic_{train,val,test}.tsv"
+    made = commands.add_parser("listops", help=text, description=text, epilog=EXAMPLES)
+    made.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the files go")
+    for name, size in LISTOPS_SIZES.items():
+        made.add_argument(f"--{name}", type=int, default=size, help=f"expressions (default: {size})")
+    made.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    for field in dataclasses.fields(listops.ListOpsSettings):
+        help_text = f"{LISTOPS_HELP[field.name]} (default: {field.default})"
+        made.add_argument(option_name(field.name), type=int, default=field.default, help=help_text)
+    text = "fetch and verify IMDb: what the folder has is checked, what it has not is downloaded into it"
+    fetch = commands.add_parser("imdb", help=text, description=text, epilog=EXAMPLES)
+    fetch.add_argument("--data-dir", type=Path, required=True, metavar="DIR", help="the folder")
+    text = "print a task's sizes, lengths, label shares and an example"
+    stats = commands.add_parser("stats", help=text, description=text, epilog=EXAMPLES)
+    stats.add_argument("--task", required=True, metavar="|".join(TASKS))
+    add_settings(stats, DataSettings)
+    return parser
+
+
+def write_listops(arguments: argparse.Namespace) -> int:
+    sizes = {name: getattr(arguments, name) for name in LISTOPS_SIZES}
+    for name, value in (sizes | {"seed": arguments.seed}).items():
+        if value < 0:
+            raise InputError(f"--{name} must be at least 0, got {value}")
+    names = [field.name for field in dataclasses.fields(listops.ListOpsSettings)]
+    settings = listops.ListOpsSettings(**{name: getattr(arguments, name) for name in names})
+    listops_tsv.check_writable(arguments.output_dir)
+    splits = listops.generate_splits(settings, sizes, arguments.seed, show_progress=True)
+    for path, split in zip(
+        listops_tsv.write_files(arguments.output_dir, splits), splits.values(), strict=True
+    ):
+        print(f"{path}: {len(split)} expressions")
+    return EXIT_DONE
+
+
+def fetch_imdb(arguments: argparse.Namespace) -> int:
+    folder: Path = arguments.data_dir
+    source = imdb.find_source(folder) or download_archive(folder)
+    reviews = imdb.read_source(source, None)
+    kind = "the official archive" if reviews.official else "not the official archive, but complete"
+    print(f"{source}: {kind}, sha256 {reviews.sha256}")
+    for name, split in (("train", reviews.train), ("test", reviews.test)):
+        print(f"{name}: {len(split)} reviews, {int(split.labels.sum())} of them positive")
+    return EXIT_DONE
+
+
+def print_stats(arguments: argparse.Namespace) -> int:
+    task = load_task(arguments.task, DataSettings(**given_settings(arguments, DataSettings)))
+    print(f"{task.title}: {task.vocab_size} token ids, {task.num_classes} classes")
+    print(f"source: {task.provenance['source']}, sha256 {task.provenance['sha256']}")
+    print(
+        f"{'split':8}{'examples':>10}{'mean':>9}" + "".join(f"{f'{p} %':>7}" for p in PERCENTILES) + "    max"
+    )
+    splits = {"train": task.train, "val": task.val, "test": task.test}
+    for name, split in splits.items():
+        percentiles = np.percentile(split.lengths, PERCENTILES)
+        print(f"{name:8}{len(split):10,}{split.lengths.mean():9.1f}", end="")
+        print("".join(f"{value:7.0f}" for value in percentiles) + f"{split.lengths.max():7}")
+    for name, split in splits.items():
+        counts = np.bincount(split.labels, minlength=task.num_classes)
+        shares = "  ".join(
+            f"{label} {share:.1%}" for label, share in zip(task.class_names, counts / len(split), strict=True)
+        )
+        print(f"labels of {name}: {shares}")
+    tokens = [task.symbols(int(token)) for token in task.train.example(0)[:SHOWN_TOKENS]]
+    print(
+        f"first training example ({task.class_names[task.train.labels[0]]}), at most {SHOWN_TOKENS} tokens:"
+    )
+    print(("" if task.provenance["tokenizer"] == "byte" else " ").join(tokens))
+    return EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    command = {"listops": write_listops, "imdb": fetch_imdb, "stats": print_stats}[arguments.command]
+    return exit_code(PROG, lambda: command(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

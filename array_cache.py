@@ -2,7 +2,7 @@
 
     arrays = cached_arrays(Path("~/.cache/x").expanduser(), "imdb-3f2a", make)   # make() once, then from disk
 
-An entry that is damaged, or not ours, is made anew. A folder that cannot be written costs time, not the run:
+An entry that is damaged is made anew. A folder that cannot be written costs time, not the run:
 one line on stderr says so.
 """
 
@@ -34,9 +34,9 @@ def default_cache_folder() -> Path:
 def read_arrays(folder: Path, name: str) -> Arrays | None:
     """The arrays of an entry, or None where there is none that can be read."""
     try:
-        with np.load(folder / f"{name}.npz", allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        with (folder / f"{name}.npz").open("rb") as file, np.load(file, allow_pickle=False) as entry:
+            return {key: entry[key] for key in entry.files}
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 

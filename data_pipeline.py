@@ -227,7 +227,7 @@ def load_listops(settings: DataSettings) -> TaskData:
             if not len(fitting):
                 raise InputError(
                     f"{path} has no expression of more than {lengths.min_length} and less than "
-                    f"{lengths.max_length} tokens; give other --min-length and --max-length, or another --data-dir"
+                    f"{lengths.max_length} tokens; change --min-length and --max-length, or --data-dir"
                 )
             splits[name] = read.take(_subset(read, fitting, size, settings.data_seed, name))
     else:

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import http.client
+import shlex
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -34,9 +35,10 @@ def download_archive(folder: Path, *, looked_in: Path | None = None) -> Path:
     """The official archive in `folder`, downloaded and verified.
 
     looked_in: where else it was looked for, for the message. Raises MissingData where it cannot be had."""
+    part = folder / f"{ARCHIVE}.part"
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{ARCHIVE}.part"
         with part.open("ab") as file:
             _lock(file)
             try:
@@ -47,11 +49,14 @@ def download_archive(folder: Path, *, looked_in: Path | None = None) -> Path:
         _verify(part)
         return part.replace(folder / ARCHIVE)
     except (OSError, http.client.HTTPException) as error:
-        places = [f"--data-dir {looked_in}"] if looked_in else []
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only where nothing arrived
+        places = [str(place) for place in (looked_in, folder) if place]
+        target = shlex.quote(str((looked_in or folder) / ARCHIVE))
         raise MissingData(
-            f"IMDb is not in {' or '.join([*places, f'the cache {folder}'])}, and cannot be downloaded "
-            f"({_reason(error)}); on a machine with a network: curl -L --output {ARCHIVE} {URL} ; "
-            f"then put {ARCHIVE} into a folder and give it as --data-dir"
+            f"IMDb is not in {' or '.join(places)}, and cannot be downloaded ({_reason(error)}); get it by: "
+            f"curl -L --create-dirs --output {target} {URL} (any folder will do: give it as --data-dir)"
         ) from error
 
 

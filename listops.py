@@ -131,8 +131,8 @@ def _generate(
             if (found - found_before) * SCARCE < trees:
                 raise InputError(
                     f"of {trees} random trees only {found - found_before} gave a new expression of more than "
-                    f"{settings.min_length} and less than {settings.max_length} tokens; {found} of {size} are made: "
-                    "widen --min-length and --max-length or ask for fewer"
+                    f"{settings.min_length} and less than {settings.max_length} tokens; "
+                    f"{found} of {size} are made; widen --min-length and --max-length or ask for fewer"
                 )
             trees, found_before = 0, found
     return concatenate(parts)

@@ -30,7 +30,7 @@ from token_dataset import TokenDataset, offsets_of
 SHORTEST, LONGEST = 200, 3200  # bytes aimed at
 LEAST_BYTES = 64  # a limit under which not enough different documents exist
 AGREEING_SHARE = 75  # per cent of the evidence drawn for one side
-FRUITLESS = 1000  # documents in a row that were there before: there are not enough different ones
+FRUITLESS = 50  # documents in a row that were there before: there are not enough different ones
 
 PAIRS = (
     ("good", "poor"),

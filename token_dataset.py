@@ -59,10 +59,13 @@ class TokenDataset:
         lengths = self.lengths[chosen]
         if max_length is not None:
             lengths = np.minimum(lengths, max_length)
-        offsets = offsets_of(lengths)
-        # (total,) where each token comes from: its example's start, plus its place in the example
-        source = np.arange(offsets[-1]) + np.repeat(self.offsets[chosen] - offsets[:-1], lengths)
-        return TokenDataset(self.tokens[source], offsets, self.labels[chosen])
+        starts = self.offsets[chosen]
+        parts = [
+            self.tokens[start:stop]
+            for start, stop in zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+        ]
+        tokens = np.concatenate([self.tokens[:0], *parts])
+        return TokenDataset(tokens, offsets_of(lengths), self.labels[chosen])
 
 
 def offsets_of(lengths: NDArray[np.integer[Any]] | Sequence[int]) -> NDArray[np.int64]:
@@ -125,10 +128,11 @@ def training_batches(
     _check(dataset, batch_size, pad_to)
     draws = RandomDraws(seed, "training batches", epoch)
     order = draws.order(len(dataset))
+    lengths = dataset.lengths
     pool = POOL_BATCHES * batch_size
     for start in range(0, len(order), pool):
         members = order[start : start + pool]
-        order[start : start + pool] = members[np.argsort(dataset.lengths[members], kind="stable")]
+        order[start : start + pool] = members[np.argsort(lengths[members], kind="stable")]
     batches = _cut(order, batch_size)
     return (pad_batch(dataset, batches[k], pad_to, device) for k in draws.order(len(batches)))
 

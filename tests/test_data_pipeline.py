@@ -1,0 +1,468 @@
+"""Tokenizers, splits, made-up reviews and batches: exact, repeatable, nothing lost."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data_pipeline
+import synthetic_reviews
+from command_line import InputError
+from data_pipeline import (
+    TASKS,
+    Batch,
+    ByteTokenizer,
+    DataSettings,
+    ListOpsTokenizer,
+    TaskData,
+    TokenDataset,
+    WordTokenizer,
+    evaluation_batches,
+    load_task,
+    main,
+    training_batches,
+)
+from random_draws import RandomDraws
+from synthetic_reviews import PAIRS, generate_reviews
+from text_tokenizers import count_words, make_vocabulary, split_words
+from token_dataset import concatenate, offsets_of, stratified_choice
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = DataSettings(train_size=60, val_size=12, test_size=13, max_length=150)
+
+
+def make_dataset(count: int, longest: int = 50, seed: int = 0) -> TokenDataset:
+    draws = RandomDraws(seed, "test data")
+    lengths = 1 + draws.below(longest, count)
+    tokens = (1 + draws.below(250, int(lengths.sum()))).astype(np.uint16)
+    return TokenDataset(tokens, offsets_of(lengths), draws.below(3, count))
+
+
+def texts_of(*texts: bytes) -> TokenDataset:
+    tokens = np.frombuffer(b"".join(texts), np.uint8)
+    return TokenDataset(tokens, offsets_of([len(text) for text in texts]), np.zeros(len(texts), np.int64))
+
+
+def assert_equal(one: TokenDataset, other: TokenDataset) -> None:
+    for field in dataclasses.fields(TokenDataset):
+        np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
+
+
+# Draws
+
+
+def test_draws_are_uniform_and_their_bytes_are_those_of_every_other_machine() -> None:
+    draws = RandomDraws(7, "a purpose", 3)
+    counts = np.bincount(draws.below(10, 100_000), minlength=10)
+    assert np.abs(counts - 10_000).max() < 4 * (10_000 * 0.9) ** 0.5
+    assert sorted(draws.order(9).tolist()) == list(range(9))
+    assert draws.bytes(5).tolist() == [86, 175, 169, 9, 53]
+    assert draws.below(1000, 3).tolist() == [728, 297, 14]
+    assert draws.order(5).tolist() == [2, 4, 3, 1, 0]
+
+
+def test_streams_of_other_seeds_and_purposes_differ() -> None:
+    streams = [RandomDraws(0, "a"), RandomDraws(1, "a"), RandomDraws(0, "b"), RandomDraws(0, "a", 0)]
+    assert len({stream.bytes(16).tobytes() for stream in streams}) == 4
+    assert RandomDraws(0, "a").bytes(16).tobytes() == RandomDraws(0, "a").bytes(16).tobytes()
+
+
+# Tokenizers
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(codec=None, exclude_categories=()), max_size=40))
+def test_bytes_decode_to_the_text_they_came_from(text: str) -> None:
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert len(ids) == len(text.encode("utf-8", "surrogatepass"))
+    assert not len(ids) or (ids.min() >= 1 and ids.max() <= 256)
+
+
+@pytest.mark.parametrize("text", ["", "A<br />b", "\0", "É漢🎬", "\ud800", "\udcff", "\r\n \t"])
+def test_bytes_keep_case_markup_and_every_character(text: str) -> None:
+    tokenizer = ByteTokenizer()
+    padded = np.concatenate([tokenizer.encode(text), np.zeros(3, np.uint16)])
+    assert tokenizer.decode(padded) == text
+
+
+def test_each_byte_has_the_id_after_it_and_a_symbol_of_its_own() -> None:
+    tokenizer = ByteTokenizer()
+    every = tokenizer.encode_bytes(np.arange(256, dtype=np.uint8))
+    assert every.tolist() == list(range(1, 257)) and tokenizer.vocab_size == 257
+    symbols = [tokenizer.symbol(token) for token in range(257)]
+    assert len(set(symbols)) == 257 and symbols[0] == "<pad>" and symbols[ord("a") + 1] == "a"
+
+
+def test_a_character_cut_in_two_decodes_to_a_replacement() -> None:
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode(tokenizer.encode("aÉ")[:2]) == "a\ufffd"
+
+
+def test_words_are_lower_case_without_markup_and_marks() -> None:
+    text = "It's GREAT!<br /><br />Don't miss 'Été 42'... snake_case, won''t"
+    assert split_words(text) == ["it's", "great", "don't", "miss", "été", "42", "snake", "case", "won", "t"]
+
+
+def test_the_vocabulary_is_of_the_training_words_most_frequent_first() -> None:
+    counted, lexicon = count_words(texts_of(b"b b a c", b"the a c", b"unseen unseen unseen unseen", b"..."))
+    train = counted.take(np.array([0, 1]))
+    tokenizer, table = make_vocabulary(train, lexicon, size=3)
+    assert tokenizer.words == ("a", "b", "c")  # twice each, in alphabetical order; "the" no longer fits
+    assert table[counted.tokens].tolist() == [3, 3, 2, 4, 1, 2, 4, 1, 1, 1, 1, 1]
+    assert tokenizer.vocab_size == 5
+    assert make_vocabulary(train, lexicon, size=99)[0].words == ("a", "b", "c", "the")
+    for index, text in enumerate(["b b a c", "the a c", "unseen unseen unseen unseen", "..."]):
+        assert tokenizer.encode(text).tolist() == table[counted.example(index)].tolist()
+
+
+def test_words_and_symbols_survive_encoding_and_unknown_ones_are_unk() -> None:
+    words = WordTokenizer(("the", "film"))
+    assert words.decode(words.encode("The film bored the crowd")) == "the film <unk> the <unk>"
+    symbols = ListOpsTokenizer()
+    ids = symbols.encode("( ( ( [MAX 2 ) 9 ) ] ) [AVG")
+    assert ids.tolist() == [13, 4, 11, 16, 1]
+    assert symbols.decode(ids) == "[MAX 2 9 ] <unk>"
+    assert symbols.vocab_size == 17
+
+
+# Splits
+
+
+def test_a_stratified_choice_keeps_each_class_to_its_share() -> None:
+    labels = np.repeat([0, 1, 2], [50, 30, 20])
+    for size in (0, 1, 7, 33, 99, 100):
+        chosen = stratified_choice(labels, size, 0, "test")
+        assert len(set(chosen.tolist())) == size and (np.diff(chosen) > 0).all()
+        assert (np.abs(np.bincount(labels[chosen], minlength=3) - np.array([0.5, 0.3, 0.2]) * size) < 1).all()
+    assert set(stratified_choice(labels, 10, 0, "a")) <= set(stratified_choice(labels, 50, 0, "a"))
+    assert stratified_choice(labels, 10, 0, "a").tolist() != stratified_choice(labels, 10, 1, "a").tolist()
+    assert stratified_choice(labels, 10, 0, "a").max() > 10 + 50  # not the first rows
+    with pytest.raises(ValueError, match="101"):
+        stratified_choice(labels, 101, 0, "a")
+
+
+def test_taking_examples_cuts_them_and_keeps_their_order() -> None:
+    dataset = texts_of(b"abcdef", b"", b"gh", b"ijk")
+    taken = dataset.take(np.array([3, 0, 1]), max_length=4)
+    assert [bytes(taken.example(index)) for index in range(3)] == [b"ijk", b"abcd", b""]
+    assert_equal(dataset.take(np.arange(4)), dataset)
+    assert len(dataset.take(np.zeros(0, np.int64))) == 0
+    assert_equal(concatenate([dataset.take(np.arange(2)), dataset.take(np.arange(2, 4))]), dataset)
+
+
+def test_offsets_that_do_not_fit_the_tokens_are_refused() -> None:
+    for offsets in ([0, 2], [0, 3, 2], [1, 2, 3], [0, 1, 2, 3]):
+        with pytest.raises(ValueError, match="offset"):
+            TokenDataset(np.zeros(3, np.uint8), np.array(offsets), np.zeros(2, np.int64))
+
+
+# Batches
+
+
+def batches_of(kind: str, dataset: TokenDataset, size: int, **options: object) -> list[Batch]:
+    if kind == "training":
+        return list(training_batches(dataset, size, seed=4, epoch=2, **options))  # type: ignore[arg-type]
+    return list(evaluation_batches(dataset, size, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+@pytest.mark.parametrize(("count", "size"), [(1, 4), (7, 7), (101, 8), (1000, 3)])
+def test_batches_hold_each_example_once_padded_at_its_end(kind: str, count: int, size: int) -> None:
+    dataset = make_dataset(count)
+    batches = batches_of(kind, dataset, size)
+    assert sorted(index for batch in batches for index in batch.index.tolist()) == list(range(count))
+    assert sorted(len(batch.labels) for batch in batches)[1:] == [size] * (len(batches) - 1)
+    for batch in batches:
+        assert batch.tokens.dtype == batch.labels.dtype == batch.index.dtype == torch.int64
+        assert batch.key_padding_mask.dtype == torch.bool
+        for row, index in enumerate(batch.index.tolist()):
+            example = dataset.example(index)
+            assert batch.tokens[row, : len(example)].tolist() == example.tolist()
+            assert not batch.key_padding_mask[row, : len(example)].any()
+            assert batch.key_padding_mask[row, len(example) :].all()
+            assert (batch.tokens[row, len(example) :] == 0).all()
+            assert batch.labels[row] == dataset.labels[index]
+        assert batch.tokens.shape[1] == max(len(dataset.example(index)) for index in batch.index.tolist())
+
+
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_batches_hold_the_same_whichever_length_they_are_padded_to(kind: str) -> None:
+    dataset = make_dataset(90, longest=20)
+    fixed = batches_of(kind, dataset, 8, pad_to=31)
+    for short, long in zip(batches_of(kind, dataset, 8), fixed, strict=True):
+        width = short.tokens.shape[1]
+        assert long.tokens.shape[1] == 31
+        assert torch.equal(short.tokens, long.tokens[:, :width]) and not long.tokens[:, width:].any()
+        assert torch.equal(short.key_padding_mask, long.key_padding_mask[:, :width])
+        assert long.key_padding_mask[:, width:].all()
+        assert torch.equal(short.labels, long.labels) and torch.equal(short.index, long.index)
+
+
+def order_of(batches: Iterator[Batch]) -> list[list[int]]:
+    return [batch.index.tolist() for batch in batches]
+
+
+def test_training_batches_follow_from_seed_and_epoch_alone() -> None:
+    dataset = make_dataset(200)
+    first = order_of(training_batches(dataset, 8, seed=0, epoch=1))
+    torch.manual_seed(99)
+    assert order_of(training_batches(dataset, 8, seed=0, epoch=1)) == first
+    for seed, epoch in ((0, 2), (1, 1)):
+        other = order_of(training_batches(dataset, 8, seed=seed, epoch=epoch))
+        assert other != first
+        assert {frozenset(batch) for batch in other} != {frozenset(batch) for batch in first}
+
+
+def test_training_batches_are_of_similar_lengths_in_shuffled_order() -> None:
+    dataset = make_dataset(5000, longest=400)
+    batches = list(training_batches(dataset, 16, seed=0, epoch=0))
+    cells = sum(batch.tokens.numel() for batch in batches)
+    assert len(dataset.tokens) / cells > 0.95
+    widths = np.array([batch.tokens.shape[1] for batch in batches])
+    assert abs(np.corrcoef(widths[:-1], widths[1:])[0, 1]) < 0.2
+
+
+def test_evaluation_batches_come_longest_first() -> None:
+    widths = [batch.tokens.shape[1] for batch in evaluation_batches(make_dataset(100), 8)]
+    assert widths == sorted(widths, reverse=True) and widths[0] > widths[-1]
+
+
+@pytest.mark.parametrize(
+    ("size", "pad_to", "message"), [(0, "longest", "batch_size"), (4, "max", "longest"), (4, 3, "at least")]
+)
+def test_batches_that_cannot_be_made_raise_before_the_first(
+    size: int, pad_to: str | int, message: str
+) -> None:
+    dataset = make_dataset(10)
+    with pytest.raises(ValueError, match=message):
+        training_batches(dataset, size, seed=0, epoch=0, pad_to=pad_to)
+    with pytest.raises(ValueError, match=message):
+        evaluation_batches(dataset, size, pad_to=pad_to)
+
+
+def test_batches_leave_the_data_as_they_are() -> None:
+    dataset = make_dataset(40)
+    before = dataset.tokens.copy(), dataset.labels.copy()
+    for batch in training_batches(dataset, 8, seed=0, epoch=0):
+        batch.tokens.zero_()
+        batch.labels.fill_(9)
+    np.testing.assert_array_equal(dataset.tokens, before[0])
+    np.testing.assert_array_equal(dataset.labels, before[1])
+
+
+# Synthetic reviews
+
+
+def bag_of_words_accuracy(splits: dict[str, TokenDataset]) -> float:
+    """Test accuracy of logistic regression on word counts, trained by gradient descent."""
+    both = concatenate([splits["train"], splits["test"]])
+    counted, lexicon = count_words(both)
+    counts = np.zeros((len(both), len(lexicon)))
+    np.add.at(counts, (np.repeat(np.arange(len(both)), counted.lengths), counted.tokens), 1)
+    counts = (counts - counts.mean(0)) / (counts.std(0) + 1e-6)
+    train = len(splits["train"])
+    weights, bias = np.zeros(len(lexicon)), 0.0
+    for _ in range(150):
+        error = 1 / (1 + np.exp(-(counts[:train] @ weights + bias))) - both.labels[:train]
+        weights -= 0.5 * counts[:train].T @ error / train
+        bias -= 0.5 * float(error.mean())
+    return float(np.mean((counts[train:] @ weights + bias > 0) == both.labels[train:]))
+
+
+@pytest.mark.parametrize("max_bytes", [256, 4096])
+def test_made_up_reviews_can_be_learned_but_not_from_their_words_alone(max_bytes: int) -> None:
+    splits = generate_reviews({"train": 2000, "val": 1, "test": 1000}, max_bytes, seed=0)
+    assert 0.65 < bag_of_words_accuracy(splits) < 0.92
+
+
+def test_made_up_reviews_are_balanced_short_enough_and_never_the_same() -> None:
+    splits = generate_reviews({"train": 400, "val": 50, "test": 101}, max_bytes=300, seed=1)
+    every = []
+    for name, size in (("train", 400), ("val", 50), ("test", 101)):
+        split = splits[name]
+        assert len(split) == size and abs(int(split.labels.sum()) - size / 2) <= 0.5
+        assert split.lengths.max() <= 300
+        every += [split.example(index).tobytes() for index in range(size)]
+    assert len(set(every)) == 551
+    text = b" ".join(every).decode()
+    for phrase in ("never", "Although", "In one scene", "called the", "<br /><br />"):
+        assert phrase in text
+
+
+def test_the_label_is_the_majority_of_the_evidence() -> None:
+    splits = generate_reviews({"train": 300, "val": 1, "test": 1}, max_bytes=2000, seed=2)
+    side = {word: sign for pair in PAIRS for word, sign in zip(pair, (1, -1), strict=True)}
+    negations = (" not ", " never ", " hardly ")
+    most = 0
+    for index in range(300):
+        text = splits["train"].example(index).tobytes().decode().replace("<br /><br />", " ")
+        votes = []
+        for sentence in text.rstrip(".").split(". "):
+            last = sentence.split(", ")[-1]  # of a contrast the main clause
+            word = last.split()[-1]
+            if word in side and " called the " not in last:
+                votes.append(-side[word] if any(mark in last for mark in negations) else side[word])
+        assert len(votes) % 2 == 1
+        assert (sum(votes) > 0) == bool(splits["train"].labels[index]), text
+        most = max(most, len(votes))
+    assert most > 10
+    assert all(len(good) == len(bad) for good, bad in PAIRS)
+
+
+def test_made_up_reviews_do_not_depend_on_machine_or_hash_seed() -> None:
+    code = (
+        "import hashlib; from data_pipeline import *;"
+        "task = load_task('synthetic_reviews', DataSettings(train_size=40, val_size=5, test_size=6));"
+        "print(task.provenance['sha256'])"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        for hash_seed in ("0", "1")
+    }
+    assert found == {"67fc2e0e24b660dee90568adbf4c325d346cd6079983d7f6d9ba6a1527b1455b"}
+
+
+def test_too_little_room_for_made_up_reviews_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="at least 64"):
+        generate_reviews({"train": 5, "val": 1, "test": 1}, max_bytes=63, seed=0)
+    monkeypatch.setattr(synthetic_reviews, "FRUITLESS", 3)
+    with pytest.raises(InputError, match="not enough different"):
+        generate_reviews({"train": 10**5, "val": 1, "test": 1}, max_bytes=64, seed=0)
+
+
+# Tasks
+
+
+def load_small(name: str, **changes: object) -> TaskData:
+    changes |= {"min_length": 10} if name == "listops" else {}
+    return load_task(name, dataclasses.replace(SMALL, **changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer"), [("listops", "byte"), ("synthetic_reviews", "byte"), ("synthetic_reviews", "word")]
+)
+def test_a_task_is_complete_and_its_provenance_is_json(name: str, tokenizer: str) -> None:
+    task = load_small(name, tokenizer=tokenizer)
+    assert task.name == name and len(task.class_names) == task.num_classes
+    assert [len(split) for split in (task.train, task.val, task.test)] == [60, 12, 13]
+    for split in (task.train, task.val, task.test):
+        assert split.tokens.min() >= 1 and split.tokens.max() < task.vocab_size
+        assert set(split.labels.tolist()) <= set(range(task.num_classes))
+        assert split.lengths.min() >= 1 and split.lengths.max() <= 150
+    assert all(isinstance(task.symbols(token), str) for token in range(task.vocab_size))
+    assert json.loads(json.dumps(task.provenance, allow_nan=False)) == task.provenance
+    assert len(task.provenance["sha256"]) == 64
+    for split_name in ("train", "val", "test"):
+        assert_equal(getattr(task, split_name), getattr(load_small(name, tokenizer=tokenizer), split_name))
+
+
+def test_the_data_seed_changes_the_data() -> None:
+    for name in ("listops", "synthetic_reviews"):
+        first, second = (load_small(name, data_seed=seed).provenance["sha256"] for seed in (0, 1))
+        assert first != second
+
+
+def test_texts_are_cut_to_as_many_words_as_asked_for() -> None:
+    task = load_small("synthetic_reviews", tokenizer="word", max_length=20, word_vocabulary=30)
+    assert task.train.lengths.max() <= 20 and task.vocab_size == 32
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"tokenizer": "character"},
+        {"max_length": 0},
+        {"train_size": 0},
+        {"word_vocabulary": 0},
+        {"data_seed": -1},
+        {"min_length": -1},
+    ],
+)
+def test_settings_out_of_range_are_refused(arguments: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="--"):
+        DataSettings(**arguments)  # type: ignore[arg-type]
+
+
+def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(InputError, match="did you mean 'listops'"):
+        load_task("list_ops", DataSettings())
+    with pytest.raises(InputError, match="min-length"):
+        load_task("synthetic_reviews", DataSettings(min_length=5))
+    assert set(TASKS) == {"imdb", "listops", "synthetic_reviews"}
+
+
+def test_stats_show_sizes_lengths_labels_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--train-size", "50", "--val-size", "8", "--test-size", "9"]
+    assert main(["stats", "--task", "listops", "--min-length", "10", "--max-length", "40", *sizes]) == 0
+    out = capsys.readouterr().out
+    for part in ("ListOps (LRA): 17 token ids", "train           50", "labels of test: 0 ", "[M"):
+        assert part in out
+    assert main(["stats", "--task", "synthetic_reviews", "--tokenizer", "word", *sizes]) == 0
+    assert "negative 50.0%  positive 50.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["stats", "--task", "imbd"],
+        ["stats", "--task", "listops", "--min-length", "90", "--max-length", "30"],
+        ["stats", "--task", "synthetic_reviews", "--max-length", "9"],
+        ["stats", "--task", "imdb", "--data-dir", "/nowhere/at/all"],
+        ["stats", "--task", "listops", "--data-dir", "/nowhere/at/all"],
+        ["stats", "--tsk", "listops"],
+        ["statistics"],
+        [],
+    ],
+)
+def test_bad_commands_end_in_one_line_and_exit_code_2(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: int | str | None = main(argv)
+    except SystemExit as error:  # argparse
+        code = error.code
+    captured = capsys.readouterr()
+    assert code == 2 and captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_help_shows_examples_and_importing_needs_no_figure_library() -> None:
+    code = (
+        "import sys, data_pipeline;"
+        "print([name for name in ('pandas', 'matplotlib', 'seaborn', 'scipy') if name in sys.modules]);"
+        "data_pipeline.main(['--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[]\n") and done.stderr == ""
+    assert "python data_pipeline.py listops --output-dir" in done.stdout
+
+
+def test_the_task_table_is_the_only_place_a_task_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = load_small("synthetic_reviews")
+    monkeypatch.setitem(data_pipeline.TASKS, "mine", lambda settings: task)
+    assert load_task("mine", DataSettings()) is task
+
+
+def test_the_batches_of_a_seed_are_those_of_every_other_machine() -> None:
+    digest = hashlib.sha256()
+    for batch in training_batches(make_dataset(100), 8, seed=1, epoch=2):
+        digest.update(batch.tokens.numpy().astype("<i8").tobytes())
+    assert digest.hexdigest() == "01c3ebeb1397fae318aa02f93f83a84b6efb27c1d1691527e1481c532e8b575d"

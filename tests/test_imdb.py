@@ -1,0 +1,464 @@
+"""IMDb: read from archives, trees, cache and network, whole or not at all."""
+
+import gzip
+import hashlib
+import io
+import os
+import socket
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+import imdb
+import imdb_download
+from command_line import InputError
+from data_pipeline import DataSettings, MissingData, load_task, main
+from imdb import Reviews, load_reviews, read_source
+
+PER_FOLDER = 3
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = [(split, sentiment) for split in ("train", "test") for sentiment in ("neg", "pos")]
+
+Members = dict[str, bytes]
+
+
+@pytest.fixture(autouse=True)
+def small_and_offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Three reviews a folder, a cache of the test's own, and an address that nobody answers at."""
+    monkeypatch.setattr(imdb, "REVIEWS_PER_FOLDER", PER_FOLDER)
+    monkeypatch.setattr(imdb_download, "URL", "http://127.0.0.1:9/aclImdb_v1.tar.gz")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache_home")))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def members() -> Members:
+    """The files of a small archive, in an order that is not the sorted one, with files that are not read."""
+    found: Members = {"aclImdb/README": b"read me", "aclImdb/train/unsup/0_0.txt": b"unlabelled"}
+    for split, sentiment in FOLDERS:
+        for number in (10, 2, 1):
+            name = f"aclImdb/{split}/{sentiment}/{number}_{7 if sentiment == 'pos' else 3}.txt"
+            found[name] = f"{split} {sentiment} {number}<br />Ça alors! \x80".encode("latin-1")
+    return found
+
+
+def tar_bytes(files: Members, extra: tarfile.TarInfo | None = None) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        if extra is not None:
+            archive.addfile(extra)
+    return out.getvalue()
+
+
+def write_archive(folder: Path, content: bytes, name: str = "aclImdb_v1.tar.gz") -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_bytes(gzip.compress(content, mtime=0))
+    return path
+
+
+def write_tree(folder: Path, files: Members) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder / "aclImdb"
+
+
+def contents(reviews: Reviews) -> list[tuple[bytes, int]]:
+    return [
+        (split.example(index).tobytes(), int(split.labels[index]))
+        for split in (reviews.train, reviews.test)
+        for index in range(len(split))
+    ]
+
+
+def expected_contents() -> list[tuple[bytes, int]]:
+    files = members()
+    names = [
+        f"aclImdb/{split}/{sentiment}/{number}_{7 if sentiment == 'pos' else 3}.txt"
+        for split, sentiment in FOLDERS
+        for number in (10, 1, 2)  # by name: "10_3.txt" < "1_3.txt"
+    ]
+    return [(files[name], int("/pos/" in name)) for name in names]
+
+
+def assert_refused(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> None:
+    """The command names the fault in one line, exits with 2, and leaves no file that was not there."""
+    before = sorted(folder.rglob("*"))
+    assert main(["imdb", "--data-dir", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.endswith("\n")
+    assert all(word in error for word in words), error
+    cache = folder.parent / "cache_of_refused"
+    with pytest.raises(InputError):
+        load_task("imdb", DataSettings(data_dir=str(folder), cache_dir=str(cache)))
+    assert sorted(folder.rglob("*")) == before
+    assert not list(cache.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["aclImdb_v1.tar.gz", "aclImdb_labeled.tar.gz"])
+def test_an_archive_is_read_in_sorted_order_with_its_labels(tmp_path: Path, name: str) -> None:
+    write_archive(tmp_path, tar_bytes(members()), name)
+    reviews = load_reviews(tmp_path, tmp_path / "cache")
+    assert contents(reviews) == expected_contents()
+    assert reviews.sha256 == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    assert not reviews.official
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_unpacked_tree_gives_the_same(tmp_path: Path, inside: bool) -> None:
+    tree = write_tree(tmp_path, members())
+    reviews = load_reviews(tree if inside else tmp_path, tmp_path / "cache")
+    assert contents(reviews) == expected_contents()
+
+
+def test_an_archive_with_a_leading_dot_in_its_paths_is_read(tmp_path: Path) -> None:
+    files = {f"./{name}": content for name, content in members().items()}
+    root = tarfile.TarInfo("./")
+    root.type = tarfile.DIRTYPE
+    write_archive(tmp_path, tar_bytes(files, root))
+    assert contents(load_reviews(tmp_path, tmp_path / "cache")) == expected_contents()
+
+
+def test_the_second_read_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_archive(tmp_path, tar_bytes(members()))
+    first = load_reviews(tmp_path, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    monkeypatch.setattr(imdb, "read_archive", lambda path: pytest.fail("read again"))
+    assert contents(load_reviews(tmp_path, tmp_path / "cache")) == contents(first)
+
+
+def test_another_archive_or_a_changed_tree_is_read_anew(tmp_path: Path) -> None:
+    write_archive(tmp_path, tar_bytes(members()))
+    load_reviews(tmp_path, tmp_path / "cache")
+    changed = members() | {"aclImdb/train/neg/10_3.txt": b"changed"}
+    write_archive(tmp_path, tar_bytes(changed))
+    assert contents(load_reviews(tmp_path, tmp_path / "cache"))[0] == (b"changed", 0)
+    tree = write_tree(tmp_path / "unpacked", members())
+    load_reviews(tree, tmp_path / "cache")
+    (tree / "train/neg/10_3.txt").write_bytes(b"changed too")
+    assert contents(load_reviews(tree, tmp_path / "cache"))[0] == (b"changed too", 0)
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path: Path) -> None:
+    write_archive(tmp_path, tar_bytes(members()))
+    load_reviews(tmp_path, tmp_path / "cache")
+    [entry] = (tmp_path / "cache").iterdir()
+    for damaged in (
+        b"",
+        b"no archive",
+        entry.read_bytes()[:-200],
+        entry.read_bytes().replace(b"train", b"brain"),
+    ):
+        entry.write_bytes(damaged)
+        assert contents(load_reviews(tmp_path, tmp_path / "cache")) == expected_contents()
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_archive(tmp_path, tar_bytes(members()))
+    (tmp_path / "file").write_text("no folder")
+    assert contents(load_reviews(tmp_path, tmp_path / "file" / "cache")) == expected_contents()
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        special("../evil.txt", tarfile.REGTYPE),
+        special("/etc/evil.txt", tarfile.REGTYPE),
+        special("aclImdb/../../evil.txt", tarfile.REGTYPE),
+        special("elsewhere/evil.txt", tarfile.REGTYPE),
+        special("aclImdb/train/pos/9_9.txt", tarfile.SYMTYPE, "/etc/passwd"),
+        special("aclImdb/train/pos/9_9.txt", tarfile.LNKTYPE, "aclImdb/train/pos/1_7.txt"),
+        special("aclImdb/tape", tarfile.CHRTYPE),
+        special("aclImdb/disk", tarfile.BLKTYPE),
+        special("aclImdb/pipe", tarfile.FIFOTYPE),
+    ],
+    ids=lambda member: f"{member.name}-{member.type.decode()}",
+)
+def test_an_archive_with_a_member_that_has_no_business_in_it_is_refused(
+    tmp_path: Path, member: tarfile.TarInfo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_archive(tmp_path / "data", tar_bytes(members(), member))
+    assert_refused(tmp_path / "data", capsys, "refused", member.name)
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_a_review_that_comes_twice_or_is_too_long_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_archive(
+        tmp_path / "data", tar_bytes(members(), special("aclImdb/test/pos/1_7.txt", tarfile.REGTYPE))
+    )
+    assert_refused(tmp_path / "data", capsys, "aclImdb/test/pos/1_7.txt", "twice")
+    write_archive(tmp_path / "data", tar_bytes(members()))
+    write_tree(tmp_path / "tree", members())
+    monkeypatch.setattr(imdb, "LONGEST_REVIEW", 10)
+    assert_refused(tmp_path / "data", capsys, "no review")
+    assert_refused(tmp_path / "tree", capsys, "no review")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.9, 0.999])
+def test_a_truncated_archive_is_refused(
+    tmp_path: Path, kept: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_archive(tmp_path / "data", tar_bytes(members()))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    assert_refused(tmp_path / "data", capsys, "aclImdb_v1.tar.gz")
+
+
+def test_every_flipped_bit_of_the_reviews_is_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = tar_bytes(members())
+    # Stored, not compressed: the flipped bit changes a letter of a review and nothing else.
+    path = tmp_path / "data" / "aclImdb_v1.tar.gz"
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(content, compresslevel=0).replace(b"train pos 2", b"train pos 3"))
+    assert_refused(tmp_path / "data", capsys, "damaged")
+
+
+def test_a_tar_file_that_is_cut_between_two_members_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = tar_bytes(members())
+    write_archive(tmp_path / "data", content[: 1024 * 8])
+    assert_refused(tmp_path / "data", capsys, "aclImdb/test/neg has 0 ")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda files: files.pop("aclImdb/test/neg/2_3.txt"), ("aclImdb/test/neg", "2 reviews instead of 3")),
+        (lambda files: files.update({"aclImdb/train/pos/4_9.txt": b"x"}), ("train/pos", "4 reviews")),
+        (lambda files: files.update({"aclImdb/train/pos/2_7.txt": b""}), ("train/pos/2_7.txt is empty",)),
+        (lambda files: files.update({"aclImdb/train/pos/2_7.txt": b" \n"}), ("train/pos/2_7.txt is empty",)),
+    ],
+)
+def test_wrong_counts_and_empty_reviews_are_refused(
+    tmp_path: Path,
+    packed: bool,
+    change: Callable[[Members], object],
+    words: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = members()
+    change(files)
+    if packed:
+        write_archive(tmp_path / "data", tar_bytes(files))
+    else:
+        write_tree(tmp_path / "data", files)
+    assert_refused(tmp_path / "data", capsys, *words)
+
+
+def test_a_data_folder_that_does_not_exist_is_an_error_and_not_missing_data(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist") as caught:
+        load_task("imdb", DataSettings(data_dir=str(tmp_path / "none"), cache_dir=str(tmp_path)))
+    assert not isinstance(caught.value, MissingData)
+
+
+def test_the_task_has_a_stratified_tenth_for_validation_and_raw_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imdb, "REVIEWS_PER_FOLDER", 30)
+    files = {
+        f"aclImdb/{split}/{sentiment}/{number}_1.txt": f"{split}-{sentiment}-{number} <br /> É".encode()
+        for split, sentiment in FOLDERS
+        for number in range(30)
+    }
+    write_archive(tmp_path, tar_bytes(files))
+    settings = DataSettings(data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    task = load_task("imdb", settings)
+    assert [len(part) for part in (task.train, task.val, task.test)] == [54, 6, 60]
+    assert [int(part.labels.sum()) for part in (task.train, task.val, task.test)] == [27, 3, 30]
+    texts = [
+        [bytes((part.example(index) - 1).astype(np.uint8)) for index in range(len(part))]
+        for part in (task.train, task.val, task.test)
+    ]
+    assert set(texts[0]) | set(texts[1]) == {text for name, text in files.items() if "/train/" in name}
+    assert set(texts[2]) == {text for name, text in files.items() if "/test/" in name}
+    for part, found in zip((task.train, task.val, task.test), texts, strict=True):
+        assert [int(b"pos" in text) for text in found] == part.labels.tolist()
+    assert (task.vocab_size, task.num_classes, task.name) == (257, 2, "imdb")
+
+
+# The network: a server of our own.
+
+
+class Server(BaseHTTPRequestHandler):
+    """Serves `content`; `cuts` are the numbers of bytes after which successive answers break off."""
+
+    content: ClassVar[bytes] = b""
+    cuts: ClassVar[list[int]] = []
+    ranges: ClassVar[bool] = True
+    status: ClassVar[int] = 200
+    asked: ClassVar[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        Server.asked.append(wanted)
+        start = int(wanted.split("=")[1].rstrip("-")) if wanted and self.ranges else 0
+        self.send_response(206 if start and self.status == 200 else self.status)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+        self.end_headers()
+        stop = start + Server.cuts.pop(0) if Server.cuts else len(self.content)
+        self.wfile.write(self.content[start:stop])
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
+    content = gzip.compress(tar_bytes(members()), compresslevel=1, mtime=0)
+    digest = hashlib.sha256(content).hexdigest()
+    Server.content, Server.cuts, Server.ranges, Server.status, Server.asked = content, [], True, 200, []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        monkeypatch.setattr(imdb_download, "URL", f"http://127.0.0.1:{running.server_port}/aclImdb_v1.tar.gz")
+        monkeypatch.setattr(imdb_download, "SIZE", len(content))
+        for module in (imdb_download, imdb):
+            monkeypatch.setattr(module, "SHA256", digest)
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield Server
+        running.shutdown()
+        thread.join()
+
+
+def test_what_is_nowhere_is_downloaded_once(server: type[Server], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        reviews = load_reviews(tmp_path / "empty", tmp_path / "cache")
+        assert contents(reviews) == expected_contents() and reviews.official
+    assert server.asked == [None]
+    names = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert names[0] == "aclImdb_v1.tar.gz" and len(names) == 2
+    (tmp_path / "cache" / "aclImdb_v1.tar.gz").unlink()  # what was read of it is enough
+    assert contents(load_reviews(None, tmp_path / "cache")) == expected_contents()
+    assert server.asked == [None]
+
+
+def test_a_broken_download_is_resumed_within_the_run_and_by_the_next(
+    server: type[Server], tmp_path: Path
+) -> None:
+    server.cuts = [100, 50, 30]
+    with pytest.raises(MissingData, match="run again to resume"):
+        load_reviews(None, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["aclImdb_v1.tar.gz.part"]
+    assert (tmp_path / "aclImdb_v1.tar.gz.part").read_bytes() == server.content[:180]
+    assert contents(load_reviews(None, tmp_path)) == expected_contents()
+    assert server.asked == [None, "bytes=100-", "bytes=150-", "bytes=180-"]
+    assert (tmp_path / "aclImdb_v1.tar.gz").read_bytes() == server.content
+    assert not (tmp_path / "aclImdb_v1.tar.gz.part").exists()
+
+
+def test_a_server_that_cannot_resume_is_asked_for_the_whole(server: type[Server], tmp_path: Path) -> None:
+    (tmp_path / "aclImdb_v1.tar.gz.part").write_bytes(server.content[:77])
+    server.ranges = False
+    assert main(["imdb", "--data-dir", str(tmp_path)]) == 0
+    assert (tmp_path / "aclImdb_v1.tar.gz").read_bytes() == server.content
+
+
+@pytest.mark.parametrize("fault", ["content", "part", "longer part"])
+def test_a_download_with_a_wrong_checksum_is_thrown_away(
+    server: type[Server], tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if fault == "content":
+        server.content = bytes(len(server.content))
+    else:
+        length = 50 if fault == "part" else len(server.content) + 5
+        (tmp_path / "aclImdb_v1.tar.gz.part").write_bytes(bytes(length))
+    assert main(["imdb", "--data-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "sha256" in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_an_error_of_the_server_leaves_nothing(server: type[Server], tmp_path: Path, status: int) -> None:
+    server.status = status
+    with pytest.raises(MissingData, match=f"answers {status}"):
+        load_reviews(None, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_network_the_command_to_run_is_named_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = time.monotonic()
+    (tmp_path / "my data").mkdir()
+    settings = DataSettings(data_dir=str(tmp_path / "my data"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(MissingData) as caught:
+        load_task("imdb", settings)
+    target = tmp_path / "my data" / "aclImdb_v1.tar.gz"
+    assert f"curl -L --create-dirs --output '{target}' {imdb_download.URL}" in str(caught.value)
+    assert "--data-dir" in str(caught.value) and "\n" not in str(caught.value)
+    assert main(["imdb", "--data-dir", str(tmp_path / "new")]) == 2
+    assert "curl -L" in capsys.readouterr().err
+    assert not any(path.is_file() for path in tmp_path.rglob("*")) and not (tmp_path / "new").exists()
+    assert time.monotonic() - started < 3
+
+
+def test_a_server_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imdb_download, "TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/aclImdb_v1.tar.gz"
+        monkeypatch.setattr(imdb_download, "URL", url)
+        with pytest.raises(MissingData, match="timed out"):
+            load_reviews(None, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_into_a_folder_that_cannot_be_written_is_missing_data(
+    server: type[Server], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(MissingData):
+        load_reviews(None, tmp_path / "file" / "cache")
+    assert server.asked == []
+
+
+def real_archive() -> Path | None:
+    places = [os.environ.get("ATTENTION_IMDB_DIR"), ROOT.parent / "shared" / "data"]
+    sources = [imdb.find_source(Path(place)) for place in places if place and Path(place).exists()]
+    return next((source for source in sources if source), None)
+
+
+def test_the_real_reviews_have_the_known_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = real_archive()
+    if source is None:
+        pytest.skip("no IMDb here: set ATTENTION_IMDB_DIR to a folder with the archive or its tree")
+    monkeypatch.setattr(imdb, "REVIEWS_PER_FOLDER", 12_500)
+    reviews = read_source(source, tmp_path)
+    known = {"train": (1325.2, 979, 13_704, 0.0291), "test": (1293.9, 963, 12_988, 0.0267)}
+    for split, (mean, median, longest, cut) in known.items():
+        lengths = getattr(reviews, split).lengths
+        assert len(lengths) == 25_000 and getattr(reviews, split).labels.sum() == 12_500
+        assert round(float(lengths.mean()), 1) == mean
+        assert (np.median(lengths), lengths.max()) == (median, longest)
+        assert round(float(np.mean(lengths > 4096)), 4) == cut
+    started = time.monotonic()
+    assert contents(read_source(source, tmp_path))[:5] == contents(reviews)[:5]
+    assert time.monotonic() - started < 2

@@ -160,18 +160,26 @@ class AttentionModule(nn.Module):
         is_causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Mask]:
         """Batched inputs and the merged mask; ValueError where a shape does not fit."""
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise ValueError(
+                "nested tensors are not supported: use nn.TransformerEncoder(enable_nested_tensor=False)"
+            )
         if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
             shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
             raise ValueError(f"query, key and value must all be (N, L, E) or all be (L, E), got {shapes}")
         if query.dim() == 2:
+            if key_padding_mask is not None:
+                if key_padding_mask.shape != key.shape[:1]:
+                    expected, got = tuple(key.shape[:1]), tuple(key_padding_mask.shape)
+                    raise ValueError(f"key_padding_mask must have shape {expected}, got {got}")
+                key_padding_mask = key_padding_mask.unsqueeze(0)
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         batch, query_length, _ = query.shape
-        expected = (batch, key.shape[1], self.embed_dim)
+        of_keys = (batch, key.shape[1], self.embed_dim)
         for name, tensor, shape in (
             ("query", query, (batch, query_length, self.embed_dim)),
-            ("key", key, expected),
-            ("value", value, expected),
+            ("key", key, of_keys),
+            ("value", value, of_keys),
         ):
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")

@@ -69,6 +69,7 @@ class GravitationalField(nn.Module):
 
     def mass(self, projection: nn.Linear, x: Tensor) -> Tensor:
         """(N, L, E) -> (N, T, H, L), above 0 also where softplus underflows."""
+        x = x.to(projection.weight.dtype)  # under autocast x may be narrower than the parameters
         mass = F.softplus(projection(x).to(torch.promote_types(x.dtype, torch.float32)))
         return mass.clamp(min=1e-30).unflatten(-1, self.shape).permute(0, 2, 3, 1)
 

@@ -66,7 +66,7 @@ class Discounts(nn.Module):
         if not all(0.0 < gamma < 1.0 for gamma in gammas):
             raise ValueError(f"gammas must be in (0, 1), got {gammas}")
         self.initial_gammas = gammas
-        rho = torch.tensor([math.log(math.expm1(-math.log(gamma))) for gamma in gammas], dtype=torch.float64)
+        rho = torch.tensor([math.log1p(-gamma) - math.log(gamma) for gamma in gammas], dtype=torch.float64)
         rho = rho.to(device=device, dtype=dtype or torch.get_default_dtype())
         self.rho = nn.Parameter(rho[:, None].repeat(1, num_heads), requires_grad=learn_gammas)
 

@@ -1,0 +1,101 @@
+"""Any legal configuration of any attention module works."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import (
+    FACTORIES,
+    run,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+SHARED_OPTIONS = {
+    "num_heads": st.integers(1, 3),
+    "head_dim": st.integers(1, 4),
+    "dropout": st.sampled_from([0.0, 0.3]),
+    "bias": st.booleans(),
+}
+GRAVITY_OPTIONS = {
+    "softening": st.floats(1e-9, 1e6) | st.sampled_from([0.1, 1e-3]),
+    "distance_power": st.floats(1e-2, 20) | st.sampled_from([1.0, 2.0, 4.0]),
+}
+TIMESCALE_OPTIONS = {
+    "gammas": st.lists(st.floats(0, 1), min_size=1, max_size=3),
+    "learn_gammas": st.booleans(),
+    "decoder": st.sampled_from(["laplace", "linear", "mlp"]),
+}
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> dict[str, Any]:
+    """A module's name, its settings, sizes, scale of the inputs and masks."""
+    name = draw(st.sampled_from(list(FACTORIES)))
+    options = dict(SHARED_OPTIONS)
+    if "gravitational" in name:
+        options |= GRAVITY_OPTIONS
+    if "multi" in name:
+        options |= TIMESCALE_OPTIONS
+    kwargs: dict[str, Any] = {key: draw(strategy) for key, strategy in options.items()}
+    kwargs["embed_dim"] = kwargs["num_heads"] * kwargs.pop("head_dim")
+    if "gammas" in kwargs:
+        kwargs["num_timescales"] = len(kwargs["gammas"])
+    return {
+        "name": name,
+        "kwargs": kwargs,
+        "sizes": tuple(draw(st.integers(1, 5)) for _ in range(3)),
+        "scale": draw(st.sampled_from([0.0, 1e-3, 1.0, 1.0, 30.0, 1e4])),
+        "offset": draw(st.sampled_from([0.0, 0.0, 100.0])),
+        "padded": draw(st.sampled_from([None, "bool", "float"])),
+        "paired": draw(st.sampled_from([None, "bool", "float"])),
+        "need_weights": draw(st.booleans()),
+        "is_causal": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**16)),
+    }
+
+
+def check_configuration(case: dict[str, Any]) -> None:
+    """Finite outputs and gradients, or a ValueError that names the setting."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    torch.manual_seed(case["seed"])
+    try:
+        module = FACTORIES[case["name"]](**case["kwargs"])
+    except ValueError as error:
+        assert any(setting in str(error) for setting in case["kwargs"]), error
+        return
+    batch, queries, keys = case["sizes"]
+    width = case["kwargs"]["embed_dim"]
+    query, key, value = (
+        (torch.randn(batch, length, width, generator=generator) * case["scale"] + case["offset"])
+        for length in (queries, keys, keys)
+    )
+    masks: dict[str, Tensor] = {}
+    for argument, kind, shape in (
+        ("key_padding_mask", case["padded"], (batch, keys)),
+        ("attn_mask", case["paired"], (queries, keys)),
+    ):
+        if kind:
+            blocked = torch.rand(shape, generator=generator) < 0.4
+            masks[argument] = (
+                blocked if kind == "bool" else torch.zeros(shape).masked_fill(blocked, -math.inf)
+            )
+    asked = {"need_weights": case["need_weights"], "is_causal": case["is_causal"]}
+    found = run(module, (query, key, value), **masks, **asked)
+    unusual = [name for name, part in found.items() if not bool(part.isfinite().all())]
+    assert unusual == []
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(configurations())
+def test_any_configuration_is_finite_or_refused_by_name(case: dict[str, Any]) -> None:
+    check_configuration(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(configurations())
+def test_a_thousand_configurations_are_finite_or_refused_by_name(case: dict[str, Any]) -> None:
+    check_configuration(case)

@@ -66,12 +66,15 @@ def check_settings(settings: Any) -> None:
             choose(value, limits["choices"], option_name(field.name))
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not _within(number, limits):
-                raise InputError(f"{option_name(field.name)} must be {legal_range(limits)}, got {number}")
+                allowed = legal_range(limits)
+                if number in (math.inf, -math.inf) and allowed != "finite":
+                    allowed = f"finite and {allowed}"
+                raise InputError(f"{option_name(field.name)} must be {allowed}, got {number}")
 
 
 def _within(number: float, limits: typing.Mapping[str, Any]) -> bool:
     return (
-        math.isfinite(number)
+        (isinstance(number, int) or math.isfinite(number))  # an int may be too large for a float
         and (limits["minimum"] is None or number >= limits["minimum"])
         and (limits["above"] is None or number > limits["above"])
         and (limits["maximum"] is None or number <= limits["maximum"])
@@ -89,8 +92,14 @@ def legal_range(limits: typing.Mapping[str, Any]) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """ "did you mean 'x'? " for the closest known name, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'? " if close else ""
+    bare = {entry.lstrip("-"): entry for entry in known}  # the dashes of options are no likeness
+    close = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.5)
+    return f"did you mean '{bare[close[0]]}'? " if close else ""
+
+
+def one_line(text: object) -> str:
+    """The text without line breaks, which a file name may have."""
+    return " ".join(str(text).splitlines())
 
 
 def choose(name: str, known: Iterable[str], what: str) -> str:
@@ -123,7 +132,7 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: .*?(--[\w-]+)", message)
         if unknown:
             hint = f" ({nearest(unknown[1], self.options())}see --help)"
-        print(f"{self.prog}: error: {message}{hint}", file=sys.stderr)
+        print(f"{self.prog}: error: {one_line(message)}{hint}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
 
 
@@ -174,7 +183,7 @@ def exit_code(prog: str, body: Callable[[], int]) -> int:
     try:
         return body()
     except InputError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)

@@ -17,7 +17,7 @@ old content or the new one, never a mixture. Needs the standard library only.
 import json
 import os
 import re
-import tempfile
+import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -71,20 +71,21 @@ class Results:
 
 def file_name(name: str) -> str:
     """A task's or model's name as a folder name: `package.module:Class` becomes `package.module_Class`."""
-    return re.sub(r"[^\w.-]", "_", name)
+    return re.sub(r"^\.|[^\w.-]", "_", name) or "_"
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it there, both made durable."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Not by tempfile, whose files nobody else may read: results are shared.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 
@@ -138,14 +139,14 @@ def create_results_folder(parent: Path) -> Path:
     raise InputError(f"{parent} holds a thousand folders named {stamp}; choose another --output-dir")
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
 def read_json(path: Path) -> Any:
     """The value in a strict JSON file; ValueError names the file where it is none."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
 
@@ -158,7 +159,11 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line, parse_constant=_refuse) for line in lines]
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON lines ({error})") from error
     if not all(isinstance(row, dict) and isinstance(row.get("epoch"), int) for row in rows):
         raise ValueError(f"{path}: expected one object with an epoch per line")
     return rows
@@ -167,9 +172,9 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
 def read_cell(root: Path, cell: Cell) -> CellRecord:
     """A cell as its folder has it; one whose files do not parse is returned as failed, with the reason."""
     folder = cell.folder(root)
-    if not (folder / "status.json").is_file():
-        return CellRecord(cell, folder, "missing", "planned, but never started")
     try:
+        if not (folder / "status.json").is_file():
+            return CellRecord(cell, folder, "missing", "planned, but never started")
         status = _read_object(folder / "status.json")
         if status.get("state") not in STATES:
             raise ValueError(f"{folder / 'status.json'}: unknown state {status.get('state')!r}")
@@ -183,7 +188,11 @@ def read_cell(root: Path, cell: Cell) -> CellRecord:
 
 def read_results(root: Path) -> Results:
     """Read a results folder; InputError where `root` is none."""
-    if not (root / "config.json").is_file():
+    try:
+        found = (root / "config.json").is_file()
+    except OSError:  # a name too long, a folder that may not be entered
+        found = False
+    if not found:
         raise InputError(
             f"{root} is not a results folder (no config.json); give one made by run_experiment.py"
         )
@@ -191,7 +200,7 @@ def read_results(root: Path) -> Results:
         config = _read_object(root / "config.json")
         environment = _read_object(root / "environment.json") if (root / "environment.json").is_file() else {}
         planned = [Cell(str(cell["task"]), str(cell["model"]), int(cell["seed"])) for cell in config["cells"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OSError, OverflowError, TypeError, ValueError) as error:
         raise InputError(
             f"{root} is not a results folder: config.json is not as expected ({error})"
         ) from error

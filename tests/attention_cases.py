@@ -82,7 +82,7 @@ def make(name: str, **kwargs: Any) -> AttentionModule:
     module = FACTORIES[name](**kwargs)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += torch.randn_like(parameter) * 0.2
+            parameter.add_(torch.randn_like(parameter) * 0.2)
     return module
 
 
@@ -118,6 +118,13 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         error = float((value.double() - expected[name].double()).norm())
         # The key bias has no gradient in softmax attention: what is left is rounding.
         assert error <= tolerance * max(float(expected[name].double().norm()), 1e-1), (name, error)
+
+
+def gradients(module: nn.Module) -> list[Tensor]:
+    """Those of all parameters; each must have one."""
+    found = [parameter.grad for parameter in module.parameters()]
+    assert all(gradient is not None for gradient in found)
+    return [gradient for gradient in found if gradient is not None]
 
 
 def nothing_read(module: AttentionModule) -> Tensor:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-SHARED_OPTIONS = {
+SHARED_OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "num_heads": st.integers(1, 3),
     "head_dim": st.integers(1, 4),
     "dropout": st.sampled_from([0.0, 0.3]),

@@ -14,12 +14,15 @@ JSON is strict (no NaN). Every file is written beside its place and moved into i
 old content or the new one, never a mixture. Needs the standard library only.
 """
 
+import contextlib
 import json
 import os
 import re
 import secrets
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -137,6 +140,31 @@ def create_results_folder(parent: Path) -> Path:
             f"cannot write to {parent}: {error.strerror}; choose another --output-dir"
         ) from error
     raise InputError(f"{parent} holds a thousand folders named {stamp}; choose another --output-dir")
+
+
+@contextlib.contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `target` at the end; an error leaves `target` as it was.
+
+    It is made beside `target`. Raises InputError where it cannot be written."""
+    try:
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise InputError(f"cannot write to {target.parent}: {error.strerror}") from error
+    try:
+        fresh, old = scratch / "new", scratch / "old"
+        fresh.mkdir()
+        yield fresh
+        if target.is_symlink() or target.exists():
+            target.rename(old)
+        try:
+            fresh.rename(target)
+        except OSError:
+            if old.is_symlink() or old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _refuse(constant: str) -> None:

@@ -1,0 +1,420 @@
+"""The report of a comparison: what was run, findings in sentences made from the numbers, tables, figures.
+
+    analysis = Analysis(results, facts, table, summary, compare(table), learned, names, reasons)
+    report(analysis, figures)        # report.md
+    tables(analysis)                 # the tables of summary.md and summary.tex
+
+How strongly a sentence is worded follows from the numbers: with one seed there is no interval and no
+verdict, with too few seeds the smallest p value they can give is named, and only a difference that passes
+Holm's correction is called better or worse. Text in, text out: nothing is drawn or written here.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from comparison_tables import (
+    ACCURACY,
+    BASELINE,
+    CONVERGENCE,
+    NEAR,
+    SIGNIFICANCE,
+    Difference,
+    TaskFacts,
+    by_seed,
+)
+from results_folder import Cell, CellRecord, Results
+from seed_statistics import Estimate
+from text_tables import NONE, TextTable, code_block, markdown, markdown_table, one_line, short, short_p
+
+MIB = 2.0**20
+SMOKE = "smoke test: its numbers mean nothing"
+INTERVAL = "mean over n seeds [95 % t interval]; n = 1: one run, no interval"
+# (metric, heading, scale)
+Column = tuple[str, str, float]
+TABLES: tuple[tuple[str, tuple[Column, ...]], ...] = (
+    (
+        "accuracy and convergence",
+        (
+            (ACCURACY, "test accuracy (%)", 100.0),
+            ("test_accuracy_last", "after the last epoch (%)", 100.0),
+            ("best_epoch", "best epoch", 1.0),
+            ("convergence_epoch", "epochs to 90 % of best", 1.0),
+            (CONVERGENCE, "the same above chance", 1.0),
+        ),
+    ),
+    (
+        "cost",
+        (
+            ("seconds_per_epoch", "s per training epoch", 1.0),
+            ("tokens_per_second", "tokens per s", 1.0),
+            ("peak_memory_bytes", "peak memory (MiB)", 1 / MIB),
+            ("parameters", "parameters", 1.0),
+            ("attention_parameters", "of them in attention", 1.0),
+        ),
+    ),
+    (
+        "attention",
+        (
+            ("attention_entropy", "entropy of a row (1 = even)", 1.0),
+            ("attention_share_near", f"weight within {NEAR} tokens (%)", 100.0),
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class FigureNote:
+    """A figure in figures/, by the stem of its two files, and how to read it."""
+
+    stem: str
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that the report is made from. names: display names by model, in order; see comparison_tables.py."""
+
+    results: Results
+    facts: dict[str, TaskFacts]
+    table: pd.DataFrame
+    summary: pd.DataFrame
+    differences: list[Difference]
+    learned: pd.DataFrame
+    names: dict[str, str]
+    no_patterns: dict[Cell, str]
+
+    def unfinished(self) -> list[CellRecord]:
+        return [record for record in self.results.cells if record.state != "done"]
+
+    def mean(self, task: str, model: str, metric: str) -> Estimate:
+        """Over the seeds; n = 0 and NaN where there are none."""
+        rows = self.summary
+        rows = rows[(rows["task"] == task) & (rows["model"] == model) & (rows["metric"] == metric)]
+        if rows.empty:
+            return Estimate(0, math.nan, math.nan, math.nan)
+        n, mean, low, high = (float(rows[column].iloc[0]) for column in Estimate._fields)
+        return Estimate(int(n), mean, low, high)
+
+    def notice(self, task: str) -> str:
+        """What must be said wherever numbers of the task are shown; "" for a full run on its own data."""
+        notices = [SMOKE] if self.results.config.get("preset") == "smoke" else []
+        stand_in = self.facts[task].stand_in_for
+        if stand_in:
+            notices.append(f"stand-in data: {task}, not {stand_in}")
+        return "; ".join(notices)
+
+
+def shown_mean(mean: Estimate, scale: float = 1.0) -> str:
+    """ "61.2 [58.1, 64.3]", without the interval where there is none."""
+    text = short(scale * mean.mean)
+    if mean.n < 2 or mean.low == mean.high:
+        return text
+    return f"{text} [{short(scale * mean.low)}, {short(scale * mean.high)}]"
+
+
+def tables(analysis: Analysis) -> list[TextTable]:
+    found = []
+    for facts in analysis.facts.values():
+        for kind, columns in TABLES:
+            if kind != "attention" or (analysis.table["metric"] == columns[0][0]).any():
+                found.append(_task_table(analysis, facts, kind, columns))
+    if analysis.differences:
+        found.append(_difference_table(analysis))
+    if analysis.unfinished():
+        rows = [[str(record.cell), record.state, record.reason or NONE] for record in analysis.unfinished()]
+        found.append(TextTable("Cells that are not done", ["cell", "state", "reason"], rows))
+    return found
+
+
+def _task_table(
+    analysis: Analysis, facts: TaskFacts, kind: str, columns: Sequence[tuple[str, str, float]]
+) -> TextTable:
+    rows = []
+    for model, name in analysis.names.items():
+        n = analysis.mean(facts.name, model, ACCURACY).n
+        cells = [shown_mean(analysis.mean(facts.name, model, metric), scale) for metric, _, scale in columns]
+        rows.append([name, str(n), *cells])
+    header = ["model", "n", *(heading for _, heading, _ in columns)]
+    notice = analysis.notice(facts.name)
+    title = f"{facts.name} ({facts.title}): {kind}" + (f" ({notice})" if notice else "")
+    return TextTable(title, header, rows, note=INTERVAL)
+
+
+def _difference_table(analysis: Analysis) -> TextTable:
+    rows = []
+    for row in analysis.differences:
+        notice = analysis.notice(row.task)
+        p_values = (short_p(p) for p in (row.p, row.smallest_p, row.p_holm))
+        task = row.task + (f" ({notice})" if notice else "")
+        rows.append([analysis.names[row.model], task, str(row.mean.n), shown_mean(row.mean, 100), *p_values, row.verdict])
+    header = ["model", "task", "n", "difference (points)", "p", "smallest p at this n", "p (Holm)", "verdict"]
+    tested = sum(row.mean.n > 0 for row in analysis.differences)
+    note = (
+        f"test accuracy minus that of {BASELINE}, paired by seed: mean [95 % t interval]; p: exact, two-sided "
+        f"sign-flip test; Holm's correction over the {tested} comparisons"
+    )
+    return TextTable(f"Differences to {BASELINE}", header, rows, note)
+
+
+def report(analysis: Analysis, figures: dict[str, list[FigureNote]]) -> str:
+    """report.md. `figures`: by task."""
+    parts = ["# Comparison of attention mechanisms", *_notices(analysis), *_what_was_run(analysis)]
+    parts += ["## Findings", *_findings(analysis), "## Tables"]
+    parts += [markdown_table(table) for table in tables(analysis)] or ["There is nothing to tabulate."]
+    parts.append("## Figures")
+    for task, drawn in figures.items():
+        parts += [f"### {markdown(task)}"]
+        for note in drawn:
+            image = f"![{markdown(note.title)}](figures/{note.stem}.png)"
+            parts += [image, f"**{markdown(note.title)}.** {markdown(note.caption)}"]
+    parts += _how_to_reproduce(analysis)
+    return "\n\n".join(parts) + "\n"
+
+
+def _notices(analysis: Analysis) -> list[str]:
+    parts = []
+    if analysis.results.config.get("preset") == "smoke":
+        parts.append(
+            "> **Smoke test.** This run only checks that every step works. Its numbers mean nothing."
+        )
+    for facts in analysis.facts.values():
+        if facts.stand_in_for:
+            task, wanted = markdown(facts.name), markdown(facts.stand_in_for)
+            parts.append(
+                f"> **Stand-in data.** {task} stands in for {wanted}, which was not to be had. "
+                f"Nothing here is a result on {wanted}."
+            )
+    if not analysis.results.cells or len(analysis.unfinished()) == len(analysis.results.cells):
+        parts.append("> **No cell is done.** There are no results to compare.")
+    return parts
+
+
+def _what_was_run(analysis: Analysis) -> list[str]:
+    config, environment = analysis.results.config, analysis.results.environment
+    seeds = sorted({record.cell.seed for record in analysis.results.cells})
+    total, done = len(analysis.results.cells), len(analysis.results.cells) - len(analysis.unfinished())
+    commit = environment.get("git_commit")
+    if commit:
+        commit = f"{commit}{' with uncommitted changes' if environment.get('git_dirty') else ''}"
+    settings = config.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
+    facts = {
+        "preset": config.get("preset"),
+        "cells": f"{done} of {total} done",
+        "models": ", ".join(analysis.names.values()),
+        "seeds": ", ".join(map(str, seeds)) + (" (n = 1)" if len(seeds) == 1 else ""),
+        "device": environment.get("device_name") or environment.get("device"),
+        "processor": _joined(environment, ("cpu", "cores", "threads")),
+        "software": _joined(environment, ("python", "torch", "numpy", "cuda", "platform")),
+        "commit": commit,
+        "started": config.get("created"),
+        "model settings": _settings(settings.get("model")),
+        "training settings": _settings(settings.get("training")),
+    }
+    lines = [f"- {key}: {markdown(_plain(value))}" for key, value in facts.items()]
+    for task in analysis.facts.values():
+        lines.append(f"- task {markdown(task.name)}: {markdown(_task_line(task))}")
+    parts = ["## What was run", "\n".join(lines)]
+    if analysis.unfinished():
+        parts.append(f"**{total - done} of {total} cells are not done** and are in no mean:")
+        parts.append(
+            "\n".join(
+                f"- {markdown(str(record.cell))}: {record.state}"
+                + (f" ({markdown(record.reason)})" if record.reason else "")
+                for record in analysis.unfinished()
+            )
+        )
+    return parts
+
+
+def _plain(value: Any) -> str:
+    return "not recorded" if value in (None, "") else str(value)
+
+
+def _joined(values: dict[str, Any], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key} {values[key]}" for key in keys if values.get(key) is not None)
+
+
+def _settings(values: Any) -> str:
+    if not isinstance(values, dict):
+        return ""
+    return ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
+
+
+def _task_line(facts: TaskFacts) -> str:
+    parts = [facts.title]
+    if facts.test_size:
+        parts.append(f"{facts.test_size:,} test examples")
+    if facts.num_classes:
+        parts.append(f"{facts.num_classes} classes")
+    for name, level in (("chance", facts.chance), ("largest class", facts.majority)):
+        if level is not None:
+            parts.append(f"{name} {100 * level:.1f} %")
+    parts += [f"{key} = {json.dumps(value)}" for key, value in facts.provenance.items()]
+    return "; ".join(parts)
+
+
+def _findings(analysis: Analysis) -> list[str]:
+    parts = []
+    for task, facts in analysis.facts.items():
+        notice = analysis.notice(task)
+        parts.append(f"### {markdown(task)} ({markdown(facts.title)})" + (f": {notice}" if notice else ""))
+        sentences = [
+            *_accuracy_findings(analysis, facts),
+            *_difference_findings(analysis, task),
+            *_cost_findings(analysis, task),
+            *_learned_findings(analysis, task),
+        ]
+        if not any(analysis.mean(task, model, ACCURACY).n for model in analysis.names):
+            sentences = ["No cell of this task is done: nothing can be said."]
+        parts.append("\n".join(f"- {markdown(sentence)}" for sentence in sentences))
+    if analysis.no_patterns:
+        reasons = "; ".join(f"{cell} ({reason})" for cell, reason in analysis.no_patterns.items())
+        parts.append(f"Without attention patterns: {markdown(reasons)}.")
+    return parts or ["No task was planned: nothing can be said."]
+
+
+def _accuracy_findings(analysis: Analysis, facts: TaskFacts) -> list[str]:
+    means = {model: analysis.mean(facts.name, model, ACCURACY) for model in analysis.names}
+    means = {model: mean for model, mean in means.items() if mean.n}
+    shown = "; ".join(
+        f"{analysis.names[model]} {_percent(mean)}"
+        for model, mean in sorted(means.items(), key=lambda item: -item[1].mean)
+    )
+    sentences = [f"Test accuracy, from the highest: {shown}."]
+    if facts.test_size and facts.majority is not None:
+        error = math.sqrt(facts.majority * (1 - facts.majority) / facts.test_size)
+        near = [analysis.names[model] for model in means if means[model].mean <= facts.majority + 2 * error]
+        if near:
+            sentences.append(
+                f"Not told apart from always naming the largest class ({100 * facts.majority:.1f} %; two "
+                f"standard errors of the test set are {200 * error:.1f} points): {', '.join(near)}."
+            )
+    if any(mean.n == 1 for mean in means.values()) and facts.test_size:
+        typical = sum(mean.mean for mean in means.values()) / len(means)
+        error = math.sqrt(typical * (1 - typical) / facts.test_size)
+        sentences.append(
+            f"The {facts.test_size:,} test examples alone leave each accuracy a standard error of about "
+            f"{100 * error:.1f} points."
+        )
+    return sentences
+
+
+def _percent(mean: Estimate) -> str:
+    if mean.n < 2:
+        return f"{100 * mean.mean:.1f} % (n = {mean.n}, no interval)"
+    return (
+        f"{100 * mean.mean:.1f} % (n = {mean.n}, 95 % interval {100 * mean.low:.1f} to {100 * mean.high:.1f})"
+    )
+
+
+def _difference_findings(analysis: Analysis, task: str) -> list[str]:
+    if BASELINE not in analysis.names:
+        return [f"{BASELINE} was not among the models: there is no baseline to compare with."]
+    sentences = []
+    for row in analysis.differences:
+        if row.task != task:
+            continue
+        name = f"{analysis.names[row.model]} against {analysis.names[BASELINE]}"
+        points = f"{100 * row.mean.mean:+.1f} points of test accuracy"
+        if row.mean.n == 0:
+            sentences.append(f"{name}: no seed finished with both, so there is no comparison.")
+        elif row.mean.n == 1:
+            sentences.append(
+                f"{name}: {points} (n = 1: no interval; one seed cannot tell the mechanism from the luck of "
+                "the draw)."
+            )
+        else:
+            sentences.append(f"{name}: {points} on average {_evidence(row)}")
+    return sentences
+
+
+def _evidence(row: Difference) -> str:
+    n, _, low, high = row.mean
+    numbers = (
+        f"(n = {n}, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, p = {short_p(row.p)}, "
+        f"after Holm's correction {short_p(row.p_holm)})"
+    )
+    if row.verdict == "too few seeds":
+        return (
+            f"{numbers}. The smallest p value that {n} seeds can give is {short_p(row.smallest_p)}, "
+            f"{short_p(row.smallest_p_holm)} after the correction: too few seeds to tell."
+        )
+    if row.verdict == "not shown":
+        return f"{numbers}: a difference is not shown at the {SIGNIFICANCE} level."
+    word = {"higher": "better", "lower": "worse"}[row.verdict]
+    return f"{numbers}: {word} at the {SIGNIFICANCE} level, for these settings and this data."
+
+
+def _cost_findings(analysis: Analysis, task: str) -> list[str]:
+    """Time, memory and parameters as multiples of the baseline's, from the seeds that both have."""
+    sentences = []
+    for metric, what in (
+        ("seconds_per_epoch", "Time per training epoch"),
+        ("peak_memory_bytes", "Peak memory"),
+        ("parameters", "Parameters"),
+    ):
+        base = by_seed(analysis.table, task, BASELINE, metric)
+        ratios = []
+        for model, name in analysis.names.items():
+            values = by_seed(analysis.table, task, model, metric)
+            shared = [seed for seed in values if base.get(seed, 0) > 0]
+            if model != BASELINE and shared:
+                ratio = sum(values[seed] / base[seed] for seed in shared) / len(shared)
+                ratios.append(f"{name} {short(ratio)}")
+        if ratios:
+            mean = " (mean of the seeds' ratios)" if len(base) > 1 and metric != "parameters" else ""
+            sentences.append(
+                f"{what} as a multiple of {analysis.names[BASELINE]}'s{mean}: {'; '.join(ratios)}."
+            )
+    if sentences and "Parameters" in sentences[-1]:
+        sentences[-1] += " A difference in accuracy may also come from a difference in size."
+    return sentences
+
+
+def _learned_findings(analysis: Analysis, task: str) -> list[str]:
+    """How far the learned scalars moved between the first epoch and the last."""
+    learned = analysis.learned[analysis.learned["task"] == task]
+    sentences = []
+    for (scalar, model), lines in learned.groupby(["scalar", "model"], sort=False):
+        first = lines.groupby(["seed"])["epoch"].transform("min")
+        last = lines.groupby(["seed"])["epoch"].transform("max")
+        start = lines[lines["epoch"] == first].groupby("timescale")["value"].mean()
+        end = lines[lines["epoch"] == last].groupby("timescale")["value"].mean()
+        moves = ", ".join(f"{short(start[one])} to {short(end[one])}" for one in start.index)
+        what = "horizons in tokens" if scalar == "horizon" else "strength of gravity G"
+        sentences.append(
+            f"{analysis.names[str(model)]}: {what} from the end of the first epoch to that of the last, mean "
+            f"over layers, heads and seeds{', by timescale' if len(start) > 1 else ''}: {moves}."
+        )
+    return sentences
+
+
+def _how_to_reproduce(analysis: Analysis) -> list[str]:
+    command = one_line(str(analysis.results.config.get("command") or "python run_experiment.py"))
+    folder = one_line(analysis.results.root.resolve().name)
+    commit = analysis.results.environment.get("git_commit")
+    where = f"At commit {markdown(str(commit))}, with" if commit else "With"
+    definitions = [
+        "Test accuracy is that of the weights of the best validation accuracy; the test set is read once.",
+        "Epochs to 90 % of best: the first epoch whose validation accuracy reaches 90 % of its maximum; "
+        "above chance: the first with (accuracy - chance) / (maximum - chance) of at least 0.9.",
+        "Time per epoch is that of the training steps, without evaluation and without the first step.",
+        "Peak memory is the CUDA allocator's on a GPU, the resident set of the process on a CPU.",
+        "Entropy of a row: of a query's weights over the log of the number of tokens, mean over examples, "
+        "layers and heads: 1 = even weights, 0 = one token.",
+    ]
+    return [
+        "## Definitions",
+        "\n".join(f"- {markdown(line)}" for line in definitions),
+        "## How to reproduce",
+        f"{where} the packages of requirements.txt:",
+        code_block(f"{command}\npython analyze_results.py {folder}", "sh"),
+        "The first command makes a new results folder; the second remakes this analysis from this one.",
+    ]

@@ -1,0 +1,279 @@
+"""Figures that compare models: bars with their seeds, learning curves, improvement, radar.
+
+Plot functions take data and `ax` and return `ax`; the *_figure functions lay panels out. `values` is a part
+of the tidy table (comparison_tables.py) with the columns model, seed, value, for one task and one metric.
+Every mean is drawn with its 95 % t interval where two seeds or more allow one, and with a mark per seed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.projections.polar import PolarAxes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from figure_style import ModelStyle, model_legend, new_figure, no_data
+from seed_statistics import Estimate, estimate
+
+BAR_ROOM = 0.42  # inches per bar
+CURVES = (
+    ("train_accuracy", "training accuracy (%)", 100.0),
+    ("val_accuracy", "validation accuracy (%)", 100.0),
+    ("train_loss", "training loss (nats)", 1.0),
+    ("val_loss", "validation loss (nats)", 1.0),
+)
+
+
+def seed_values(values: pd.DataFrame, model: str, scale: float = 1.0) -> list[float]:
+    """A model's values, by ascending seed."""
+    mine = values[values["model"] == model].sort_values("seed")
+    return [float(value) * scale for value in mine["value"]]
+
+
+def plot_bars(
+    values: pd.DataFrame,
+    styles: dict[str, ModelStyle],
+    ax: Axes,
+    *,
+    scale: float = 1.0,
+    form: Callable[[float], str] = "{:.1f}".format,
+    absent: Mapping[str, str] | None = None,
+    unmeasured: str = "not measured",
+) -> Axes:
+    """A horizontal bar from 0 to each model's mean. A model without a value has its words in `absent`, which
+    are for those without any result, or else `unmeasured`."""
+    reach = 0.0
+    for row, (model, style) in enumerate(styles.items()):
+        numbers = seed_values(values, model, scale)
+        mean = estimate(numbers)
+        if not numbers:
+            words = (absent or {}).get(model, unmeasured)
+            ax.text(0.01, row, words, transform=ax.get_yaxis_transform(), va="center", color="#666666")
+            continue
+        ax.barh(row, mean.mean, height=0.66, color=style.color, alpha=0.3, zorder=1)
+        _draw_seeds(ax, numbers, row, style)
+        _draw_interval(ax, mean, row)
+        end = max(*numbers, min(mean.high, 1.5 * max(numbers))) if mean.n > 1 else numbers[0]
+        label = form(mean.mean) + ("" if mean.n > 1 else "  (n = 1)")
+        ax.annotate(label, (end, row), (6, 0), textcoords="offset points", va="center", size=8)
+        reach = max(reach, end)
+    ax.set_xlim(0, reach * 1.25 or 1)
+    _name_rows(ax, styles)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    ax.grid(axis="x")
+    return ax
+
+
+def _draw_seeds(ax: Axes, numbers: Sequence[float], row: int, style: ModelStyle) -> None:
+    """A mark per seed, the first seed uppermost."""
+    spread = np.linspace(-0.2, 0.2, len(numbers)) if len(numbers) > 1 else np.zeros(1)
+    ax.plot(
+        numbers, row + spread, style.marker, color=style.color, ms=4.5, mec="white", mew=0.5, clip_on=False
+    )
+
+
+def _draw_interval(ax: Axes, mean: Estimate, row: int) -> None:
+    if mean.n > 1:
+        half = mean.mean - mean.low
+        ax.errorbar(mean.mean, row, xerr=half, fmt="|", color="black", ms=9, capsize=3, lw=1.2, zorder=4)
+
+
+def _name_rows(ax: Axes, styles: dict[str, ModelStyle]) -> None:
+    ax.set_yticks(range(len(styles)), [style.name for style in styles.values()])
+    ax.set_ylim(len(styles) - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0)
+
+
+def _bar_height(models: int, rows: int = 1) -> float:
+    return 1.3 + rows * (0.75 + BAR_ROOM * models)
+
+
+def plot_accuracy(
+    values: pd.DataFrame,
+    styles: dict[str, ModelStyle],
+    ax: Axes,
+    *,
+    chance: float | None = None,
+    majority: float | None = None,
+    absent: Mapping[str, str] | None = None,
+) -> Axes:
+    """Test accuracy in percent, from 0, with the levels of guessing and of the largest class as lines."""
+    plot_bars(values, styles, ax, scale=100, form="{:.1f} %".format, absent=absent)
+    levels = {"chance": (chance, ":"), "largest class": (majority, "--")}
+    if chance is not None and majority is not None and abs(chance - majority) < 5e-4:
+        levels = {"chance = largest class": (chance, "--")}
+    for name, (level, line) in levels.items():
+        if level is not None:
+            ax.axvline(100 * level, color="#555555", ls=line, lw=1.2, label=f"{name}: {100 * level:.1f} %")
+    ax.set_xlim(0, max(ax.get_xlim()[1], 110 * max(chance or 0, majority or 0)))
+    ax.set_xlabel("test accuracy (%)")
+    return ax
+
+
+def accuracy_figure(
+    values: pd.DataFrame,
+    styles: dict[str, ModelStyle],
+    title: str,
+    *,
+    chance: float | None = None,
+    majority: float | None = None,
+    absent: Mapping[str, str] | None = None,
+) -> Figure:
+    figure, axes = new_figure(1, 1, width=7, height=_bar_height(len(styles)))
+    ax = plot_accuracy(values, styles, axes[0, 0], chance=chance, majority=majority, absent=absent)
+    levels = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
+    model_legend(figure, [], levels)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_curves(
+    epochs: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes, column: str, scale: float = 1.0
+) -> Axes:
+    """`column` by epoch. Thick: the mean over the finished seeds, as long as all of them ran; band: from the
+    smallest to the largest; thin: each seed. A cell that did not finish is dotted and ends in a cross.
+
+    `epochs`: model, seed, state, epoch and the column."""
+    for model, style in styles.items():
+        mine = epochs[(epochs["model"] == model) & epochs[column].notna()]
+        for (_, state), cell in mine.groupby(["seed", "state"]):
+            line: dict[str, Any] = {"lw": 0.7, "alpha": 0.5} if state == "done" else {"lw": 1.0, "ls": ":"}
+            ax.plot(cell["epoch"], scale * cell[column], color=style.color, **line)
+            if state != "done":
+                ax.plot(cell["epoch"].iloc[-1:], scale * cell[column].iloc[-1:], "x", color=style.color, ms=7)
+        done = mine[mine["state"] == "done"]
+        spread = done.groupby("epoch")[column].agg(["mean", "min", "max", "count"])
+        shared = spread[spread["count"] == done["seed"].nunique()] * scale
+        x = shared.index.to_numpy()
+        every = max(1, len(x) // 10)
+        ax.plot(x, shared["mean"], color=style.color, marker=style.marker, markevery=every, label=style.name)
+        if done["seed"].nunique() > 1:
+            ax.fill_between(x, shared["min"], shared["max"], color=style.color, alpha=0.12, lw=0)
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    ax.set_xlabel("epoch")
+    ax.grid(axis="y")
+    return ax
+
+
+def curves_figure(
+    epochs: pd.DataFrame, styles: dict[str, ModelStyle], title: str, *, chance: float | None = None
+) -> Figure:
+    """Accuracy and loss in training and validation. Both panels of a row share their scale."""
+    figure, axes = new_figure(2, 2, width=8.4, height=6.2, sharey="row", sharex=True)
+    for ax, (column, label, scale) in zip(axes.flat, CURVES, strict=True):
+        plot_curves(epochs, styles, ax, column, scale).set_ylabel(label)
+        ax.tick_params(labelleft=True, labelbottom=True)
+    extra = []
+    if chance is not None:
+        for ax in axes[0]:
+            extra = [ax.axhline(100 * chance, color="#555555", ls=":", lw=1.2, label="chance")]
+    present = [style for model, style in styles.items() if model in set(epochs["model"])]
+    if (epochs["state"] != "done").any():
+        extra.append(Line2D([], [], color="#444444", ls=":", marker="x", label="did not finish"))
+    model_legend(figure, present, extra)
+    figure.suptitle(title)
+    return figure
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel of bars: the metric, its axis label, its scale and form, the words where there is no value."""
+
+    metric: str
+    label: str
+    scale: float = 1.0
+    form: Callable[[float], str] = "{:.1f}".format
+    unmeasured: str = "not measured"
+
+
+def bars_figure(
+    table: pd.DataFrame,
+    styles: dict[str, ModelStyle],
+    panels: Sequence[Panel],
+    title: str,
+    *,
+    absent: Mapping[str, str] | None = None,
+) -> Figure:
+    """The panels, two to a row. `table`: model, seed, metric, value of one task."""
+    rows = (len(panels) + 1) // 2
+    figure, axes = new_figure(rows, 2, width=9.6, height=_bar_height(len(styles), rows) - 0.5, sharey=True)
+    for ax, panel in zip(axes.flat, panels, strict=True):
+        values = table[table["metric"] == panel.metric]
+        words: dict[str, Any] = {"form": panel.form, "absent": absent, "unmeasured": panel.unmeasured}
+        plot_bars(values, styles, ax, scale=panel.scale, **words).set_xlabel(panel.label)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_improvement(values: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes) -> Axes:
+    """Percent by which each model improves on the baseline, one mark per seed; right of 0 is better."""
+    ax.axvline(0, color="#555555", lw=1)
+    for row, (model, style) in enumerate(styles.items()):
+        numbers = seed_values(values, model)
+        mean = estimate(numbers)
+        if not numbers:
+            ax.text(0.02, row, "no pair", transform=ax.get_yaxis_transform(), va="center", color="#666666")
+            continue
+        _draw_seeds(ax, numbers, row, style)
+        _draw_interval(ax, mean, row)
+        label = f"{mean.mean:+.1f} %" + ("" if mean.n > 1 else " (n = 1)")
+        ax.annotate(label, (mean.mean, row), (0, 13), textcoords="offset points", ha="center", size=8)
+    _name_rows(ax, styles)
+    ax.margins(x=0.25)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.grid(axis="x")
+    return ax
+
+
+def improvement_figure(
+    improvements: pd.DataFrame,
+    styles: dict[str, ModelStyle],
+    panels: Sequence[tuple[str, str]],
+    title: str,
+) -> Figure:
+    """A panel per (metric, label). `improvements`: model, metric, seed, value in percent."""
+    rows = (len(panels) + 1) // 2
+    figure, axes = new_figure(rows, 2, width=9.6, height=_bar_height(len(styles), rows) - 0.4, sharey=True)
+    for ax, (metric, label) in zip(axes.flat, panels, strict=True):
+        plot_improvement(improvements[improvements["metric"] == metric], styles, ax).set_xlabel(label)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_radar(scores: pd.DataFrame, styles: dict[str, ModelStyle], ax: PolarAxes) -> PolarAxes:
+    """Scores 0 to 1 of each model (rows) on each axis (columns); an axis without a score is left open."""
+    angles = np.linspace(0, 2 * np.pi, scores.shape[1], endpoint=False)
+    closed = np.append(angles, angles[0])
+    for model, row in scores.iterrows():
+        style = styles[str(model)]
+        values = np.append(row.to_numpy(float), row.iloc[0])
+        ax.plot(closed, values, color=style.color, marker=style.marker, label=style.name)
+        if np.isfinite(values).all():
+            ax.fill(closed, values, color=style.color, alpha=0.06, lw=0)
+    ax.set_theta_offset(np.pi / 2)
+    ax.set_theta_direction(-1)
+    ax.set_xticks(angles, list(scores.columns))
+    ax.tick_params(axis="x", pad=14)
+    ax.set_ylim(0, 1.05)
+    ax.set_yticks([0.25, 0.5, 0.75, 1.0], ["0.25", "0.5", "0.75", "1"])
+    ax.tick_params(axis="y", labelsize=7, labelcolor="#555555")
+    ax.set_rlabel_position(45)
+    return ax
+
+
+def radar_figure(scores: pd.DataFrame, styles: dict[str, ModelStyle], title: str) -> Figure:
+    figure, axes = new_figure(1, 1, width=6.4, height=5.6, subplot_kw={"projection": "polar"})
+    present = [style for model, style in styles.items() if model in scores.index]
+    if scores.notna().to_numpy().any():
+        plot_radar(scores, styles, axes[0, 0])
+    else:
+        no_data(axes[0, 0], "no scores")
+    model_legend(figure, present)
+    figure.suptitle(title)
+    return figure

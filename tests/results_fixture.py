@@ -1,0 +1,196 @@
+"""Results folders as run_experiment.py writes them, with seeded random numbers and no training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from results_folder import Cell
+
+MODELS = ("conventional", "gravitational", "multi_timescale", "gravitational_multi_timescale")
+TITLES = {"listops": "ListOps (LRA)", "imdb": "IMDb bytes (LRA Text)"}
+EDGES = np.concatenate([[0], 2 ** np.arange(11)])
+LAYERS, EXAMPLES, HEADS, TOKENS = 2, 3, 4, 40
+TEXT = "the film was not bad, but its end is a mess"
+
+
+def task_info(task: str, stand_in_for: str | None = None) -> dict[str, Any]:
+    classes = 10 if task == "listops" else 2
+    return {
+        "title": TITLES.get(task, task.replace("_", " ").capitalize()),
+        "num_classes": classes,
+        "chance": 1 / classes,
+        "majority": 0.175 if task == "listops" else 0.5,
+        "test_size": 2000,
+        "class_names": [str(number) for number in range(classes)],
+        "provenance": {"source": "generated", "seed": 0, "sha256": "0" * 64},
+        "stand_in_for": stand_in_for,
+    }
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
+
+
+def make_results(
+    root: Path,
+    *,
+    tasks: tuple[str, ...] = ("listops", "imdb"),
+    models: tuple[str, ...] = MODELS,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    states: dict[Cell, str] | None = None,
+    preset: str = "full",
+    stand_in_for: dict[str, str] | None = None,
+    epochs: int = 6,
+    patterns: bool = True,
+) -> Path:
+    """A results folder at `root`. `states`: of cells that are not done; "missing" leaves no file behind."""
+    cells = [Cell(task, model, seed) for seed in seeds for task in tasks for model in models]
+    command = f"python run_experiment.py --preset {preset}"
+    config = {
+        "schema_version": 1,
+        "preset": preset,
+        "argv": ["--preset", preset],
+        "command": command,
+        "settings": {"model": {"embed_dim": 128, "gammas": None}, "training": {"learning_rate": 1e-4}},
+        "models": list(models),
+        "tasks": list(tasks),
+        "seeds": list(seeds),
+        "task_info": {task: task_info(task, (stand_in_for or {}).get(task)) for task in tasks},
+        "cells": [{"task": cell.task, "model": cell.model, "seed": cell.seed} for cell in cells],
+        "created": "2026-01-02T03:04:05+0000",
+    }
+    write(root / "config.json", config)
+    write(
+        root / "environment.json",
+        {"python": "3.11.7", "torch": "2.13.0", "cpu": "A CPU", "cores": 2, "threads": 2, "device": "cpu"}
+        | {"device_name": "A CPU", "git_commit": "c0ffee" * 6 + "c0ff", "git_dirty": False},
+    )
+    for cell in cells:
+        make_cell(root, cell, models.index(cell.model), (states or {}).get(cell, "done"), epochs, patterns)
+    return root
+
+
+def make_cell(root: Path, cell: Cell, number: int, state: str, epochs: int, patterns: bool) -> None:
+    """One cell; `number` is the model's place, which sets its level."""
+    if state == "missing":
+        return
+    folder = cell.folder(root)
+    reasons = {
+        "failed": "RuntimeError: out of memory (x.py:1 in f)",
+        "diverged": "the loss is nan in epoch 3",
+    }
+    write(folder / "status.json", {"state": state, "reason": reasons.get(state, ""), "time": "2026-01-02"})
+    write(folder / "config.json", {"schema_version": 1, "task": cell.task, "model": cell.model})
+    if state == "pending":
+        return
+    draws = np.random.default_rng([cell.seed, number, len(cell.task)])
+    top = (0.36 if cell.task == "listops" else 0.62) + 0.015 * number + draws.normal(0, 0.006)
+    chance = 0.1 if cell.task == "listops" else 0.5
+    if state == "diverged":
+        epochs = max(1, epochs // 2)
+    rows = [epoch_row(epoch, top, chance, number, cell.model, draws) for epoch in range(1, epochs + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    if state != "done":
+        return
+    write(folder / "result.json", cell_result(rows, number, float(top), draws))
+    if patterns:
+        save_patterns(folder / "attention_patterns.npz", cell.model, draws)
+
+
+def epoch_row(
+    epoch: int, top: float, chance: float, number: int, model: str, draws: np.random.Generator
+) -> dict[str, Any]:
+    reached = 1 - np.exp(-epoch / (1.5 + 0.5 * number))
+    accuracy = float(chance + (top - chance) * reached + draws.normal(0, 0.003))
+    learned: dict[str, Any] = {}
+    for layer in range(LAYERS):
+        scalars: dict[str, Any] = {}
+        if "timescale" in model:
+            rho = np.array([[0.9], [0.99], [0.999]]) + np.zeros((3, HEADS))
+            scalars["gamma"] = (1 - (1 - rho) * np.exp(-0.03 * epoch * draws.random(rho.shape))).tolist()
+        if "gravitational" in model:
+            timescales = 3 if "timescale" in model else 1
+            scalars["gravity"] = np.exp(0.02 * epoch * draws.normal(size=(timescales, HEADS))).tolist()
+        if scalars:
+            learned[f"layer{layer}"] = scalars
+    return {
+        "epoch": epoch,
+        "train_loss": float(2 - reached + draws.normal(0, 0.01)),
+        "train_accuracy": accuracy + 0.01,
+        "val_loss": float(2.02 - 0.95 * reached + draws.normal(0, 0.01)),
+        "val_accuracy": accuracy,
+        "train_seconds": 10.0 * (1 + number),
+        "eval_seconds": 1.0,
+        "train_tokens": 100_000,
+        "train_examples": 1000,
+        "tokens_per_second": 1e4 / (1 + number),
+        "learning_rate": 1e-4,
+        "peak_memory_bytes": 2**29,
+        "learned": learned,
+    }
+
+
+def cell_result(
+    rows: list[dict[str, Any]], number: int, top: float, draws: np.random.Generator
+) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "test_accuracy_best": top,
+        "test_accuracy_last": top - 0.004,
+        "test_loss_best": 1.0,
+        "test_loss_last": 1.1,
+        "best_epoch": len(rows),
+        "best_val_accuracy": rows[-1]["val_accuracy"],
+        "epochs_run": len(rows),
+        "stopped_early": False,
+        "convergence_epoch": 1,
+        "convergence_epoch_above_chance": min(len(rows), 3 + number),
+        "seconds_per_epoch": float(10 * (1 + number) + draws.random()),
+        "tokens_per_second": float(1e4 / (1 + number) + draws.random()),
+        "peak_memory_bytes": int(2**29 * (1 + 0.3 * number)),
+        "memory_kind": "resident set",
+        "parameters": 300_000 + 50_000 * number,
+        "attention_parameters": 130_000 + 50_000 * number,
+        "attention_patterns_reason": "",
+        "test_predictions_best": "test_predictions.npz",
+        "wall_seconds": 100.0,
+    }
+
+
+def pattern_arrays(model: str, draws: np.random.Generator) -> dict[str, np.ndarray]:
+    timescales = 3 if "timescale" in model else 1
+    lengths = np.array([TOKENS, 28, 17])[:EXAMPLES]
+    tokens = np.zeros((EXAMPLES, TOKENS), np.int32)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[:length] = [ord(letter) + 1 for letter in TEXT[:length]]
+    true = np.arange(TOKENS) < lengths[:, None]
+    logits = draws.normal(size=(LAYERS, EXAMPLES, timescales, HEADS, TOKENS, TOKENS))
+    distance = np.abs(np.arange(TOKENS)[:, None] - np.arange(TOKENS))
+    decay = np.array([0.9, 0.99, 0.999])[:timescales] if timescales > 1 else np.ones(1)
+    logits = logits + np.log(decay)[:, None, None, None] * distance
+    pair = true[:, None, None, :, None] & true[:, None, None, None, :]
+    weights = np.where(pair, np.exp(logits), 0)
+    maps = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    shares = draws.random((LAYERS, timescales, HEADS, len(EDGES) - 1)) + 0.2
+    arrays = {
+        "tokens": tokens,
+        "symbols": np.array([[chr(token - 1).replace(" ", "␣") if token else "" for token in row] for row in tokens]),
+        "lengths": lengths,
+        "labels": np.arange(EXAMPLES),
+        "predictions": np.zeros(EXAMPLES, np.int64),
+        "maps": maps.astype(np.float16),
+        "distance_edges": EDGES,
+        "distance_share": shares / shares.sum(-1, keepdims=True),
+    }
+    if "gravitational" in model:
+        for role in ("key_mass", "query_mass"):
+            mass = draws.random(maps.shape[:-1]) + (tokens % 7)[:, None, None, :] / 5
+            arrays[role] = np.where(true[:, None, None, :], mass, 0).astype(np.float32)
+    return arrays
+
+
+def save_patterns(path: Path, model: str, draws: np.random.Generator) -> None:
+    np.savez_compressed(path, allow_pickle=False, **pattern_arrays(model, draws))

@@ -128,7 +128,7 @@ def tables(analysis: Analysis) -> list[TextTable]:
         found.append(_difference_table(analysis))
     if analysis.unfinished():
         rows = [[str(record.cell), record.state, record.reason or NONE] for record in analysis.unfinished()]
-        found.append(TextTable("Cells that are not done", ["cell", "state", "reason"], rows))
+        found.append(TextTable("Cells that are not done", ["cell", "state", "reason"], rows, names=3))
     return found
 
 
@@ -152,14 +152,23 @@ def _difference_table(analysis: Analysis) -> TextTable:
         notice = analysis.notice(row.task)
         p_values = (short_p(p) for p in (row.p, row.smallest_p, row.p_holm))
         task = row.task + (f" ({notice})" if notice else "")
-        rows.append([analysis.names[row.model], task, str(row.mean.n), shown_mean(row.mean, 100), *p_values, row.verdict])
+        rows.append(
+            [
+                analysis.names[row.model],
+                task,
+                str(row.mean.n),
+                shown_mean(row.mean, 100),
+                *p_values,
+                row.verdict,
+            ]
+        )
     header = ["model", "task", "n", "difference (points)", "p", "smallest p at this n", "p (Holm)", "verdict"]
     tested = sum(row.mean.n > 0 for row in analysis.differences)
     note = (
-        f"test accuracy minus that of {BASELINE}, paired by seed: mean [95 % t interval]; p: exact, two-sided "
-        f"sign-flip test; Holm's correction over the {tested} comparisons"
+        f"test accuracy minus that of {BASELINE}, paired by seed: mean [95 % t interval]; p: exact, "
+        f"two-sided sign-flip test; Holm's correction over the {tested} comparisons"
     )
-    return TextTable(f"Differences to {BASELINE}", header, rows, note)
+    return TextTable(f"Differences to {BASELINE}", header, rows, note, names=2)
 
 
 def report(analysis: Analysis, figures: dict[str, list[FigureNote]]) -> str:
@@ -213,6 +222,8 @@ def _what_was_run(analysis: Analysis) -> list[str]:
         "processor": _joined(environment, ("cpu", "cores", "threads")),
         "software": _joined(environment, ("python", "torch", "numpy", "cuda", "platform")),
         "commit": commit,
+        "arithmetic": _distinct(analysis, "precision"),
+        "memory is that of the": _distinct(analysis, "memory_kind"),
         "started": config.get("created"),
         "model settings": _settings(settings.get("model")),
         "training settings": _settings(settings.get("training")),
@@ -231,6 +242,12 @@ def _what_was_run(analysis: Analysis) -> list[str]:
             )
         )
     return parts
+
+
+def _distinct(analysis: Analysis, key: str) -> str:
+    """What the finished cells say of `key`."""
+    values = [str((record.result or {}).get(key) or "") for record in analysis.results.cells]
+    return ", ".join(sorted(set(values) - {""}))
 
 
 def _plain(value: Any) -> str:
@@ -264,7 +281,9 @@ def _findings(analysis: Analysis) -> list[str]:
     parts = []
     for task, facts in analysis.facts.items():
         notice = analysis.notice(task)
-        parts.append(f"### {markdown(task)} ({markdown(facts.title)})" + (f": {notice}" if notice else ""))
+        parts.append(
+            f"### {markdown(task)} ({markdown(facts.title)})" + (f": {markdown(notice)}" if notice else "")
+        )
         sentences = [
             *_accuracy_findings(analysis, facts),
             *_difference_findings(analysis, task),
@@ -407,6 +426,7 @@ def _how_to_reproduce(analysis: Analysis) -> list[str]:
         "above chance: the first with (accuracy - chance) / (maximum - chance) of at least 0.9.",
         "Time per epoch is that of the training steps, without evaluation and without the first step.",
         "Peak memory is the CUDA allocator's on a GPU, the resident set of the process on a CPU.",
+        f"Weight within {NEAR} tokens: the share of a query's weight at |i - j| < {NEAR}, in long examples.",
         "Entropy of a row: of a query's weights over the log of the number of tokens, mean over examples, "
         "layers and heads: 1 = even weights, 0 = one token.",
     ]

@@ -33,9 +33,9 @@ def shown_example(patterns: AttentionPatterns) -> tuple[int, int]:
 def plot_attention_map(
     weights: np.ndarray, symbols: np.ndarray, ax: Axes, largest: float, *, labels: str = "both"
 ) -> Axes:
-    """A map (M, M) with its tokens (M,): row = query, column = key. `labels`: "both", "queries", "keys" or "none".
+    """A map (M, M) with its tokens (M,): row = query, column = key.
 
-    The colour is the square root of the weight, up to `largest`, so that small weights are seen too."""
+    labels: which are written, "both", "queries", "keys" or "none". The colour is the square root of the weight, up to `largest`, so that small weights are seen too."""
     image = weights.astype(np.float32)
     ax.imshow(image, cmap="viridis", norm=PowerNorm(0.5, 0, largest), interpolation="nearest", aspect="equal")
     shown = [drawable(symbol, 8) for symbol in symbols]
@@ -76,13 +76,15 @@ def figure_of_maps(
 
 
 def attention_figure(patterns: AttentionPatterns, title: str) -> Figure:
-    """The mean over heads of one example: a row per layer, a column per timescale."""
+    """The mean over heads of one example: a row per layer, a column per timescale, or layers in one row."""
     example, length = shown_example(patterns)
     maps = patterns.maps[:, example, :, :, :length, :length].astype(np.float32).mean(2)
     panels = [
         [(_panel_name(layer, timescale, len(row)), weights) for timescale, weights in enumerate(row)]
         for layer, row in enumerate(maps)
     ]
+    if maps.shape[1] == 1:
+        panels = [[panel for row in panels for panel in row]]
     return figure_of_maps(panels, patterns.symbols[example, :length], title)
 
 
@@ -176,14 +178,16 @@ def mass_figure(
 def plot_learned(learned: pd.DataFrame, style: ModelStyle, ax: Axes) -> Axes:
     """A learned scalar by epoch: a line per layer and timescale, the mean over heads and seeds.
 
-    `learned`: scalar, layer, timescale, epoch, value. The band goes from the smallest to the largest."""
+    `learned`: scalar, layer, timescale, epoch, value. The band, left out where several would lie on each
+    other, goes from the smallest to the largest."""
     horizon = bool((learned["scalar"] == "horizon").all())
     values = learned.groupby(["layer", "timescale", "epoch"])["value"].agg(["mean", "min", "max"])
     for layer, timescale in learned[["layer", "timescale"]].drop_duplicates().to_numpy().tolist():
         lines = values.loc[layer, timescale]
         epochs = lines.index.to_numpy()
         ax.plot(epochs, lines["mean"], LINE_STYLES[layer % len(LINE_STYLES)], color=style.color)
-        ax.fill_between(epochs, lines["min"], lines["max"], color=style.color, alpha=0.1, lw=0)
+        if horizon or learned["timescale"].nunique() == 1:
+            ax.fill_between(epochs, lines["min"], lines["max"], color=style.color, alpha=0.1, lw=0)
         if horizon and layer == learned["layer"].min():
             ax.plot(epochs[-1], lines["mean"].iloc[-1], style.marker, color=style.color)
             end, name = (epochs[-1], lines["mean"].iloc[-1]), f"t = {timescale + 1}"
@@ -195,7 +199,8 @@ def plot_learned(learned: pd.DataFrame, style: ModelStyle, ax: Axes) -> Axes:
     ax.set_xlabel("epoch")
     ax.set_title(style.name)
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    ax.margins(x=0.15)
+    first, last = int(learned["epoch"].min()), int(learned["epoch"].max())
+    ax.set_xlim(first - 0.05 * max(1, last - first), last + 0.16 * max(1, last - first))
     ax.grid(axis="y")
     return ax
 

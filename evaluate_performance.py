@@ -9,15 +9,20 @@ Symbols: K examples of at most M tokens, T timescales, H heads, B distance bins.
 weights of query i over the keys j. Importing needs numpy only, and draws nothing.
 """
 
+import functools
+import itertools
 import math
+import sys
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from results_folder import CellRecord, Results
+from command_line import EXIT_DONE, InputError, Parser, exit_code
+from results_folder import ANALYSIS, CellRecord, Results, file_name, read_results, replaced_folder
 
 PROG = "evaluate_performance.py"
 PATTERNS = "attention_patterns.npz"
@@ -144,19 +149,121 @@ def token_masses(patterns: Sequence[AttentionPatterns], role: str = "key") -> li
     return sorted(rows, key=lambda row: (-row[1], row[0]))
 
 
-def run_numbers(results: Results, record: CellRecord) -> list[str]:
-    """What there is to say about one cell, a line each."""
+def run_numbers(record: CellRecord, patterns: AttentionPatterns | None) -> list[str]:
+    """What there is to say about one run, a line each."""
     lines = [f"{record.cell}: {record.state}" + (f" ({record.reason})" if record.reason else "")]
-    for row in record.metrics[-1:]:
-        lines.append(
-            f"epoch {row['epoch']}: "
-            + ", ".join(
-                f"{name} {row[name]:.4g}"
-                for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
-                if isinstance(row.get(name), int | float)
-            )
-        )
-    for name, value in (record.result or {}).items():
-        if isinstance(value, int | float) and name != "schema_version":
-            lines.append(f"{name:32}{value:,}" if isinstance(value, int) else f"{name:32}{value:.6g}")
+    numbers: dict[str, Any] = dict(record.result or {})
+    if record.metrics:
+        numbers |= {f"last {name}": value for name, value in record.metrics[-1].items()}
+    if patterns is not None:
+        numbers["attention_entropy"] = float(attention_entropy(patterns).mean())
+        for distance in patterns.distance_edges[1:].tolist():
+            numbers[f"attention_share_within_{distance}"] = float(share_within(patterns, distance).mean())
+        masses = token_masses([patterns])
+        if masses:
+            numbers["heaviest_tokens"] = " ".join(symbol for symbol, _, _ in masses[:8])
+            numbers["lightest_tokens"] = " ".join(symbol for symbol, _, _ in masses[:-9:-1])
+    for name, value in numbers.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+        if isinstance(value, str) and value:
+            lines.append(f"  {name:32}{value}")
     return lines
+
+
+def draw_run(
+    results: Results, record: CellRecord, patterns: AttentionPatterns | None, folder: Path
+) -> list[str]:
+    """Draw the run's learning curves, learned scalars and attention into `folder`; returns the file names."""
+    # Not at the top: the trainer imports this file, and trains without the libraries that draw.
+    import attention_figures
+    from comparison_tables import distance_table, epoch_table, learned_table, models_of, task_facts
+    from figure_style import figure_style, model_styles, save_figure
+    from figures import curves_figure
+
+    styles = model_styles(models_of(results))
+    facts = task_facts(results, record.cell.task)
+    notice = " (smoke test)" if results.config.get("preset") == "smoke" else ""
+    notice += f" (stand-in for {facts.stand_in_for})" if facts.stand_in_for else ""
+    title = f"{styles[record.cell.model].name} on {record.cell.task}, seed {record.cell.seed}{notice}"
+    only = replace(results, cells=[record])
+    figures: dict[str, Callable[[], Any]] = {}
+    if record.metrics:
+        epochs = epoch_table(only)
+        figures["learning_curves"] = lambda: curves_figure(epochs, styles, title, chance=facts.chance)
+    learned = learned_table(only)
+    if len(learned):
+        figures["learned"] = lambda: attention_figures.learned_figure(learned, styles, title)
+    if patterns is not None:
+        shares = distance_table({record.cell: patterns})
+        figures["attention_distance"] = lambda: attention_figures.distance_figure(shares, styles, title)
+        masses = token_masses([patterns])
+        if masses:
+            by_model = {record.cell.model: masses}
+            figures["masses"] = lambda: attention_figures.mass_figure(by_model, styles, title)
+        layers, _, timescales = patterns.maps.shape[:3]
+        for layer, timescale in itertools.product(range(layers), range(timescales)):
+            place = f"layer {layer + 1}, timescale {timescale + 1}"
+            figures[f"attention_layer{layer + 1}_timescale{timescale + 1}"] = functools.partial(
+                attention_figures.head_figure, patterns, layer, timescale, f"{title}\n{place}"
+            )
+    with figure_style():
+        for stem, draw in figures.items():
+            save_figure(draw(), folder, stem)
+    return [f"{stem}.png" for stem in figures]
+
+
+def find_run(folder: Path) -> tuple[Results, CellRecord]:
+    """The results folder around a run's folder, and the run; InputError where it is none of the planned."""
+    folder = folder.resolve()
+    if len(folder.parents) < 3 or not (folder.parents[2] / "config.json").is_file():
+        raise InputError(f"{folder} is not a run; give RESULTS/task/model/seed0 of a results folder")
+    results = read_results(folder.parents[2])
+    for record in results.cells:
+        if record.folder.resolve() == folder:
+            return results, record
+    raise InputError(f"{folder} is not among the runs that {folder.parents[2] / 'config.json'} planned")
+
+
+def evaluate(folder: Path) -> Path:
+    """Print one run's numbers and draw its figures; returns the folder they are in.
+
+    Raises InputError where `folder` is no run of a results folder, or nothing can be written."""
+    results, record = find_run(folder)
+    patterns, why = None, ""
+    try:
+        patterns = read_attention_patterns(record.folder / PATTERNS)
+    except ValueError as error:
+        why = f"no attention patterns: {error}"
+    print("\n".join(filter(None, [*run_numbers(record, patterns), why])))
+    cell = record.cell
+    target = results.root / ANALYSIS / f"{file_name(cell.task)}_{file_name(cell.model)}_seed{cell.seed}"
+    try:
+        target.parent.mkdir(exist_ok=True)
+        with replaced_folder(target) as fresh:
+            drawn = draw_run(results, record, patterns, fresh)
+    except OSError as error:
+        raise InputError(f"the figures cannot be written to {target}: {error}") from error
+    print(f"figures: {target} ({', '.join(drawn) or 'nothing to draw'})")
+    return target
+
+
+def make_parser() -> Parser:
+    intro, example, rest = (__doc__ or "").split("\n\n", 2)
+    parser = Parser(prog=PROG, description=f"{intro}\n\n{rest}", epilog=f"example:\n{example}")
+    parser.add_argument("folder", type=Path, metavar="RUN", help="RESULTS/task/model/seed0: a run's folder")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    evaluate(make_parser().parse_args(argv).folder)
+    return EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    return exit_code(PROG, lambda: run(given))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -259,7 +259,9 @@ def plot_radar(scores: pd.DataFrame, styles: dict[str, ModelStyle], ax: PolarAxe
     ax.set_theta_offset(np.pi / 2)
     ax.set_theta_direction(-1)
     ax.set_xticks(angles, list(scores.columns))
-    ax.tick_params(axis="x", pad=14)
+    for label, angle in zip(ax.get_xticklabels(), angles, strict=True):
+        side = float(np.sin(angle))
+        label.set_horizontalalignment("left" if side > 0.1 else "right" if side < -0.1 else "center")
     ax.set_ylim(0, 1.05)
     ax.set_yticks([0.25, 0.5, 0.75, 1.0], ["0.25", "0.5", "0.75", "1"])
     ax.tick_params(axis="y", labelsize=7, labelcolor="#555555")

@@ -102,8 +102,6 @@ class TaskFigures:
 
     def draw(self) -> Drawn:
         """One figure after the other, so that only one is in memory."""
-        if not self.patterns and self.epochs.empty and len(self.absent) == len(self.styles):
-            return
         if len(self.absent) < len(self.styles):
             yield self._accuracy()
         if not self.epochs.empty:
@@ -164,18 +162,18 @@ class TaskFigures:
             note, title = self._note(
                 "improvement",
                 f"Relative improvement over {name}",
-                f"In percent of {name}'s value with the same seed: right of 0 the model gains accuracy or saves "
-                "epochs, time or memory. Marks: one per seed; black: mean and 95 % t interval, where n is at "
-                "least 2. An interval that holds 0 shows no difference.",
+                f"In percent of {name}'s value with the same seed: right of 0 the model gains accuracy or "
+                "saves epochs, time or memory. Marks: one per seed; black: mean and 95 % t interval, where n "
+                "is at least 2. An interval that holds 0 is no sign of a difference.",
             )
             yield note, improvement_figure(gains, others, IMPROVEMENT_PANELS, title)
         note, title = self._note(
             "radar",
             "Accuracy and efficiency, 1 = best of these models",
-            "Each axis is scaled to the best model of this task, from means over seeds: accuracy / the highest "
-            "accuracy; the fewest epochs to converge (above chance) / epochs; the shortest time per epoch / "
-            "time; the smallest peak memory / memory. 0.5 is half as good as the best. An open line: a model "
-            "without that number. The area has no meaning, and the radar shows no uncertainty.",
+            "Each axis is scaled to the best model of this task, from means over seeds: accuracy / the "
+            "highest accuracy; the fewest epochs to converge (above chance) / epochs; the shortest time per "
+            "epoch / time; the smallest peak memory / memory. 0.5 is half as good as the best. An open line: a "
+            "model without that number. The area has no meaning, and the radar shows no uncertainty.",
         )
         yield note, radar_figure(radar_scores(self.analysis.summary, self.task), self.styles, title)
 
@@ -190,8 +188,8 @@ class TaskFigures:
             "attention_distance",
             "Attention weight by distance",
             "Share of a query's weight on keys at each distance, in bins that double in width, so that even "
-            "weights rise to the right; mean over queries of long validation examples, heads and seeds. Thick: "
-            "mean over timescales; thin: each timescale, 1 being the first in the module.",
+            "weights rise to the right; mean over queries of long validation examples, heads and seeds. "
+            "Thick: mean over timescales; thin: each timescale, 1 being the first in the module.",
         )
         yield note, distance_figure(distance_table(self.patterns), self.styles, title)
         masses = {
@@ -203,9 +201,9 @@ class TaskFigures:
             note, title = self._note(
                 "masses",
                 "Heaviest and lightest tokens (as keys)",
-                "Mass of a token as a key over the mean mass of its example, mean over layers, timescales, heads, "
-                "examples and seeds; in brackets how often it occurs there. 1: an average token. A token that "
-                "occurs once or twice says little.",
+                "Mass of a token as a key over the mean mass of its example, mean over layers, timescales, "
+                "heads, examples and seeds; in brackets how often it occurs there. 1: an average token. A "
+                "token that occurs once or twice says little.",
             )
             yield note, mass_figure(masses, self.styles, title)
 
@@ -227,8 +225,8 @@ class TaskFigures:
         note, title = self._note(
             "learned",
             "Learned horizons and strength of gravity",
-            "Horizon 1 / (1 - gamma): the distance in tokens over which the weight falls to about a third; t: "
-            "timescale. G: strength of gravity, 1 at the start. Line: mean over heads, seeds and, for G, "
-            "per timescale; band: smallest to largest. A flat line has not been learned.",
+            "Horizon 1 / (1 - gamma): the distance in tokens over which the weight falls to about a third; "
+            "t: timescale. G: strength of gravity, 1 at the start. Line: one per layer and timescale, mean "
+            "over heads and seeds; band: smallest to largest. A flat line has learned nothing.",
         )
         return note, learned_figure(self.learned, self.styles, title)

@@ -26,12 +26,13 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class TextTable:
-    """Plain text in rows; the first column is left-aligned, the others are right-aligned."""
+    """Plain text in rows. The first `names` columns are left-aligned, the others, numbers, right-aligned."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    names: int = 1
 
 
 def one_line(text: str) -> str:
@@ -60,7 +61,7 @@ def code_block(text: str, language: str = "") -> str:
 
 
 def markdown_table(table: TextTable) -> str:
-    rule = ["---"] + ["---:"] * (len(table.header) - 1)
+    rule = ["---"] * table.names + ["---:"] * (len(table.header) - table.names)
     lines = [[markdown(entry) for entry in row] for row in (table.header, *table.rows)]
     lines.insert(1, rule)
     text = "\n".join("| " + " | ".join(row) + " |" for row in lines)
@@ -69,7 +70,7 @@ def markdown_table(table: TextTable) -> str:
 
 
 def latex_table(table: TextTable) -> str:
-    columns = "l" + "r" * (len(table.header) - 1)
+    columns = "l" * table.names + "r" * (len(table.header) - table.names)
     header, *rows = [
         "    " + " & ".join(latex(entry) for entry in row) + r" \\" for row in (table.header, *table.rows)
     ]
@@ -85,15 +86,17 @@ def latex_table(table: TextTable) -> str:
 
 
 def short(value: float) -> str:
-    """About three digits: 0.0123, 1.23, 12.3, 123, 12,345. A dash for NaN."""
+    """About three digits: 0.0123, 1.23, 12.3, 123, 12,345; whole numbers as they are. A dash for NaN."""
     if math.isnan(value):
         return NONE
+    if value == round(value):
+        return f"{value:,.0f}"
     size = abs(value)
     if size >= 99.95:
         return f"{value:,.0f}"
     if size >= 9.995:
         return f"{value:.1f}"
-    return f"{value:.2f}" if size >= 0.995 or value == 0 else f"{value:.3g}"
+    return f"{value:.2f}" if size >= 0.995 else f"{value:#.3g}"
 
 
 def short_p(value: float) -> str:

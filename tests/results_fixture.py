@@ -177,7 +177,9 @@ def pattern_arrays(model: str, draws: np.random.Generator) -> dict[str, np.ndarr
     shares = draws.random((LAYERS, timescales, HEADS, len(EDGES) - 1)) + 0.2
     arrays = {
         "tokens": tokens,
-        "symbols": np.array([[chr(token - 1).replace(" ", "␣") if token else "" for token in row] for row in tokens]),
+        "symbols": np.array(
+            [[chr(token - 1).replace(" ", "␣") if token else "" for token in row] for row in tokens]
+        ),
         "lengths": lengths,
         "labels": np.arange(EXAMPLES),
         "predictions": np.zeros(EXAMPLES, np.int64),

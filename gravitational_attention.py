@@ -22,6 +22,12 @@ from attention_scores import Gravity
 NORMALIZATIONS = ("softmax", "force")
 
 
+def least_softening(distance_power: float) -> float:
+    """The least softening for which a coincident pair is within float32: r2 is exact to about 1e-7 at best,
+    and the slope of a force, at most softening^-(p / 2 + 1), has to stay below 1e30."""
+    return max(1e-6, 1e-30 ** (1 / (distance_power / 2 + 1)))
+
+
 class GravitationalField(nn.Module):
     """Masses and G for T timescales: everything of a gravitational score but the positions q and k.
 
@@ -48,6 +54,11 @@ class GravitationalField(nn.Module):
         for name, value in (("softening", softening), ("distance_power", distance_power)):
             if not (0.0 < value < math.inf):
                 raise ValueError(f"{name} must be above 0 and finite, got {value}")
+        least = least_softening(distance_power)
+        if softening < least:
+            raise ValueError(
+                f"softening must be at least {least:.3g} for distance_power={distance_power}, got {softening}"
+            )
         if normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
         self.softening, self.distance_power = float(softening), float(distance_power)
@@ -114,8 +125,9 @@ class GravitationalAttention(AttentionModule):
     embed_dim: E, a positive multiple of num_heads. num_heads: H.
     dropout: probability of dropping an attention weight in training, in [0, 1); default 0.
     bias: whether the four projections have biases (masses always have).
-    softening: Plummer softening of N-body simulation, above 0; default 0.1, a tenth of the mean r2 at the
-        start. Without it a coincident pair has infinite force.
+    softening: Plummer softening of N-body simulation, at least `least_softening(p)`: 1e-6, and more for p
+        above 8; default 0.1, a tenth of the mean r2 at the start. Without it a coincident pair has infinite
+        force.
     distance_power: p, above 0; default 2, the inverse square law.
     normalization: "softmax" (default) or "force".
     """

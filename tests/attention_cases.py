@@ -87,7 +87,8 @@ def make(name: str, **kwargs: Any) -> AttentionModule:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
 def run(module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], **kwargs: Any) -> dict[str, Tensor]:

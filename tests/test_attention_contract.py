@@ -96,6 +96,8 @@ def test_an_illegal_shared_setting_raises_a_value_error_that_names_it(
         ({"distance_power": 0.0}, "distance_power must be above 0.*got 0.0"),
         ({"distance_power": -2.0}, "distance_power must be above 0.*got -2.0"),
         ({"distance_power": math.nan}, "distance_power"),
+        ({"softening": 1e-3, "distance_power": 20.0}, "softening must be at least 0.00187 for .*got 0.001"),
+        ({"softening": 1e-7}, "softening must be at least 1e-06 for distance_power=2.0, got 1e-07"),
         ({"normalization": "Softmax"}, "normalization must be one of .*'softmax', 'force'.*got 'Softmax'"),
     ],
 )
@@ -310,7 +312,7 @@ def test_output_and_gradients_have_the_dtype_of_the_query(
     assert leaf.grad.dtype == dtype
     assert all(gradient.isfinite().all() for gradient in gradients(module))
     tolerance = {torch.float64: 1e-12, torch.bfloat16: 0.03, torch.float16: 0.005}[dtype]
-    assert relative(output.detach(), expected.detach()) < tolerance
+    assert relative(output, expected) < tolerance
 
 
 @each_module
@@ -328,7 +330,7 @@ def test_under_autocast_the_output_has_the_dtype_of_the_query(
     assert output.dtype == dtype
     assert maps.dtype == torch.float32
     torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]))
-    assert relative(output.detach(), expected.detach()) < 0.05
+    assert relative(output, expected) < 0.05
     output.float().square().sum().backward()
     assert all(gradient.isfinite().all() for gradient in gradients(module))
     assert {gradient.dtype for gradient in gradients(module)} == {torch.float32}

@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gravitational_attention import least_softening
+
 SHARED_OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "num_heads": st.integers(1, 3),
     "head_dim": st.integers(1, 4),
@@ -86,6 +88,26 @@ def check_configuration(case: dict[str, Any]) -> None:
     found = run(module, (query, key, value), **masks, **asked)
     unusual = [name for name, part in found.items() if not bool(part.isfinite().all())]
     assert unusual == []
+
+
+@pytest.mark.parametrize("normalization", ["softmax", "force"])
+@pytest.mark.parametrize("power", [0.1, 1.0, 2.0, 4.0, 20.0])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_coincident_pairs_are_finite_at_the_least_softening(
+    normalization: str, power: float, need_weights: bool
+) -> None:
+    """Tokens of zeros have the same q and k, without biases: their r2 is 0."""
+    for name in ("gravitational", "gravitational multi-timescale"):
+        torch.manual_seed(0)
+        module = FACTORIES[name](
+            softening=least_softening(power),
+            distance_power=power,
+            normalization=normalization,
+        )
+        x = torch.zeros(2, 4, module.embed_dim)
+        x[:, 2:] = torch.randn(2, 2, module.embed_dim)
+        found = run(module, (x, x, x), need_weights=need_weights)
+        assert [key for key, part in found.items() if not bool(part.isfinite().all())] == []
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

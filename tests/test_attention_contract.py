@@ -337,6 +337,24 @@ def test_under_autocast_the_output_has_the_dtype_of_the_query(
 
 
 @each_module
+def test_under_autocast_scores_are_in_float32(name: str) -> None:
+    """With projections that bfloat16 has exactly, autocast changes nothing in the weights."""
+    module = make(name)
+    with torch.no_grad():
+        module.in_proj_weight.copy_(torch.eye(E).repeat(3 * module.num_projections, 1))
+        assert module.in_proj_bias is not None
+        module.in_proj_bias.zero_()
+    query, key, value = (part.bfloat16().float() for part in make_inputs()[:3])
+    expected = module.attention_maps(query, key)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = module.attention_maps(query, key)
+        weights = module(query, key, value)[1]
+    torch.testing.assert_close(maps, expected)
+    assert weights is not None
+    torch.testing.assert_close(weights, expected.mean((1, 2)))
+
+
+@each_module
 @with_and_without_weights
 def test_strided_inputs_and_masks_are_read_rightly(name: str, need_weights: bool) -> None:
     module = make(name)

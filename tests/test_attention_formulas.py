@@ -175,7 +175,8 @@ def check(
     tolerance: float = 1e-5,
 ) -> None:
     """Everything within the tolerance of the plain float64 formula, relative to its norm. A sum that nearly
-    cancels, such as the gradient of a single number, may err as the plain float32 formula does."""
+    cancels, such as the gradient of a single number, may err by a digit more than the plain formula does in
+    float32: its distances are of differences, the module's of matrix products."""
     found = evaluate(module, inputs, need_weights, mask)
     exact = evaluate(module, inputs, need_weights, mask, torch.float64)
     single = evaluate(module, inputs, need_weights, mask, torch.float32)
@@ -184,7 +185,7 @@ def check(
     for name, value in exact.items():
         error = float((found[name].double() - value).norm() / value.norm())
         unavoidable = float((single[name].double() - value).norm() / value.norm())
-        if not error < max(tolerance, 3 * unavoidable):
+        if not error < max(tolerance, 10 * unavoidable):
             wrong[name] = (error, unavoidable)
     assert wrong == {}
 
@@ -269,7 +270,7 @@ def test_sequences_longer_than_a_tile_follow_the_formula(
 ) -> None:
     module = randomised(module_class(6, 2, **kwargs))
     # Some of so many pairs are so near that r2 from a matrix product loses a digit against a difference.
-    check(module, make_inputs(2, 270, 301, 6), need_weights=False, mask=mask, tolerance=5e-5)
+    check(module, make_inputs(2, 270, 301, 6), need_weights=False, mask=mask, tolerance=1e-4)
 
 
 @with_and_without_weights
@@ -282,7 +283,7 @@ def test_coincident_tokens_follow_the_formula(normalization: Any, need_weights: 
         assert module.in_proj_bias is not None
         module.in_proj_bias[E : 2 * E] = module.in_proj_bias[:E]
     x = make_inputs(keys=L)["query"]
-    check(module, {"query": x, "key": x, "value": x}, need_weights, tolerance=5e-5)
+    check(module, {"query": x, "key": x, "value": x}, need_weights, tolerance=1e-4)
 
 
 # --- values by hand ---------------------------------------------------------------------------------------
@@ -453,6 +454,13 @@ def test_without_discount_one_timescale_is_gravitational_attention(normalization
     inputs = make_inputs()
     for found, expected in zip(both(**inputs), gravity(**inputs), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_only_the_multi_timescale_module_has_projections_per_timescale() -> None:
+    own, shared = MultiTimescaleAttention(E, H), GravitationalMultiTimescaleAttention(E, H)
+    assert own.in_proj_weight.shape == (3 * 3 * E, E)
+    assert shared.in_proj_weight.shape == (3 * E, E)
+    assert shared.field.key_mass.weight.shape == (3 * H, E)
 
 
 def test_in_force_form_there_is_neither_gravity_nor_query_mass() -> None:

@@ -9,7 +9,6 @@ verdict, with too few seeds the smallest p value they can give is named, and onl
 Holm's correction is called better or worse. Text in, text out: nothing is drawn or written here.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,7 +123,7 @@ def tables(analysis: Analysis) -> list[TextTable]:
         for kind, columns in TABLES:
             if kind != "attention" or (analysis.table["metric"] == columns[0][0]).any():
                 found.append(_task_table(analysis, facts, kind, columns))
-    if analysis.differences:
+    if analysis.differences and BASELINE in analysis.names:
         found.append(_difference_table(analysis))
     if analysis.unfinished():
         rows = [[str(record.cell), record.state, record.reason or NONE] for record in analysis.unfinished()]
@@ -261,7 +260,7 @@ def _joined(values: dict[str, Any], keys: Sequence[str]) -> str:
 def _settings(values: Any) -> str:
     if not isinstance(values, dict):
         return ""
-    return ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
+    return ", ".join(f"{key} = {_said(value)}" for key, value in values.items())
 
 
 def _task_line(facts: TaskFacts) -> str:
@@ -273,8 +272,22 @@ def _task_line(facts: TaskFacts) -> str:
     for name, level in (("chance", facts.chance), ("largest class", facts.majority)):
         if level is not None:
             parts.append(f"{name} {100 * level:.1f} %")
-    parts += [f"{key} = {json.dumps(value)}" for key, value in facts.provenance.items()]
+    hidden = ("task", "stand_in_for")  # said already
+    parts += [f"{key} {_said(value)}" for key, value in facts.provenance.items() if key not in hidden]
     return "; ".join(parts)
+
+
+def _said(value: Any) -> str:
+    """A JSON value in words: {"a": 1, "b": [2]} is "a 1, b (2)"."""
+    if isinstance(value, dict):
+        inner = (
+            (key, f"({_said(entry)})" if isinstance(entry, dict) else _said(entry))
+            for key, entry in value.items()
+        )
+        return ", ".join(f"{key} {entry}" for key, entry in inner)
+    if isinstance(value, list):
+        return f"({', '.join(map(_said, value))})"
+    return "none" if value is None else str(value)
 
 
 def _findings(analysis: Analysis) -> list[str]:

@@ -35,7 +35,8 @@ def plot_attention_map(
 ) -> Axes:
     """A map (M, M) with its tokens (M,): row = query, column = key.
 
-    labels: which are written, "both", "queries", "keys" or "none". The colour is the square root of the weight, up to `largest`, so that small weights are seen too."""
+    labels: which are written, "both", "queries", "keys" or "none". The colour is the square root of the
+    weight, up to `largest`, so that small weights are seen too."""
     image = weights.astype(np.float32)
     ax.imshow(image, cmap="viridis", norm=PowerNorm(0.5, 0, largest), interpolation="nearest", aspect="equal")
     shown = [drawable(symbol, 8) for symbol in symbols]
@@ -190,17 +191,19 @@ def plot_learned(learned: pd.DataFrame, style: ModelStyle, ax: Axes) -> Axes:
             ax.fill_between(epochs, lines["min"], lines["max"], color=style.color, alpha=0.1, lw=0)
         if horizon and layer == learned["layer"].min():
             ax.plot(epochs[-1], lines["mean"].iloc[-1], style.marker, color=style.color)
-            end, name = (epochs[-1], lines["mean"].iloc[-1]), f"t = {timescale + 1}"
-            ax.annotate(name, end, (7, 0), textcoords="offset points", va="center", size=8)
+            start, end = lines["mean"].iloc[0], lines["mean"].iloc[-1]
+            name = f"t = {timescale + 1}:\n{start:,.4g} → {end:,.4g}"
+            ax.annotate(name, (epochs[-1], end), (7, 0), textcoords="offset points", va="center", size=8)
     if horizon:
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         ax.set_yticks([], minor=True)
+        ax.margins(y=0.12)
     ax.set_xlabel("epoch")
     ax.set_title(style.name)
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     first, last = int(learned["epoch"].min()), int(learned["epoch"].max())
-    ax.set_xlim(first - 0.05 * max(1, last - first), last + 0.16 * max(1, last - first))
+    ax.set_xlim(first - 0.05 * max(1, last - first), last + (0.3 if horizon else 0.05) * max(1, last - first))
     ax.grid(axis="y")
     return ax
 

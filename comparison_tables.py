@@ -80,12 +80,22 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
+def _share(value: Any) -> float | None:
+    found = number(value)
+    return found if found is not None and 0 <= found <= 1 else None
+
+
+def _count(value: Any) -> int | None:
+    found = number(value)
+    return int(found) if found is not None and found >= 1 else None
+
+
 def usable(results: Results) -> Results:
     """The results with each cell once, and with a "done" cell that has no test accuracy named as failed."""
     cells = []
     for record in {record.cell: record for record in results.cells}.values():
-        accuracy = number((record.result or {}).get(ACCURACY))
-        if record.state == "done" and (accuracy is None or not 0 <= accuracy <= 1):
+        accuracy = _share((record.result or {}).get(ACCURACY))
+        if record.state == "done" and accuracy is None:
             record = replace(record, state="failed", reason=f"unusable: result.json has no {ACCURACY}")
         cells.append(record)
     return replace(results, cells=cells)
@@ -95,15 +105,14 @@ def task_facts(results: Results, task: str) -> TaskFacts:
     info = results.config.get("task_info")
     facts = info.get(task) if isinstance(info, dict) else None
     facts = facts if isinstance(facts, dict) else {}
-    size, classes = number(facts.get("test_size")), number(facts.get("num_classes"))
     provenance = facts.get("provenance")
     return TaskFacts(
         name=task,
         title=str(facts.get("title") or task),
-        chance=number(facts.get("chance")),
-        majority=number(facts.get("majority")),
-        test_size=int(size) if size else None,
-        num_classes=int(classes) if classes else None,
+        chance=_share(facts.get("chance")),
+        majority=_share(facts.get("majority")),
+        test_size=_count(facts.get("test_size")),
+        num_classes=_count(facts.get("num_classes")),
         stand_in_for=str(facts["stand_in_for"]) if facts.get("stand_in_for") else None,
         provenance=provenance if isinstance(provenance, dict) else {},
     )

@@ -14,6 +14,7 @@ import itertools
 import math
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -102,8 +103,16 @@ def read_attention_patterns(path: Path) -> AttentionPatterns:
             raise ValueError(f"it would unpack to {size:,} bytes")
         names = {field.name for field in fields(AttentionPatterns)}
         with np.load(path, allow_pickle=False) as arrays:
-            return AttentionPatterns(**{name: arrays[name] for name in names & set(arrays.files)})
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            found = {name: arrays[name] for name in names & set(arrays.files)}
+        if not all(isinstance(array, np.ndarray) for array in found.values()):
+            raise ValueError("it holds something that is no array")
+        return AttentionPatterns(**found)
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no {path.name}") from error
+    except (
+        *(OSError, ValueError, TypeError, EOFError, RuntimeError, MemoryError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
         raise ValueError(f"{path.name} cannot be used: {error}") from error
 
 
@@ -225,8 +234,8 @@ def find_run(folder: Path) -> tuple[Results, CellRecord]:
     raise InputError(f"{folder} is not among the runs that {folder.parents[2] / 'config.json'} planned")
 
 
-def evaluate(folder: Path) -> Path:
-    """Print one run's numbers and draw its figures; returns the folder they are in.
+def evaluate(folder: Path) -> None:
+    """Print one run's numbers and draw its figures, where there is anything to draw.
 
     Raises InputError where `folder` is no run of a results folder, or nothing can be written."""
     results, record = find_run(folder)
@@ -236,6 +245,9 @@ def evaluate(folder: Path) -> Path:
     except ValueError as error:
         why = f"no attention patterns: {error}"
     print("\n".join(filter(None, [*run_numbers(record, patterns), why])))
+    if patterns is None and not record.metrics:
+        print("figures: nothing to draw")
+        return
     cell = record.cell
     target = results.root / ANALYSIS / f"{file_name(cell.task)}_{file_name(cell.model)}_seed{cell.seed}"
     try:
@@ -244,8 +256,7 @@ def evaluate(folder: Path) -> Path:
             drawn = draw_run(results, record, patterns, fresh)
     except OSError as error:
         raise InputError(f"the figures cannot be written to {target}: {error}") from error
-    print(f"figures: {target} ({', '.join(drawn) or 'nothing to draw'})")
-    return target
+    print(f"figures: {target} ({', '.join(drawn)})")
 
 
 def make_parser() -> Parser:

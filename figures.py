@@ -44,10 +44,11 @@ def plot_bars(
     form: Callable[[float], str] = "{:.1f}".format,
     absent: Mapping[str, str] | None = None,
     unmeasured: str = "not measured",
+    whole: bool = False,
 ) -> Axes:
     """A horizontal bar from 0 to each model's mean. A model without a value has its words in `absent`, which
-    are for those without any result, or else `unmeasured`."""
-    reach = 0.0
+    are for those without any result, or else `unmeasured`. whole: ticks at whole numbers only."""
+    reach, room = 0.0, 1.2
     for row, (model, style) in enumerate(styles.items()):
         numbers = seed_values(values, model, scale)
         mean = estimate(numbers)
@@ -60,11 +61,12 @@ def plot_bars(
         _draw_interval(ax, mean, row)
         end = max(*numbers, min(mean.high, 1.5 * max(numbers))) if mean.n > 1 else numbers[0]
         label = form(mean.mean) + ("" if mean.n > 1 else "  (n = 1)")
+        room = max(room, 1.2 if mean.n > 1 else 1.35)
         ax.annotate(label, (end, row), (6, 0), textcoords="offset points", va="center", size=8)
         reach = max(reach, end)
-    ax.set_xlim(0, reach * 1.25 or 1)
+    ax.set_xlim(0, reach * room or 1)
     _name_rows(ax, styles)
-    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     ax.grid(axis="x")
     return ax
@@ -183,13 +185,14 @@ def curves_figure(
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel of bars: the metric, its axis label, its scale and form, the words where there is no value."""
+    """A panel of bars: the metric, its axis label, and how `plot_bars` is to show it."""
 
     metric: str
     label: str
     scale: float = 1.0
     form: Callable[[float], str] = "{:.1f}".format
     unmeasured: str = "not measured"
+    whole: bool = False
 
 
 def bars_figure(
@@ -205,8 +208,16 @@ def bars_figure(
     figure, axes = new_figure(rows, 2, width=9.6, height=_bar_height(len(styles), rows) - 0.5, sharey=True)
     for ax, panel in zip(axes.flat, panels, strict=True):
         values = table[table["metric"] == panel.metric]
-        words: dict[str, Any] = {"form": panel.form, "absent": absent, "unmeasured": panel.unmeasured}
-        plot_bars(values, styles, ax, scale=panel.scale, **words).set_xlabel(panel.label)
+        plot_bars(
+            values,
+            styles,
+            ax,
+            scale=panel.scale,
+            form=panel.form,
+            absent=absent,
+            unmeasured=panel.unmeasured,
+            whole=panel.whole,
+        ).set_xlabel(panel.label)
     figure.suptitle(title)
     return figure
 

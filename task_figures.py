@@ -38,8 +38,14 @@ from text_tables import short
 LONGEST_STEM = 60
 BARS = "Bar: mean over seeds; marks: one per seed; black: 95 % t interval of the mean, where n is at least 2."
 CONVERGENCE_PANELS = (
-    Panel("convergence_epoch", "epochs to 90 % of the best validation accuracy", form=short),
-    Panel(CONVERGENCE, "the same, counted above chance", form=short, unmeasured="never above chance"),
+    Panel("convergence_epoch", "epochs to 90 % of the best validation accuracy", form=short, whole=True),
+    Panel(
+        CONVERGENCE,
+        "the same, counted above chance",
+        form=short,
+        unmeasured="never above chance",
+        whole=True,
+    ),
 )
 COST_PANELS = (
     Panel("seconds_per_epoch", "seconds per training epoch", form=short),
@@ -172,8 +178,8 @@ class TaskFigures:
             "Accuracy and efficiency, 1 = best of these models",
             "Each axis is scaled to the best model of this task, from means over seeds: accuracy / the "
             "highest accuracy; the fewest epochs to converge (above chance) / epochs; the shortest time per "
-            "epoch / time; the smallest peak memory / memory. 0.5 is half as good as the best. An open line: a "
-            "model without that number. The area has no meaning, and the radar shows no uncertainty.",
+            "epoch / time; the smallest peak memory / memory. 0.5 is half as good as the best. An open line: "
+            "a model without that number. The area has no meaning, and the radar shows no uncertainty.",
         )
         yield note, radar_figure(radar_scores(self.analysis.summary, self.task), self.styles, title)
 

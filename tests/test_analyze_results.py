@@ -1,0 +1,538 @@
+"""The comparison says what the results folder holds, no more and no less, and says it twice the same."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.projections.polar import PolarAxes
+from results_fixture import MODELS, make_results, write
+
+import analyze_results
+from analyze_results import analyze, main
+from comparison_tables import (
+    ACCURACY,
+    compare,
+    epoch_table,
+    improvements,
+    learned_table,
+    metric_table,
+    radar_scores,
+    read_patterns,
+    summarize,
+    usable,
+)
+from figure_style import MODEL_STYLES, drawable, figure_style, model_styles, new_figure
+from figures import plot_accuracy, plot_bars, plot_curves, plot_improvement, plot_radar
+from results_folder import Cell, Results, read_results
+from text_tables import TextTable, code_block, latex, latex_table, markdown, markdown_table, short, short_p
+
+REPOSITORY = Path(analyze_results.__file__).parent
+HOSTILE = "my_pkg.x:A$|*_<b>&%#{\\`[n](u)\u0001\u6f22" + "y" * 60
+STATES = {
+    Cell("listops", "multi_timescale", 1): "diverged",
+    Cell("listops", "gravitational", 0): "failed",
+    Cell("listops", "gravitational", 1): "missing",
+    Cell("listops", "gravitational", 2): "failed",
+}
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """The content of every file below a folder, by its path."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def holed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three seeds of four models; one cell diverged, and one model has none that is done. Analysed."""
+    root = make_results(tmp_path_factory.mktemp("holed"), tasks=("listops",), states=STATES)
+    analyze(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One seed of two models in the smoke preset, on data that stands in for IMDb. Analysed."""
+    root = tmp_path_factory.mktemp("smoke")
+    tasks, stand_in = ("synthetic_reviews",), {"synthetic_reviews": "imdb"}
+    make_results(root, tasks=tasks, models=MODELS[:2], seeds=(0,), preset="smoke", stand_in_for=stand_in)
+    analyze(root)
+    return root
+
+
+def report_of(root: Path) -> str:
+    return (root / "analysis" / "report.md").read_text(encoding="utf-8")
+
+
+def tidy(values: dict[str, list[float]], metric: str = ACCURACY, task: str = "listops") -> pd.DataFrame:
+    """The tidy table of one metric, from the values by seed of each model."""
+    rows = [
+        (task, model, seed, metric, value)
+        for model, numbers in values.items()
+        for seed, value in enumerate(numbers)
+    ]
+    return pd.DataFrame(rows, columns=["task", "model", "seed", "metric", "value"])
+
+
+# The whole analysis
+
+
+def test_an_analysis_has_a_report_three_tables_and_each_figure_as_png_and_pdf(holed: Path) -> None:
+    analysis = holed / "analysis"
+    names = {path.name for path in analysis.iterdir()}
+    assert names == {"report.md", "summary.csv", "summary.md", "summary.tex", "figures"}
+    kinds = ["accuracy", "learning_curves", "convergence", "cost", "improvement", "radar"]
+    kinds += ["attention_distance", "masses", "learned"]
+    kinds += [f"attention_{model}" for model in MODELS if model != "gravitational"]
+    figures = {path.name for path in (analysis / "figures").iterdir()}
+    assert figures == {f"{kind}_listops.{suffix}" for kind in kinds for suffix in ("png", "pdf")}
+
+
+def test_every_figure_is_in_the_report_and_every_figure_of_the_report_is_there(holed: Path) -> None:
+    shown = set(re.findall(r"\(figures/(.+?)\.png\)", report_of(holed)))
+    assert shown == {path.stem for path in (holed / "analysis" / "figures").glob("*.png")}
+
+
+def test_another_analysis_in_another_process_gives_the_same_bytes_and_needs_no_torch(holed: Path) -> None:
+    before = snapshot(holed)
+    code = (
+        "import sys, analyze_results, evaluate_performance\n"
+        f"assert analyze_results.main([{str(holed)!r}]) == 0\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "PYTHONWARNINGS": "error"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"report: {holed / 'analysis' / 'report.md'}\n"
+    assert snapshot(holed) == before
+
+
+def test_deleting_the_analysis_and_moving_the_folder_loses_nothing(smoke: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(smoke, moved)
+    shutil.rmtree(moved / "analysis")
+    analyze(moved)
+    assert snapshot(moved / "analysis" / "figures") == snapshot(smoke / "analysis" / "figures")
+
+
+def test_nothing_is_written_outside_analysis_and_matplotlib_is_left_as_it_was(tmp_path: Path) -> None:
+    root = make_results(
+        tmp_path / "results", tasks=("listops",), models=MODELS[:1], seeds=(0,), patterns=False
+    )
+    before, settings = snapshot(tmp_path), dict(matplotlib.rcParams)
+    analyze(root)
+    after = snapshot(tmp_path)
+    assert {path: after[path] for path in before} == before
+    assert all(path.startswith("results/analysis/") for path in after.keys() - before.keys())
+    assert {path.name for path in root.iterdir()} == {
+        "config.json",
+        "environment.json",
+        "listops",
+        "analysis",
+    }
+    assert dict(matplotlib.rcParams) == settings
+
+
+def test_a_failure_leaves_the_old_analysis_and_no_scraps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_results(tmp_path, tasks=("listops",), models=MODELS[:1], seeds=(0,), patterns=False)
+    (root / "analysis").mkdir()
+    (root / "analysis" / "old.txt").write_text("old")
+    before = snapshot(root)
+
+    def fail(*_: object) -> str:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(analyze_results, "report", fail)
+    with pytest.raises(RuntimeError, match="no ink"):
+        analyze(root)
+    assert snapshot(root) == before
+    assert not list(root.glob(".analysis*"))
+    monkeypatch.undo()
+    analyze(root)
+    assert not (root / "analysis" / "old.txt").exists()
+
+
+def test_a_folder_that_is_no_results_folder_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "other" / "config.json", {"cells": [{"task": "x"}]})
+    for folder in (tmp_path, tmp_path / "missing", tmp_path / "other"):
+        assert main([str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("analyze_results.py: error:") and error.count("\n") == 1
+        assert "is not a results folder" in error
+
+
+@pytest.mark.parametrize("called", ["mkdtemp", "fsync"])
+def test_a_folder_that_cannot_be_written_is_one_line_and_exit_code_2(
+    called: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_results(tmp_path, tasks=("listops",), models=MODELS[:1], seeds=())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr({"mkdtemp": tempfile, "fsync": os}[called], called, refuse)
+    assert main([str(root)]) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and error.count("\n") == 1
+    assert not (root / "analysis").exists()
+
+
+@pytest.mark.parametrize("seeds", [(0,), ()])
+def test_a_folder_without_a_done_cell_still_gets_a_report_that_says_so(
+    tmp_path: Path, seeds: tuple[int, ...]
+) -> None:
+    states = {Cell("listops", "conventional", 0): "pending", Cell("listops", "gravitational", 0): "missing"}
+    root = make_results(tmp_path, tasks=("listops",), models=MODELS[:2], seeds=seeds, states=states)
+    assert main([str(root)]) == 0
+    text = report_of(root)
+    assert "**No cell is done.**" in text
+    assert "nothing can be said" in text
+    assert ("listops/conventional/seed0: pending" in text) == bool(seeds)
+    assert not list((root / "analysis" / "figures").iterdir())
+
+
+# What the report says
+
+
+def test_missing_failed_and_diverged_cells_are_named_with_their_reasons(holed: Path) -> None:
+    for name in ("report.md", "summary.md"):
+        text = (holed / "analysis" / name).read_text(encoding="utf-8")
+        for cell, state in STATES.items():
+            line = next(line for line in text.splitlines() if markdown(str(cell)) in line)
+            assert state in line
+        assert "out of memory" in text and "the loss is nan in epoch 3" in text
+    assert "8 of 12 done" in report_of(holed)
+    table = pd.read_csv(holed / "analysis" / "summary.csv")
+    done = table[table["metric"] == "done"].set_index(["model", "seed"])["value"]
+    assert len(done) == 12 and not done["gravitational"].any()
+
+
+def test_a_model_without_a_result_keeps_its_row_and_its_place_in_the_figures(holed: Path) -> None:
+    assert "| Gravitational | 0 | – | – |" in report_of(holed)  # noqa: RUF001
+    styles = model_styles(MODELS)
+    values = tidy({"conventional": [0.3, 0.4]})
+    ax = new_figure(1, 1, 5, 3)[1][0, 0]
+    plot_bars(values, styles, ax, absent={"gravitational": "no result (failed)"})
+    assert [label.get_text() for label in ax.get_yticklabels()] == [style.name for style in styles.values()]
+    assert "no result (failed)" in [text.get_text() for text in ax.texts]
+
+
+def test_too_few_seeds_are_called_too_few_with_the_smallest_p_they_can_give(holed: Path) -> None:
+    text = report_of(holed)
+    assert "The smallest p value that 3 seeds can give is 0.25" in text
+    assert "The smallest p value that 2 seeds can give is 0.5" in text
+    assert "too few seeds to tell" in text
+    assert not re.search(r"\b(better|worse|significant)\b", text)
+
+
+def test_one_seed_says_n_is_1_and_gives_no_interval(smoke: Path) -> None:
+    text = report_of(smoke)
+    assert "points of test accuracy (n = 1: no interval" in text
+    assert "% (n = 1, no interval)" in text
+    assert "95 % interval" not in text
+    assert not re.search(r"\d \\\[\d", text)
+    assert not re.search(r"\b(better|worse|significant)\b", text)
+
+
+def test_enough_seeds_that_agree_are_called_better_or_worse(tmp_path: Path) -> None:
+    root = make_results(
+        tmp_path, tasks=("listops",), models=MODELS[:2], seeds=tuple(range(6)), patterns=False, epochs=1
+    )
+    for model, accuracy in (("conventional", 0.5), ("gravitational", 0.4)):
+        for seed in range(6):
+            path = Cell("listops", model, seed).folder(root) / "result.json"
+            result = json.loads(path.read_text()) | {ACCURACY: accuracy + 0.001 * seed**2}
+            write(path, result)
+    analyze(root)
+    text = report_of(root)
+    assert "-10.0 points of test accuracy on average" in text and "p = 0.0312" in text
+    assert "worse at the 0.05 level" in text and "better" not in text
+
+
+def test_smoke_runs_and_stand_in_data_are_said_at_the_top_in_every_table_and_in_file_names(
+    smoke: Path,
+) -> None:
+    analysis = smoke / "analysis"
+    top = report_of(smoke).split("## What was run")[0]
+    assert "**Smoke test.**" in top and "Nothing here is a result on imdb." in top
+    notice = "smoke test: its numbers mean nothing; stand-in data: synthetic_reviews, not imdb"
+    assert set(pd.read_csv(analysis / "summary.csv")["notice"]) == {notice}
+    written = (analysis / "summary.md").read_text(encoding="utf-8")
+    titles = [line for line in written.splitlines() if line.startswith("**")]
+    assert len(titles) == 4
+    assert all("synthetic\\_reviews" in line for line in titles[:3]) and written.count(markdown(notice)) == 4
+    tex = (analysis / "summary.tex").read_text(encoding="utf-8")
+    assert tex.count(latex(notice)) == tex.count(r"\begin{tabular}") == 4
+    assert all(path.stem.endswith("_synthetic_reviews") for path in (analysis / "figures").iterdir())
+
+
+def test_a_full_run_on_its_own_data_carries_no_notice(holed: Path) -> None:
+    assert "Smoke" not in report_of(holed) and "tand-in" not in report_of(holed)
+    assert pd.read_csv(holed / "analysis" / "summary.csv")["notice"].isna().all()
+
+
+def test_the_report_says_what_was_run_where_and_how_to_repeat_it(holed: Path) -> None:
+    text = report_of(holed)
+    for fact in (
+        *("preset: full", "seeds: 0, 1, 2", "device: A CPU", "c0ffee", "largest class 17.5 %"),
+        *("python run_experiment.py --preset full", f"python analyze_results.py {holed.name}"),
+    ):
+        assert fact in text
+
+
+def test_how_far_horizons_and_gravity_moved_is_told_in_numbers(holed: Path) -> None:
+    learned = learned_table(usable(read_results(holed)))
+    mine = learned[(learned["model"] == "multi_timescale") & (learned["scalar"] == "horizon")]
+    ends = mine[mine["epoch"].isin([1, 6])].groupby(["timescale", "epoch"])["value"].mean()
+    moves = ", ".join(f"{short(ends[scale, 1])} to {short(ends[scale, 6])}" for scale in range(3))
+    assert "Multi-timescale: horizons in tokens" in report_of(holed) and moves in report_of(holed)
+
+
+def test_hostile_names_are_escaped_in_every_file_and_stay_inside_analysis(tmp_path: Path) -> None:
+    root = make_results(
+        tmp_path / "results",
+        tasks=("../up|<script>",),
+        models=("conventional", HOSTILE),
+        seeds=(0,),
+        epochs=1,
+    )
+    before = set(snapshot(tmp_path))
+    analyze(root)
+    assert all(path.startswith("results/analysis/") for path in set(snapshot(tmp_path)) - before)
+    text = report_of(root)
+    assert "<script>" not in text and "<b>" not in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    widths = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
+    assert widths <= {5, 8, 9}  # no name adds a column
+    tex = (root / "analysis" / "summary.tex").read_text(encoding="utf-8")
+    assert not re.search(r"(?<!\\)[$%#_]", tex.split("\n", 1)[1])
+    assert "\u0001" not in text + tex
+    table = pd.read_csv(root / "analysis" / "summary.csv")
+    assert set(table["model"]) == {"conventional", HOSTILE}
+
+
+def test_a_done_cell_without_a_usable_result_or_pattern_is_named(tmp_path: Path) -> None:
+    models = ("conventional", "gravitational", "multi_timescale")
+    root = make_results(tmp_path, tasks=("listops",), models=models, seeds=(0,))
+    write(Cell("listops", "gravitational", 0).folder(root) / "result.json", {ACCURACY: None})
+    (Cell("listops", "multi_timescale", 0).folder(root) / "attention_patterns.npz").write_bytes(b"PK")
+    results = usable(read_results(root))
+    patterns, reasons = read_patterns(results)
+    assert [record.state for record in results.cells] == ["done", "failed", "done"]
+    assert results.cells[1].reason == "unusable: result.json has no test_accuracy_best"
+    assert [cell.model for cell in patterns] == ["conventional"]
+    assert [cell.model for cell in reasons] == ["multi_timescale"]
+
+
+def test_strange_values_in_the_files_break_no_table(tmp_path: Path) -> None:
+    root = make_results(tmp_path, tasks=("listops",), models=("conventional",), seeds=(0,), patterns=False)
+    folder = Cell("listops", "conventional", 0).folder(root)
+    row = {"epoch": 1, "val_accuracy": "high", "learned": {"layer0": {"gamma": [[1.0, "x"], 3]}, "y": 5}}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    write(folder / "result.json", {ACCURACY: 0.5, "parameters": "many", "seconds_per_epoch": None})
+    config = json.loads((root / "config.json").read_text())
+    write(
+        root / "config.json",
+        config | {"task_info": {"listops": {"chance": 7, "majority": "x"}}, "settings": 3},
+    )
+    (root / "environment.json").unlink()
+    assert main([str(root)]) == 0
+    assert "Conventional 50.0 % (n = 1, no interval)" in report_of(root)
+    assert len(learned_table(usable(read_results(root)))) == 0
+
+
+# Tables
+
+
+@pytest.fixture(scope="module")
+def results(holed: Path) -> Results:
+    return usable(read_results(holed))
+
+
+def test_the_summary_table_holds_every_result_of_the_folder(holed: Path, results: Results) -> None:
+    table = pd.read_csv(holed / "analysis" / "summary.csv", float_precision="round_trip")
+    assert list(table.columns) == ["task", "model", "seed", "metric", "value", "notice"]
+    for record in results.cells:
+        mine = table[(table["model"] == record.cell.model) & (table["seed"] == record.cell.seed)]
+        values = dict(zip(mine["metric"], mine["value"], strict=True))
+        for metric in (ACCURACY, "peak_memory_bytes", "convergence_epoch_above_chance"):
+            assert values.get(metric) == (record.result or {}).get(metric)
+
+
+def test_the_pure_tables_leave_their_input_alone(results: Results) -> None:
+    table = metric_table(results, {})
+    before = table.copy()
+    summary = summarize(table)
+    for function in (summarize, compare, improvements):
+        function(table)
+    radar_scores(summary, "listops")
+    pd.testing.assert_frame_equal(table, before)
+
+
+def test_differences_are_compared_by_hand() -> None:
+    table = tidy({"conventional": [0.5, 0.6, 0.4], "a": [0.6, 0.8, 0.7], "b": [0.5, 0.5, 0.5]})
+    first, second = compare(table)
+    # a: 0.1, 0.2, 0.3; b: 0, -0.1, 0.1
+    assert first.mean == pytest.approx((3, 0.2, 0.2 - 0.248414, 0.2 + 0.248414), abs=1e-5)
+    assert (first.p, first.smallest_p, first.p_holm, first.smallest_p_holm) == (0.25, 0.25, 0.5, 0.5)
+    assert (second.p, second.p_holm) == (1.0, 1.0)
+    assert (first.verdict, second.verdict) == ("too few seeds", "too few seeds")
+
+
+def test_a_verdict_needs_enough_seeds_and_a_small_corrected_p() -> None:
+    base = [0.5 + 0.01 * seed for seed in range(6)]
+    up = [value + 0.1 for value in base]
+    mixed = [value + 0.1 * (-1) ** seed for seed, value in enumerate(base)]
+    assert [row.verdict for row in compare(tidy({"conventional": base, "a": up}))] == ["higher"]
+    assert [row.verdict for row in compare(tidy({"conventional": up, "a": base}))] == ["lower"]
+    assert [row.verdict for row in compare(tidy({"conventional": base, "a": mixed}))] == ["not shown"]
+    # two comparisons double the smallest p of six seeds, 0.03125
+    verdicts = [row.verdict for row in compare(tidy({"conventional": base, "a": up, "b": mixed}))]
+    assert verdicts == ["too few seeds"] * 2
+    assert [row.verdict for row in compare(tidy({"a": up}))] == ["no pair"]
+
+
+def test_improvement_is_in_percent_of_the_same_seed_and_a_saving_counts_as_one() -> None:
+    table = pd.concat(
+        [
+            tidy({"conventional": [0.5, 0.4], "a": [0.6, 0.3]}),
+            tidy({"conventional": [10.0, 20.0], "a": [5.0, 40.0]}, "seconds_per_epoch"),
+        ]
+    )
+    gains = improvements(table).set_index(["metric", "seed"])["value"]
+    assert gains[ACCURACY].tolist() == pytest.approx([20.0, -25.0])
+    assert gains["seconds_per_epoch"].tolist() == pytest.approx([50.0, -100.0])
+
+
+def test_radar_scores_are_relative_to_the_best_model() -> None:
+    table = pd.concat(
+        [
+            tidy({"conventional": [0.5], "a": [0.25]}),
+            tidy({"conventional": [10.0], "a": [5.0]}, "seconds_per_epoch"),
+        ]
+    )
+    scores = radar_scores(summarize(table), "listops")
+    assert scores["accuracy"].to_dict() == {"conventional": 1.0, "a": 0.5}
+    assert scores["time\nefficiency"].to_dict() == {"conventional": 0.5, "a": 1.0}
+    assert scores["memory\nefficiency"].isna().all()
+
+
+# Figures
+
+
+def test_the_accuracy_figure_draws_the_means_and_seeds_of_the_table_and_starts_at_0(results: Results) -> None:
+    table = metric_table(results, {})
+    values, styles = table[table["metric"] == ACCURACY], model_styles(MODELS)
+    with figure_style():
+        ax = new_figure(1, 1, 6, 3)[1][0, 0]
+        assert plot_accuracy(values, styles, ax, chance=0.1, majority=0.175) is ax
+    summary = summarize(values).set_index("model")["mean"]
+    done = [model for model in MODELS if model in summary]
+    widths = [bar.get_width() for bar in ax.patches if isinstance(bar, Rectangle)]
+    assert widths == pytest.approx([100 * summary[model] for model in done])
+    assert ax.get_xlim()[0] == 0
+    drawn = {
+        line.get_color(): line.get_xdata() for line in ax.get_lines() if str(line.get_marker()) in "os^D"
+    }
+    for model in done:
+        expected = 100 * values[values["model"] == model].sort_values("seed")["value"]
+        np.testing.assert_allclose(np.asarray(drawn[styles[model].color]), expected)
+    levels = [str(line.get_label()) for line in ax.get_lines() if ":" in str(line.get_label())]
+    assert levels == ["chance: 10.0 %", "largest class: 17.5 %"]
+
+
+def test_learning_curves_draw_the_mean_of_finished_seeds_and_mark_cells_that_did_not_finish(
+    results: Results,
+) -> None:
+    epochs = epoch_table(results)
+    styles = {"multi_timescale": MODEL_STYLES["multi_timescale"]}
+    ax = new_figure(1, 1, 6, 3)[1][0, 0]
+    plot_curves(epochs, styles, ax, "val_accuracy", 100.0)
+    mine = epochs[(epochs["model"] == "multi_timescale") & (epochs["state"] == "done")]
+    thick = next(line for line in ax.get_lines() if line.get_label() == "Multi-timescale")
+    means = 100 * mine.groupby("epoch")["val_accuracy"].mean()
+    np.testing.assert_allclose(np.asarray(thick.get_ydata()), means)
+    crosses = [line for line in ax.get_lines() if line.get_marker() == "x"]
+    assert [np.asarray(line.get_xdata()).tolist() for line in crosses] == [[3]]
+
+
+def test_improvement_and_radar_draw_the_numbers_of_their_tables(results: Results) -> None:
+    table = metric_table(results, {})
+    gains = improvements(table)
+    gains = gains[gains["metric"] == ACCURACY]
+    styles = {model: MODEL_STYLES[model] for model in MODELS[1:]}
+    ax = new_figure(1, 1, 6, 3)[1][0, 0]
+    plot_improvement(gains, styles, ax)
+    words = [text.get_text() for text in ax.texts]
+    means = gains.groupby("model")["value"].mean()
+    assert "no pair" in words and f"{means['multi_timescale']:+.1f} %" in words
+    scores = radar_scores(summarize(table), "listops")
+    polar = Figure().add_subplot(projection="polar")
+    assert isinstance(polar, PolarAxes)
+    plot_radar(scores, styles | {"conventional": MODEL_STYLES["conventional"]}, polar)
+    for line, (_, row) in zip(polar.get_lines(), scores.iterrows(), strict=True):
+        np.testing.assert_allclose(np.asarray(line.get_ydata()), [*row, row.iloc[0]])
+
+
+def test_each_model_has_its_own_name_colour_and_marker() -> None:
+    models = [*MODEL_STYLES, "a.b:Mine", "c.d:Mine", "e:Other"]
+    styles = model_styles(models)
+    for look in ("name", "color", "marker"):
+        assert len({getattr(style, look) for style in styles.values()}) == len(models)
+    assert styles["e:Other"].name == "Other" and styles["a.b:Mine"].name == "a.b:Mine"
+    assert styles["conventional"] == model_styles(["conventional"])["conventional"]
+
+
+def test_text_that_cannot_be_drawn_is_boxed_and_cut() -> None:
+    assert drawable("a\nb\u0001\u6f22é") == "a□b□□é"
+    assert drawable("x" * 50, 10) == "x" * 9 + "…"
+
+
+# Text
+
+
+def test_markup_characters_are_escaped_in_markdown_and_latex() -> None:
+    assert markdown("a_b|c*<i>\n&") == r"a\_b\|c\*\<i\> &amp;"
+    assert latex("a_b & 5 % {$x^2$} \\") == r"a\_b \& 5 \% \{\$x\textasciicircum{}2\$\} \textbackslash{}"
+    assert code_block("a ``` b", "sh").startswith("````sh\n")
+
+
+def test_a_table_reads_the_same_in_markdown_and_in_latex() -> None:
+    table = TextTable("A_title", ["model", "n"], [["x_y", "3"]], note="50 %")
+    assert markdown_table(table) == "**A\\_title**\n\n| model | n |\n| --- | ---: |\n| x\\_y | 3 |\n\n50 %"
+    tex = latex_table(table)
+    assert r"\caption{A\_title. 50 \%}" in tex and r"\begin{tabular}{lr}" in tex and r"    x\_y & 3 \\" in tex
+    assert tex.index(r"\toprule") < tex.index(r"\midrule") < tex.index(r"\bottomrule")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *[(0.01234, "0.0123"), (0.85, "0.850"), (1.234, "1.23"), (12.34, "12.3"), (99.96, "100")],
+        *[(1234.5, "1,234"), (3.0, "3"), (12345.0, "12,345"), (-0.5, "-0.500"), (float("nan"), "–")],  # noqa: RUF001
+    ],
+)
+def test_numbers_are_rounded_for_reading(value: float, text: str) -> None:
+    assert short(value) == text
+
+
+def test_small_p_values_are_not_shown_as_0() -> None:
+    assert [short_p(p) for p in (0.25, 0.03125, 1e-9, float("nan"))] == ["0.25", "0.0312", "< 0.0001", "–"]  # noqa: RUF001

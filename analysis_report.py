@@ -1,8 +1,6 @@
 """The report of a comparison: what was run, findings in sentences made from the numbers, tables, figures.
 
-    analysis = Analysis(results, facts, table, summary, compare(table), learned, names, reasons)
-    report(analysis, figures)        # report.md
-    tables(analysis)                 # the tables of summary.md and summary.tex
+    text = report(analysis, figures)        # report.md; `figures`: the FigureNotes by task
 
 How strongly a sentence is worded follows from the numbers: with one seed there is no interval and no
 verdict, with too few seeds the smallest p value they can give is named, and only a difference that passes
@@ -14,56 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
-
-from comparison_tables import (
-    ACCURACY,
-    BASELINE,
-    CONVERGENCE,
-    NEAR,
-    SIGNIFICANCE,
-    Difference,
-    TaskFacts,
-    by_seed,
-)
-from results_folder import Cell, CellRecord, Results
+from comparison_tables import ACCURACY, BASELINE, NEAR, SIGNIFICANCE, Difference, TaskFacts, by_seed
 from seed_statistics import Estimate
-from text_tables import NONE, TextTable, code_block, markdown, markdown_table, one_line, short, short_p
-
-MIB = 2.0**20
-SMOKE = "smoke test: its numbers mean nothing"
-INTERVAL = "mean over n seeds [95 % t interval]; n = 1: one run, no interval"
-# (metric, heading, scale)
-Column = tuple[str, str, float]
-TABLES: tuple[tuple[str, tuple[Column, ...]], ...] = (
-    (
-        "accuracy and convergence",
-        (
-            (ACCURACY, "test accuracy (%)", 100.0),
-            ("test_accuracy_last", "after the last epoch (%)", 100.0),
-            ("best_epoch", "best epoch", 1.0),
-            ("convergence_epoch", "epochs to 90 % of best", 1.0),
-            (CONVERGENCE, "the same above chance", 1.0),
-        ),
-    ),
-    (
-        "cost",
-        (
-            ("seconds_per_epoch", "s per training epoch", 1.0),
-            ("tokens_per_second", "tokens per s", 1.0),
-            ("peak_memory_bytes", "peak memory (MiB)", 1 / MIB),
-            ("parameters", "parameters", 1.0),
-            ("attention_parameters", "of them in attention", 1.0),
-        ),
-    ),
-    (
-        "attention",
-        (
-            ("attention_entropy", "entropy of a row (1 = even)", 1.0),
-            ("attention_share_near", f"weight within {NEAR} tokens (%)", 100.0),
-        ),
-    ),
-)
+from summary_tables import Analysis, tables
+from text_tables import code_block, markdown, markdown_table, one_line, short, short_p
 
 
 @dataclass(frozen=True)
@@ -73,101 +25,6 @@ class FigureNote:
     stem: str
     title: str
     caption: str
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """All that the report is made from. names: display names by model, in order; see comparison_tables.py."""
-
-    results: Results
-    facts: dict[str, TaskFacts]
-    table: pd.DataFrame
-    summary: pd.DataFrame
-    differences: list[Difference]
-    learned: pd.DataFrame
-    names: dict[str, str]
-    no_patterns: dict[Cell, str]
-
-    def unfinished(self) -> list[CellRecord]:
-        return [record for record in self.results.cells if record.state != "done"]
-
-    def mean(self, task: str, model: str, metric: str) -> Estimate:
-        """Over the seeds; n = 0 and NaN where there are none."""
-        rows = self.summary
-        rows = rows[(rows["task"] == task) & (rows["model"] == model) & (rows["metric"] == metric)]
-        if rows.empty:
-            return Estimate(0, math.nan, math.nan, math.nan)
-        n, mean, low, high = (float(rows[column].iloc[0]) for column in Estimate._fields)
-        return Estimate(int(n), mean, low, high)
-
-    def notice(self, task: str) -> str:
-        """What must be said wherever numbers of the task are shown; "" for a full run on its own data."""
-        notices = [SMOKE] if self.results.config.get("preset") == "smoke" else []
-        stand_in = self.facts[task].stand_in_for
-        if stand_in:
-            notices.append(f"stand-in data: {task}, not {stand_in}")
-        return "; ".join(notices)
-
-
-def shown_mean(mean: Estimate, scale: float = 1.0) -> str:
-    """ "61.2 [58.1, 64.3]", without the interval where there is none."""
-    text = short(scale * mean.mean)
-    if mean.n < 2 or mean.low == mean.high:
-        return text
-    return f"{text} [{short(scale * mean.low)}, {short(scale * mean.high)}]"
-
-
-def tables(analysis: Analysis) -> list[TextTable]:
-    found = []
-    for facts in analysis.facts.values():
-        for kind, columns in TABLES:
-            if kind != "attention" or (analysis.table["metric"] == columns[0][0]).any():
-                found.append(_task_table(analysis, facts, kind, columns))
-    if analysis.differences and BASELINE in analysis.names:
-        found.append(_difference_table(analysis))
-    if analysis.unfinished():
-        rows = [[str(record.cell), record.state, record.reason or NONE] for record in analysis.unfinished()]
-        found.append(TextTable("Cells that are not done", ["cell", "state", "reason"], rows, names=3))
-    return found
-
-
-def _task_table(
-    analysis: Analysis, facts: TaskFacts, kind: str, columns: Sequence[tuple[str, str, float]]
-) -> TextTable:
-    rows = []
-    for model, name in analysis.names.items():
-        n = analysis.mean(facts.name, model, ACCURACY).n
-        cells = [shown_mean(analysis.mean(facts.name, model, metric), scale) for metric, _, scale in columns]
-        rows.append([name, str(n), *cells])
-    header = ["model", "n", *(heading for _, heading, _ in columns)]
-    notice = analysis.notice(facts.name)
-    title = f"{facts.name} ({facts.title}): {kind}" + (f" ({notice})" if notice else "")
-    return TextTable(title, header, rows, note=INTERVAL)
-
-
-def _difference_table(analysis: Analysis) -> TextTable:
-    rows = []
-    for row in analysis.differences:
-        notice = analysis.notice(row.task)
-        p_values = (short_p(p) for p in (row.p, row.smallest_p, row.p_holm))
-        task = row.task + (f" ({notice})" if notice else "")
-        rows.append(
-            [
-                analysis.names[row.model],
-                task,
-                str(row.mean.n),
-                shown_mean(row.mean, 100),
-                *p_values,
-                row.verdict,
-            ]
-        )
-    header = ["model", "task", "n", "difference (points)", "p", "smallest p at this n", "p (Holm)", "verdict"]
-    tested = sum(row.mean.n > 0 for row in analysis.differences)
-    note = (
-        f"test accuracy minus that of {BASELINE}, paired by seed: mean [95 % t interval]; p: exact, "
-        f"two-sided sign-flip test; Holm's correction over the {tested} comparisons"
-    )
-    return TextTable(f"Differences to {BASELINE}", header, rows, note, names=2)
 
 
 def report(analysis: Analysis, figures: dict[str, list[FigureNote]]) -> str:
@@ -405,7 +262,7 @@ def _cost_findings(analysis: Analysis, task: str) -> list[str]:
             sentences.append(
                 f"{what} as a multiple of {analysis.names[BASELINE]}'s{mean}: {'; '.join(ratios)}."
             )
-    if sentences and "Parameters" in sentences[-1]:
+    if sentences and sentences[-1].startswith("Parameters"):
         sentences[-1] += " A difference in accuracy may also come from a difference in size."
     return sentences
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis_report import Analysis, report, tables
+from analysis_report import FigureNote, report
 from command_line import EXIT_DONE, InputError, Parser, exit_code
 from comparison_tables import (
     compare,
@@ -28,6 +28,7 @@ from comparison_tables import (
 )
 from figure_style import figure_style, model_styles, save_figure
 from results_folder import ANALYSIS, read_results, replaced_folder, write_text
+from summary_tables import Analysis, tables
 from task_figures import TaskFigures, task_stems
 from text_tables import latex_table, markdown_table
 
@@ -57,7 +58,7 @@ def analyze(folder: Path) -> Path:
     stems = task_stems(list(analysis.facts))
     with replaced_folder(folder / ANALYSIS) as fresh, figure_style():
         (fresh / "figures").mkdir()
-        notes: dict[str, list] = {task: [] for task in stems}
+        notes: dict[str, list[FigureNote]] = {task: [] for task in stems}
         for task, stem in stems.items():
             for note, figure in TaskFigures(analysis, task, stem, epochs, patterns, styles).draw():
                 save_figure(figure, fresh / "figures", note.stem)

@@ -201,8 +201,9 @@ def plot_learned(learned: pd.DataFrame, style: ModelStyle, ax: Axes) -> Axes:
         ax.margins(y=0.12)
     ax.set_xlabel("epoch")
     ax.set_title(style.name)
-    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     first, last = int(learned["epoch"].min()), int(learned["epoch"].max())
+    ticks = MaxNLocator(8, integer=True).tick_values(first, last)
+    ax.set_xticks([tick for tick in ticks if first <= tick <= last])
     ax.set_xlim(first - 0.05 * max(1, last - first), last + (0.3 if horizon else 0.05) * max(1, last - first))
     ax.grid(axis="y")
     return ax

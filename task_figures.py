@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis_report import MIB, Analysis, FigureNote
+from analysis_report import FigureNote
 from attention_figures import attention_figure, distance_figure, learned_figure, mass_figure, shown_example
 from comparison_tables import (
     ACCURACY,
@@ -33,6 +33,7 @@ from figures import (
     radar_figure,
 )
 from results_folder import Cell, file_name
+from summary_tables import MIB, Analysis
 from text_tables import short
 
 LONGEST_STEM = 60

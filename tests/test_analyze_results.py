@@ -10,32 +10,20 @@ import tempfile
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.projections.polar import PolarAxes
 from results_fixture import MODELS, make_results, write
 
 import analyze_results
 from analyze_results import analyze, main
 from comparison_tables import (
     ACCURACY,
-    compare,
-    epoch_table,
-    improvements,
     learned_table,
-    metric_table,
-    radar_scores,
     read_patterns,
-    summarize,
     usable,
 )
-from figure_style import MODEL_STYLES, drawable, figure_style, model_styles, new_figure
-from figures import plot_accuracy, plot_bars, plot_curves, plot_improvement, plot_radar
-from results_folder import Cell, Results, read_results
-from text_tables import TextTable, code_block, latex, latex_table, markdown, markdown_table, short, short_p
+from results_folder import Cell, read_results
+from text_tables import latex, markdown, short
 
 REPOSITORY = Path(analyze_results.__file__).parent
 HOSTILE = "my_pkg.x:A$|*_<b>&%#{\\`[n](u)\u0001\u6f22" + "y" * 60
@@ -73,16 +61,6 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def report_of(root: Path) -> str:
     return (root / "analysis" / "report.md").read_text(encoding="utf-8")
-
-
-def tidy(values: dict[str, list[float]], metric: str = ACCURACY, task: str = "listops") -> pd.DataFrame:
-    """The tidy table of one metric, from the values by seed of each model."""
-    rows = [
-        (task, model, seed, metric, value)
-        for model, numbers in values.items()
-        for seed, value in enumerate(numbers)
-    ]
-    return pd.DataFrame(rows, columns=["task", "model", "seed", "metric", "value"])
 
 
 # The whole analysis
@@ -225,14 +203,8 @@ def test_missing_failed_and_diverged_cells_are_named_with_their_reasons(holed: P
     assert len(done) == 12 and not done["gravitational"].any()
 
 
-def test_a_model_without_a_result_keeps_its_row_and_its_place_in_the_figures(holed: Path) -> None:
+def test_a_model_without_a_result_keeps_its_row(holed: Path) -> None:
     assert "| Gravitational | 0 | – | – |" in report_of(holed)  # noqa: RUF001
-    styles = model_styles(MODELS)
-    values = tidy({"conventional": [0.3, 0.4]})
-    ax = new_figure(1, 1, 5, 3)[1][0, 0]
-    plot_bars(values, styles, ax, absent={"gravitational": "no result (failed)"})
-    assert [label.get_text() for label in ax.get_yticklabels()] == [style.name for style in styles.values()]
-    assert "no result (failed)" in [text.get_text() for text in ax.texts]
 
 
 def test_too_few_seeds_are_called_too_few_with_the_smallest_p_they_can_give(holed: Path) -> None:
@@ -359,180 +331,11 @@ def test_strange_values_in_the_files_break_no_table(tmp_path: Path) -> None:
     assert len(learned_table(usable(read_results(root)))) == 0
 
 
-# Tables
-
-
-@pytest.fixture(scope="module")
-def results(holed: Path) -> Results:
-    return usable(read_results(holed))
-
-
-def test_the_summary_table_holds_every_result_of_the_folder(holed: Path, results: Results) -> None:
+def test_the_summary_table_holds_every_result_of_the_folder(holed: Path) -> None:
     table = pd.read_csv(holed / "analysis" / "summary.csv", float_precision="round_trip")
     assert list(table.columns) == ["task", "model", "seed", "metric", "value", "notice"]
-    for record in results.cells:
+    for record in read_results(holed).cells:
         mine = table[(table["model"] == record.cell.model) & (table["seed"] == record.cell.seed)]
         values = dict(zip(mine["metric"], mine["value"], strict=True))
         for metric in (ACCURACY, "peak_memory_bytes", "convergence_epoch_above_chance"):
             assert values.get(metric) == (record.result or {}).get(metric)
-
-
-def test_the_pure_tables_leave_their_input_alone(results: Results) -> None:
-    table = metric_table(results, {})
-    before = table.copy()
-    summary = summarize(table)
-    for function in (summarize, compare, improvements):
-        function(table)
-    radar_scores(summary, "listops")
-    pd.testing.assert_frame_equal(table, before)
-
-
-def test_differences_are_compared_by_hand() -> None:
-    table = tidy({"conventional": [0.5, 0.6, 0.4], "a": [0.6, 0.8, 0.7], "b": [0.5, 0.5, 0.5]})
-    first, second = compare(table)
-    # a: 0.1, 0.2, 0.3; b: 0, -0.1, 0.1
-    assert first.mean == pytest.approx((3, 0.2, 0.2 - 0.248414, 0.2 + 0.248414), abs=1e-5)
-    assert (first.p, first.smallest_p, first.p_holm, first.smallest_p_holm) == (0.25, 0.25, 0.5, 0.5)
-    assert (second.p, second.p_holm) == (1.0, 1.0)
-    assert (first.verdict, second.verdict) == ("too few seeds", "too few seeds")
-
-
-def test_a_verdict_needs_enough_seeds_and_a_small_corrected_p() -> None:
-    base = [0.5 + 0.01 * seed for seed in range(6)]
-    up = [value + 0.1 for value in base]
-    mixed = [value + 0.1 * (-1) ** seed for seed, value in enumerate(base)]
-    assert [row.verdict for row in compare(tidy({"conventional": base, "a": up}))] == ["higher"]
-    assert [row.verdict for row in compare(tidy({"conventional": up, "a": base}))] == ["lower"]
-    assert [row.verdict for row in compare(tidy({"conventional": base, "a": mixed}))] == ["not shown"]
-    # two comparisons double the smallest p of six seeds, 0.03125
-    verdicts = [row.verdict for row in compare(tidy({"conventional": base, "a": up, "b": mixed}))]
-    assert verdicts == ["too few seeds"] * 2
-    assert [row.verdict for row in compare(tidy({"a": up}))] == ["no pair"]
-
-
-def test_improvement_is_in_percent_of_the_same_seed_and_a_saving_counts_as_one() -> None:
-    table = pd.concat(
-        [
-            tidy({"conventional": [0.5, 0.4], "a": [0.6, 0.3]}),
-            tidy({"conventional": [10.0, 20.0], "a": [5.0, 40.0]}, "seconds_per_epoch"),
-        ]
-    )
-    gains = improvements(table).set_index(["metric", "seed"])["value"]
-    assert gains[ACCURACY].tolist() == pytest.approx([20.0, -25.0])
-    assert gains["seconds_per_epoch"].tolist() == pytest.approx([50.0, -100.0])
-
-
-def test_radar_scores_are_relative_to_the_best_model() -> None:
-    table = pd.concat(
-        [
-            tidy({"conventional": [0.5], "a": [0.25]}),
-            tidy({"conventional": [10.0], "a": [5.0]}, "seconds_per_epoch"),
-        ]
-    )
-    scores = radar_scores(summarize(table), "listops")
-    assert scores["accuracy"].to_dict() == {"conventional": 1.0, "a": 0.5}
-    assert scores["time\nefficiency"].to_dict() == {"conventional": 0.5, "a": 1.0}
-    assert scores["memory\nefficiency"].isna().all()
-
-
-# Figures
-
-
-def test_the_accuracy_figure_draws_the_means_and_seeds_of_the_table_and_starts_at_0(results: Results) -> None:
-    table = metric_table(results, {})
-    values, styles = table[table["metric"] == ACCURACY], model_styles(MODELS)
-    with figure_style():
-        ax = new_figure(1, 1, 6, 3)[1][0, 0]
-        assert plot_accuracy(values, styles, ax, chance=0.1, majority=0.175) is ax
-    summary = summarize(values).set_index("model")["mean"]
-    done = [model for model in MODELS if model in summary]
-    widths = [bar.get_width() for bar in ax.patches if isinstance(bar, Rectangle)]
-    assert widths == pytest.approx([100 * summary[model] for model in done])
-    assert ax.get_xlim()[0] == 0
-    drawn = {
-        line.get_color(): line.get_xdata() for line in ax.get_lines() if str(line.get_marker()) in "os^D"
-    }
-    for model in done:
-        expected = 100 * values[values["model"] == model].sort_values("seed")["value"]
-        np.testing.assert_allclose(np.asarray(drawn[styles[model].color]), expected)
-    levels = [str(line.get_label()) for line in ax.get_lines() if ":" in str(line.get_label())]
-    assert levels == ["chance: 10.0 %", "largest class: 17.5 %"]
-
-
-def test_learning_curves_draw_the_mean_of_finished_seeds_and_mark_cells_that_did_not_finish(
-    results: Results,
-) -> None:
-    epochs = epoch_table(results)
-    styles = {"multi_timescale": MODEL_STYLES["multi_timescale"]}
-    ax = new_figure(1, 1, 6, 3)[1][0, 0]
-    plot_curves(epochs, styles, ax, "val_accuracy", 100.0)
-    mine = epochs[(epochs["model"] == "multi_timescale") & (epochs["state"] == "done")]
-    thick = next(line for line in ax.get_lines() if line.get_label() == "Multi-timescale")
-    means = 100 * mine.groupby("epoch")["val_accuracy"].mean()
-    np.testing.assert_allclose(np.asarray(thick.get_ydata()), means)
-    crosses = [line for line in ax.get_lines() if line.get_marker() == "x"]
-    assert [np.asarray(line.get_xdata()).tolist() for line in crosses] == [[3]]
-
-
-def test_improvement_and_radar_draw_the_numbers_of_their_tables(results: Results) -> None:
-    table = metric_table(results, {})
-    gains = improvements(table)
-    gains = gains[gains["metric"] == ACCURACY]
-    styles = {model: MODEL_STYLES[model] for model in MODELS[1:]}
-    ax = new_figure(1, 1, 6, 3)[1][0, 0]
-    plot_improvement(gains, styles, ax)
-    words = [text.get_text() for text in ax.texts]
-    means = gains.groupby("model")["value"].mean()
-    assert "no pair" in words and f"{means['multi_timescale']:+.1f} %" in words
-    scores = radar_scores(summarize(table), "listops")
-    polar = Figure().add_subplot(projection="polar")
-    assert isinstance(polar, PolarAxes)
-    plot_radar(scores, styles | {"conventional": MODEL_STYLES["conventional"]}, polar)
-    for line, (_, row) in zip(polar.get_lines(), scores.iterrows(), strict=True):
-        np.testing.assert_allclose(np.asarray(line.get_ydata()), [*row, row.iloc[0]])
-
-
-def test_each_model_has_its_own_name_colour_and_marker() -> None:
-    models = [*MODEL_STYLES, "a.b:Mine", "c.d:Mine", "e:Other"]
-    styles = model_styles(models)
-    for look in ("name", "color", "marker"):
-        assert len({getattr(style, look) for style in styles.values()}) == len(models)
-    assert styles["e:Other"].name == "Other" and styles["a.b:Mine"].name == "a.b:Mine"
-    assert styles["conventional"] == model_styles(["conventional"])["conventional"]
-
-
-def test_text_that_cannot_be_drawn_is_boxed_and_cut() -> None:
-    assert drawable("a\nb\u0001\u6f22é") == "a□b□□é"
-    assert drawable("x" * 50, 10) == "x" * 9 + "…"
-
-
-# Text
-
-
-def test_markup_characters_are_escaped_in_markdown_and_latex() -> None:
-    assert markdown("a_b|c*<i>\n&") == r"a\_b\|c\*\<i\> &amp;"
-    assert latex("a_b & 5 % {$x^2$} \\") == r"a\_b \& 5 \% \{\$x\textasciicircum{}2\$\} \textbackslash{}"
-    assert code_block("a ``` b", "sh").startswith("````sh\n")
-
-
-def test_a_table_reads_the_same_in_markdown_and_in_latex() -> None:
-    table = TextTable("A_title", ["model", "n"], [["x_y", "3"]], note="50 %")
-    assert markdown_table(table) == "**A\\_title**\n\n| model | n |\n| --- | ---: |\n| x\\_y | 3 |\n\n50 %"
-    tex = latex_table(table)
-    assert r"\caption{A\_title. 50 \%}" in tex and r"\begin{tabular}{lr}" in tex and r"    x\_y & 3 \\" in tex
-    assert tex.index(r"\toprule") < tex.index(r"\midrule") < tex.index(r"\bottomrule")
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        *[(0.01234, "0.0123"), (0.85, "0.850"), (1.234, "1.23"), (12.34, "12.3"), (99.96, "100")],
-        *[(1234.5, "1,234"), (3.0, "3"), (12345.0, "12,345"), (-0.5, "-0.500"), (float("nan"), "–")],  # noqa: RUF001
-    ],
-)
-def test_numbers_are_rounded_for_reading(value: float, text: str) -> None:
-    assert short(value) == text
-
-
-def test_small_p_values_are_not_shown_as_0() -> None:
-    assert [short_p(p) for p in (0.25, 0.03125, 1e-9, float("nan"))] == ["0.25", "0.0312", "< 0.0001", "–"]  # noqa: RUF001

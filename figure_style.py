@@ -69,7 +69,7 @@ MODEL_STYLES = {
     "gravitational_multi_timescale": ModelStyle("Gravitational multi-timescale", GREEN, "D"),
     "discounted": ModelStyle("Discounted, one timescale", PURPLE, "v"),
 }
-_FURTHER = (ORANGE, SKY, "#999999", YELLOW), ("P", "X", "*", "<", ">", "p", "h")
+_FURTHER = (ORANGE, SKY, "#999999", YELLOW), ("P", "X", "<", ">", "p", "h")
 
 
 def model_styles(models: Sequence[str]) -> dict[str, ModelStyle]:

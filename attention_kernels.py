@@ -69,7 +69,8 @@ def attend(
     what is asked for. skip_far_keys: whether "tiled" leaves out keys that decay makes negligible.
     """
     if backend == "auto":
-        backend = fastest_backend(score, mask, dropout, need_weights)
+        empty = not (q.numel() and k.numel())
+        backend = "dense" if empty else fastest_backend(score, mask, dropout, need_weights)
     reason = cannot(backend, score, mask, dropout, need_weights)
     if reason:
         raise ValueError(f"backend {backend!r} {reason}")

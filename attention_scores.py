@@ -133,8 +133,12 @@ def merge_masks(
             expected, got = (batch, key_length), tuple(key_padding_mask.shape)
             raise ValueError(f"key_padding_mask must have shape {expected}, got {got}")
         if key_padding_mask.dtype != torch.bool:
-            added = key_padding_mask[:, None, None, None, :]
-            return Mask(None, added if pairs is None else _as_added(pairs, added.dtype) + added, is_causal)
+            blocked = key_padding_mask == -math.inf
+            finite = key_padding_mask.masked_fill(blocked, 0.0)
+            if finite.requires_grad or bool(finite.any()):
+                added = finite[:, None, None, None, :]
+                pairs = added if pairs is None else _as_added(pairs, added.dtype) + added
+            return Mask(blocked, pairs, is_causal)
     return Mask(key_padding_mask, pairs, is_causal)
 
 

@@ -26,10 +26,12 @@ LOG_VANISHED = math.log(1e-22)
 
 @dataclass(frozen=True)
 class PairWeight:
-    """e(x). power: p / 2, or None for exp(x) itself. exponential: whether the exponential is taken."""
+    """e(x). power: p / 2, or None for exp(x) itself. exponential: whether the exponential is taken.
+    floor: an x below it is taken for it, or None where rounding cannot make x too small."""
 
     power: float | None
     exponential: bool
+    floor: float | None = None
 
     @property
     def slope_factor(self) -> float:
@@ -38,12 +40,14 @@ class PairWeight:
 
     def weigh_(self, x: Tensor) -> Tensor:
         """x -> e(x), in place."""
+        self._hold_(x)
         if self.power is not None:
             _inverse_power_(x, self.power)
         return x.exp_() if self.exponential else x
 
     def weigh_with_slope_(self, x: Tensor, upstream: Tensor) -> None:
         """x -> e(x) and upstream -> upstream e'(x), both in place."""
+        self._hold_(x)
         if self.power == 1.0:
             x.reciprocal_()
             upstream.mul_(x).mul_(x)
@@ -54,13 +58,19 @@ class PairWeight:
             x.exp_()
             upstream.mul_(x)
 
+    def _hold_(self, x: Tensor) -> None:
+        if self.floor is not None:
+            x.clamp_(min=self.floor)
+
     def log_weight(self, x: Tensor) -> Tensor:
+        self._hold_(x)
         if self.power is None:
             return x
         return _inverse_power_(x.clone(), self.power) if self.exponential else x.log().mul_(-self.power)
 
     def log_slope(self, x: Tensor) -> Tensor | None:
         """The derivative of `log_weight`; None for 1."""
+        self._hold_(x)
         if self.power is None:
             return None
         return _inverse_power_(x.clone(), self.power).div_(x) if self.exponential else x.reciprocal()

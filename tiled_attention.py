@@ -31,6 +31,8 @@ SMALLEST_SUM = 1e-30
 TOLERANCE, TOLERANCE_LEARNED_DECAY = 2.0**-24, 2.0**-34  # a gradient by log gamma weighs far keys by |i - j|
 LOG_BLOCK_DECAY = math.log(1e-15)
 ROUNDING = 1e-4  # the most that float32 may err in the softened distance, relative to the softening
+LARGEST_FORCE = 1e30
+LARGEST_LOG_32, LARGEST_LOG = 40.0, 300.0  # of the masses' roots, in float32 and at all
 
 
 class Lowered(NamedTuple):
@@ -119,45 +121,73 @@ def _lower_gravity(q: Tensor, k: Tensor, v: Tensor, score: Gravity, mask: Mask, 
     key_mass = score.key_mass
     if mask.padding is not None:
         key_mass = key_mass.masked_fill(mask.padding[:, None, None, :], 1.0)
-    a, b = _distance_factors(q, k, score.softening, mask)
+    strength = None
+    if score.query_mass is not None and score.log_gravity is not None:
+        strength = score.log_gravity.exp().unsqueeze(-1) * score.query_mass  # G m_i: (N, T, H, L)
+    near_q, near_k = _centred(q, k, mask, torch.nanmean)
+    masses = [] if strength is None else [strength, key_mass]
+    floor = None
+    if _needs_float64(near_q, near_k, score.softening, masses, power):
+        q, k, v, key_mass = q.double(), k.double(), v.double(), key_mass.double()
+        strength = None if strength is None else strength.double()
+        # No few outliers pull a median away; what even float64 cannot tell from 0 is held above it.
+        near_q, near_k = _centred(q, k, mask, _nanmedian)
+        floor = LARGEST_FORCE ** (-1 / power)
+    q, k = near_q, near_k
+    a, b = _distance_factors(q, k, score.softening)
     log_largest = key_mass.detach().amax(-1).log() - power * math.log(score.softening)  # (N, T, H)
-    if score.query_mass is None or score.log_gravity is None:
+    if strength is None:
         u = _with_ones(v) * key_mass.unsqueeze(-1)  # (N, T, H, S, D + 1)
-        weight = PairWeight(power, exponential=False)
+        weight = PairWeight(power, exponential=False, floor=floor)
         if share and a.shape[1] == 1 and timescales > 1:
             u = u.permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 1)  # (N H, S, T (D + 1))
             bound = log_largest.transpose(1, 2).flatten(0, 1)
             return Lowered(a.flatten(0, 2), b.flatten(0, 2), u, weight, bound, timescales)
     else:
-        strength = score.log_gravity.exp().unsqueeze(-1) * score.query_mass  # G m_i: (N, T, H, L)
-        a = a * strength.pow(-1 / power).unsqueeze(-1)
-        b = b * key_mass.pow(-1 / power).unsqueeze(-1)
-        u, weight = _with_ones(v), PairWeight(power, exponential=True)
+        a = a * _inverse_root(strength, power).unsqueeze(-1)
+        b = b * _inverse_root(key_mass, power).unsqueeze(-1)
+        u, weight = _with_ones(v), PairWeight(power, exponential=True, floor=floor)
         log_largest = log_largest.exp() * strength.detach().amax(-1)
     bound = _problems(log_largest, timescales).unsqueeze(-1)
     a, b, u = (_problems(x, timescales) for x in (a, b, u))
     return Lowered(a, b, u, weight, bound)
 
 
-def _distance_factors(q: Tensor, k: Tensor, softening: float, mask: Mask) -> tuple[Tensor, Tensor]:
-    """a (N, T', H, L, D + 2) and b (N, T', H, S, D + 2) with a_i . b_j = |q_i - k_j|^2 / D + softening.
+def _inverse_root(mass: Tensor, power: float) -> Tensor:
+    """mass^(-1 / power). Where that would overflow it is held: the force is nothing there."""
+    return (mass.log() / -power).clamp(-LARGEST_LOG, LARGEST_LOG).exp()
 
-    The product cancels terms of the size of |q|^2. A common centre is taken off q and k first, and where
-    float32 is still not enough, a and b are float64."""
-    head_dim = q.shape[-1]
+
+def _centred(
+    q: Tensor, k: Tensor, mask: Mask, centre_of: Callable[[Tensor, int, bool], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """q and k with a common centre taken off, which no distance sees; k is 0 where it is padding."""
+    padding = None if mask.padding is None else mask.padding[:, None, None, :, None]
     with torch.no_grad():
-        centre = k.mean(-2, keepdim=True)
-        if mask.padding is not None:
-            kept = (~mask.padding).to(k.dtype).mean(-1).clamp(min=1 / k.shape[-2])
-            centre = centre / kept[:, None, None, None, None]
+        true_k = k if padding is None else k.masked_fill(padding, math.nan)
+        centre = centre_of(true_k, -2, True)
+        centre = centre.masked_fill(centre.isnan(), 0.0)
     q, k = q - centre, k - centre
-    if mask.padding is not None:
-        k = k.masked_fill(mask.padding[:, None, None, :, None], 0.0)
-    with torch.no_grad():
-        largest = q.square().sum(-1).amax() + k.square().sum(-1).amax()
-        error = largest * torch.finfo(q.dtype).eps / (head_dim * softening)
-    if not error <= ROUNDING:
-        q, k = q.double(), k.double()
+    return q, k if padding is None else k.masked_fill(padding, 0.0)
+
+
+def _nanmedian(x: Tensor, dim: int, keepdim: bool) -> Tensor:
+    return x.nanmedian(dim, keepdim).values
+
+
+@torch.no_grad()
+def _needs_float64(q: Tensor, k: Tensor, softening: float, masses: list[Tensor], power: float) -> bool:
+    """Whether float32 is not enough for `|q|^2 - 2 q . k + |k|^2`, which cancels terms of the size of |q|^2,
+    or for the masses' roots."""
+    largest = q.square().sum(-1).amax() + k.square().sum(-1).amax()
+    error = largest * torch.finfo(q.dtype).eps / (q.shape[-1] * softening)
+    logs = sum((mass.log().abs().amax() for mass in masses), torch.zeros_like(error)) / power
+    return not bool((error <= ROUNDING) & (logs <= LARGEST_LOG_32))
+
+
+def _distance_factors(q: Tensor, k: Tensor, softening: float) -> tuple[Tensor, Tensor]:
+    """a (N, T', H, L, D + 2) and b (N, T', H, S, D + 2) with a_i . b_j = |q_i - k_j|^2 / D + softening."""
+    head_dim = q.shape[-1]
     q_norm, k_norm = q.square().sum(-1, keepdim=True), k.square().sum(-1, keepdim=True)
     one_q, one_k = torch.ones_like(q_norm), torch.ones_like(k_norm)
     a = torch.cat([-2 * q, q_norm + head_dim * softening, one_q], -1) / head_dim

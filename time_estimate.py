@@ -61,10 +61,7 @@ def examples_at(dataset: TokenDataset, quantile: float, count: int) -> TokenData
     """Up to `count` examples whose lengths lie around a quantile of the data set's lengths."""
     order = np.argsort(dataset.lengths, kind="stable")
     start = int(np.clip(round(quantile * len(order)) - count // 2, 0, max(0, len(order) - count)))
-    chosen = order[start : start + count]
-    offsets = np.concatenate([[0], np.cumsum(np.asarray(dataset.lengths)[chosen])])
-    tokens = np.concatenate([np.asarray(dataset.example(int(index))) for index in chosen])
-    return TokenDataset(tokens=tokens, offsets=offsets, labels=np.asarray(dataset.labels)[chosen])
+    return dataset.take(order[start : start + count])
 
 
 def _only_batch(part: TokenDataset, trainer: Trainer) -> Batch:

@@ -355,3 +355,20 @@ def test_padding_changes_neither_outputs_nor_gradients(
     output, gradients = gradients_at_true_positions(module, x, padding, **settings)
     found, found_gradients = gradients_at_true_positions(module, other, other_padding, **settings)
     assert_same({"output": found} | found_gradients, {"output": output} | gradients)
+
+
+@each_module
+@pytest.mark.parametrize("kind", ["boolean", "added"])
+def test_a_blocked_outlier_changes_nothing_for_the_other_rows(name: str, kind: str) -> None:
+    """A key of 1e9 that attn_mask blocks for every query: without weights as with them."""
+    module = make(name)
+    x, _, _, _ = make_inputs(self_attention=True)
+    x = x.clone()
+    x[:, -1] = POISON
+    mask = torch.zeros(L, L, dtype=torch.bool)
+    mask[:, -1] = True
+    attn_mask = mask if kind == "boolean" else torch.zeros(L, L).masked_fill(mask, -math.inf)
+    found = run(module, (x, x, x), attn_mask=attn_mask, need_weights=False)
+    expected = run(module, (x, x, x), attn_mask=attn_mask, need_weights=True)
+    assert [key for key, part in found.items() if not bool(part.isfinite().all())] == []
+    torch.testing.assert_close(found["output"][:, :-1], expected["output"][:, :-1])

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import train_and_evaluate
 from torch import Tensor, nn
 
+import train_and_evaluate
 from conventional_attention import ConventionalAttention
 from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches
 from experiment_plan import MODELS, attention_factory

@@ -1,4 +1,4 @@
-"""The README tells the truth of today: its snippets run, its files, options and shapes are those of the code."""
+"""The README tells the truth of today: its snippets run, its files, options and shapes are the code's."""
 
 import re
 from pathlib import Path

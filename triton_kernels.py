@@ -136,18 +136,19 @@ def within_reach(x, problem, first, block: tl.constexpr, length, step: tl.conste
 
 @triton.jit
 def add_masks(x, problem, logits, i, j, keep, causal: tl.constexpr):
-    allowed = (i[:, None] < x.query_length) & keep[None, :]
+    """i, j and keep are expanded to the form of the tile."""
+    allowed = (i < x.query_length) & keep
     if x.pairs is not None:
         of_batch, of_heads, of_rows, of_keys = x.pair_strides
         example, head = problem // (x.timescales * x.heads), problem % x.heads
-        places = i[:, None].to(tl.int64) * of_rows + j[None, :].to(tl.int64) * of_keys
+        places = i.to(tl.int64) * of_rows + j.to(tl.int64) * of_keys
         pair = tl.load(x.pairs + example * of_batch + head * of_heads + places, mask=allowed, other=0)
         if x.pairs.dtype.element_ty == tl.uint8:
             allowed = allowed & (pair == 0)
         else:
             logits += pair.to(tl.float32)  # -inf stays -inf: blocked
     if causal:
-        allowed = allowed & (j[None, :] <= i[:, None])
+        allowed = allowed & (j <= i)
     return tl.where(allowed, logits, float("-inf"))
 
 
@@ -162,28 +163,38 @@ def score_tile(
     kind: tl.constexpr,
     power: tl.constexpr,
     causal: tl.constexpr,
+    rows: tl.constexpr,
 ):
-    """Logits (rows, keys), their slope by q_i . k_j, and x_ij^(-p/2), both only where the kind has them."""
+    """Logits, their slope by q_i . k_j, x_ij^(-p/2) and |i - j|; what a kind has no use for is a stand-in.
+
+    The tile is (rows, keys) with `rows` = 0 and (keys, rows) with `rows` = 1, the axis of the queries.
+    """
     q, query_norm, strength = queries
     k, _, key_norm, key_mass, keep = keys
-    product = tl.dot(q, tl.trans(k), input_precision="ieee") * x.scale
+    if rows == 0:
+        product = tl.dot(q, tl.trans(k), input_precision="ieee") * x.scale
+    else:
+        product = tl.dot(k, tl.trans(q), input_precision="ieee") * x.scale
+    i, j, keep = tl.expand_dims(i, 1 - rows), tl.expand_dims(j, rows), tl.expand_dims(keep, rows)
     if kind == DOT_PRODUCT:
         logits, slope, unit = product, x.scale, product
     else:
-        softened = tl.maximum(query_norm[:, None] + key_norm[None, :] - product, 0.0) + x.softening
+        norms = tl.expand_dims(query_norm, 1 - rows) + tl.expand_dims(key_norm, rows)
+        softened = tl.maximum(norms - product, 0.0) + x.softening
+        mass = tl.expand_dims(key_mass, rows)
         if kind == FORCE:
-            logits = key_mass[None, :] - power * tl.log(softened)
+            logits = mass - power * tl.log(softened)
             slope, unit = power * x.scale / softened, softened
         else:
             unit = 1.0 / softened
             if power != 1.0:
                 unit = tl.exp(-power * tl.log(softened))
-            logits = strength[:, None] * key_mass[None, :] * unit
+            logits = tl.expand_dims(strength, 1 - rows) * mass * unit
             slope = power * x.scale * logits / softened
+    distance = tl.abs(i - j)
     if x.log_decay is not None:
-        rate = tl.load(x.log_decay + problem % (x.timescales * x.heads))
-        logits += rate * tl.abs(i[:, None] - j[None, :])
-    return add_masks(x, problem, logits, i, j, keep, causal), slope, unit
+        logits += tl.load(x.log_decay + problem % (x.timescales * x.heads)) * distance
+    return add_masks(x, problem, logits, i, j, keep, causal), slope, unit, distance
 
 
 @triton.jit
@@ -211,7 +222,7 @@ def forward_kernel(
     for begin in range(start, stop, block_keys):
         j = begin + tl.arange(0, block_keys)
         keys = load_keys(x, problem, j, shared, block_dim)
-        logits = score_tile(x, problem, i, j, queries, keys, kind, power, causal)[0]
+        logits = score_tile(x, problem, i, j, queries, keys, kind, power, causal, 0)[0]
         highest = tl.maximum(largest, tl.max(logits, 1))
         shift = tl.where(highest == float("-inf"), 0.0, highest)  # -inf - -inf would be NaN
         weights = tl.exp(logits - shift[:, None])
@@ -269,7 +280,8 @@ def query_gradient_kernel(
         j = begin + tl.arange(0, block_keys)
         keys = load_keys(x, problem, j, shared, block_dim)
         k, v, key_mass = keys[0], keys[1], keys[3]
-        logits, slope, unit = score_tile(x, problem, i, j, queries, keys, kind, power, causal)
+        tile = score_tile(x, problem, i, j, queries, keys, kind, power, causal, 0)
+        logits, slope, unit, distance = tile
         dweights = tl.dot(gradient, tl.trans(v), input_precision="ieee")
         ds = tl.exp(logits - log_total[:, None]) * (dweights - fall[:, None])
         c = (ds * slope).to(k.dtype)
@@ -278,7 +290,7 @@ def query_gradient_kernel(
         if kind == GRAVITY:
             of_strength += tl.sum(ds * key_mass[None, :] * unit, 1)
         if x.log_decay is not None:
-            of_rate += tl.sum(ds * tl.abs(i[:, None] - j[None, :]), 1)
+            of_rate += tl.sum(ds * distance, 1)
     if kind != DOT_PRODUCT:
         sums -= of_row[:, None] * queries[0].to(tl.float32)
     store_vectors(dq, problem, x.query_length, i, x.head_dim, sums, block_dim)
@@ -321,17 +333,19 @@ def key_gradient_kernel(
         queries = load_queries(x, problem, i, shared, block_dim)
         q, strength = queries[0], queries[2]
         gradient, log_total, fall = load_upstream(x, problem, i, upstream, log_sum, delta, block_dim)
-        logits, slope, unit = score_tile(x, problem, i, j, queries, keys, kind, power, causal)
-        weights = tl.exp(logits - log_total[:, None])
-        of_v += tl.dot(tl.trans(weights.to(v.dtype)), gradient, input_precision="ieee")
-        ds = weights * (tl.dot(gradient, tl.trans(v), input_precision="ieee") - fall[:, None])
+        tile = score_tile(x, problem, i, j, queries, keys, kind, power, causal, 1)  # (keys, rows)
+        logits, slope, unit = tile[0], tile[1], tile[2]
+        weights = tl.exp(logits - log_total[None, :])
+        of_v += tl.dot(weights.to(v.dtype), gradient, input_precision="ieee")
+        dweights = tl.dot(v, tl.trans(gradient), input_precision="ieee")
+        ds = weights * (dweights - fall[None, :])
         c = (ds * slope).to(k.dtype)
-        of_k += tl.dot(tl.trans(c), q, input_precision="ieee")
-        of_key += tl.sum(c.to(tl.float32), 0)
+        of_k += tl.dot(c, q, input_precision="ieee")
+        of_key += tl.sum(c.to(tl.float32), 1)
         if kind == GRAVITY:
-            of_mass += tl.sum(ds * strength[:, None] * unit, 0)
+            of_mass += tl.sum(ds * strength[None, :] * unit, 1)
         elif kind == FORCE:
-            of_mass += tl.sum(ds, 0)
+            of_mass += tl.sum(ds, 1)
     if kind != DOT_PRODUCT:
         of_k -= of_key[:, None] * k.to(tl.float32)
         tl.store(dmass + problem * x.key_length + j, of_mass, mask=j < x.key_length)

@@ -171,9 +171,10 @@ def padded_width(head_dim: int) -> int:
 
 
 def tile_shape(q: Tensor) -> tuple[int, int]:
-    """Rows and keys of a tile, so that its operands fit into shared memory."""
-    row_bytes = padded_width(q.shape[-1]) * q.dtype.itemsize
-    side = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+    """Rows and keys of a tile: the largest that the compiler keeps in registers and that fit into the shared
+    memory of any GPU since 2020. float32 has no matrix unit, and spills sooner."""
+    side = 64 if q.dtype.itemsize == 2 else 32
+    side = side if padded_width(q.shape[-1]) <= 64 else side // 2
     return side, side
 
 
@@ -251,10 +252,10 @@ def _inputs(
 ) -> kernels.Inputs:
     batch, _, heads, query_length, head_dim = q.shape
     key_length, mask = k.shape[-2], plan.mask
-    pairs, strides = None, None
+    pairs, strides = None, [0] * 4
     if mask.pairs is not None:
         pairs = mask.pairs.squeeze(1).expand(batch, heads, query_length, key_length)
-        strides = pairs.stride()
+        strides = list(pairs.stride())
         pairs = pairs.view(torch.uint8) if pairs.dtype == torch.bool else pairs
     return kernels.Inputs(
         q=q,
@@ -268,7 +269,10 @@ def _inputs(
         reach=plan.reach,
         padding=None if mask.padding is None else mask.padding.contiguous().view(torch.uint8),
         pairs=pairs,
-        pair_strides=strides,
+        batch_stride=strides[0],
+        head_stride=strides[1],
+        row_stride=strides[2],
+        key_stride=strides[3],
         query_length=query_length,
         key_length=key_length,
         timescales=plan.timescales,

@@ -52,7 +52,10 @@ class Inputs(NamedTuple):
     reach: Any  # (P,) int32, the largest |i - j| to look at
     padding: Any  # (N, S) uint8
     pairs: Any  # (N, H, L, S) uint8 (blocked) or float (added), of any strides
-    pair_strides: tuple[int, ...] | None  # of N, H, L, S
+    batch_stride: int  # of `pairs`, as the three below
+    head_stride: int
+    row_stride: int
+    key_stride: int
     query_length: int
     key_length: int
     timescales: int
@@ -139,10 +142,10 @@ def add_masks(x, problem, logits, i, j, keep, causal: tl.constexpr):
     """i, j and keep are expanded to the form of the tile."""
     allowed = (i < x.query_length) & keep
     if x.pairs is not None:
-        of_batch, of_heads, of_rows, of_keys = x.pair_strides
         example, head = problem // (x.timescales * x.heads), problem % x.heads
-        places = i.to(tl.int64) * of_rows + j.to(tl.int64) * of_keys
-        pair = tl.load(x.pairs + example * of_batch + head * of_heads + places, mask=allowed, other=0)
+        pairs = x.pairs + example * x.batch_stride + head * x.head_stride
+        places = i.to(tl.int64) * x.row_stride + j.to(tl.int64) * x.key_stride
+        pair = tl.load(pairs + places, mask=allowed, other=0)
         if x.pairs.dtype.element_ty == tl.uint8:
             allowed = allowed & (pair == 0)
         else:

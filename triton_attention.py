@@ -74,15 +74,15 @@ def triton_attention(
 
 
 def _centred(q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-    """q and k less the mean of the keys that are not padding; 0 where they are."""
-    padding = torch.zeros(1, 1, 1, 1, 1, dtype=torch.bool, device=k.device)
+    """q and k less the mean of the keys that are not padding; padding is not read."""
+    count: Tensor | int = max(k.shape[-2], 1)
     if mask.padding is not None:
         padding = mask.padding[:, None, None, :, None]
-    k = k.masked_fill(padding, 0.0)
+        k = k.masked_fill(padding, 0.0)
+        count = (~padding).sum(-2, keepdim=True).clamp(min=1)
     with torch.no_grad():
-        count = (~padding).expand(-1, -1, -1, k.shape[-2], -1).sum(-2, keepdim=True).clamp(min=1)
         centre = (k.sum(-2, keepdim=True, dtype=torch.float32) / count).to(k.dtype)
-    return q - centre, (k - centre).masked_fill(padding, 0.0)
+    return q - centre, k - centre
 
 
 def _masses(score: Gravity, mask: Mask) -> tuple[Tensor | None, Tensor]:

@@ -82,16 +82,18 @@ def projection(x, problem, shared: tl.constexpr):
 def load_vectors(array, row, length, index, keep, head_dim, block_dim: tl.constexpr):
     """(block, block_dim) of an array (rows, length, D), 0 where not kept and beyond D."""
     d = tl.arange(0, block_dim)
-    places = (row * length + index)[:, None] * head_dim + d[None, :]
-    return tl.load(array + places, mask=keep[:, None] & (d[None, :] < head_dim), other=0.0)
+    places = index[:, None] * head_dim + d[None, :]
+    return tl.load(
+        array + row * length * head_dim + places, mask=keep[:, None] & (d[None, :] < head_dim), other=0.0
+    )
 
 
 @triton.jit
 def store_vectors(array, row, length, index, head_dim, vectors, block_dim: tl.constexpr):
     d = tl.arange(0, block_dim)
-    places = (row * length + index)[:, None] * head_dim + d[None, :]
+    places = index[:, None] * head_dim + d[None, :]
     kept = (index[:, None] < length) & (d[None, :] < head_dim)
-    tl.store(array + places, vectors.to(array.dtype.element_ty), mask=kept)
+    tl.store(array + row * length * head_dim + places, vectors.to(array.dtype.element_ty), mask=kept)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @each_kind
-@pytest.mark.parametrize(("timescales", "shared"), [(1, False), (2, True), (3, False)])
+@pytest.mark.parametrize(("timescales", "shared"), [(2, True), (2, False)])
 def test_kernels_are_the_dense_formula(kind: Kind, timescales: int, shared: bool) -> None:
     case = Case(kind, timescales=timescales, shared=shared)
     assert beyond(case, OUTPUT, GRADIENT) == {}
@@ -34,7 +34,7 @@ def test_kernels_are_the_dense_formula(kind: Kind, timescales: int, shared: bool
 
 @each_kind
 def test_kernels_without_decay_are_the_dense_formula(kind: Kind) -> None:
-    assert beyond(Case(kind, timescales=1, heads=3, decay=None), OUTPUT, GRADIENT) == {}
+    assert beyond(Case(kind, timescales=1, heads=2, decay=None), OUTPUT, GRADIENT) == {}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_masks_are_those_of_the_dense_formula(kind: Kind, mask: str) -> None:
 
 
 @each_kind
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 40), (40, 3), (32, 32)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 40), (40, 3)])
 def test_any_lengths(kind: Kind, queries: int, keys: int) -> None:
     case = Case(kind, timescales=1, queries=queries, keys=keys, mask=Mask(causal=queries > keys))
     assert beyond(case, OUTPUT, GRADIENT) == {}
@@ -78,7 +78,7 @@ def test_coincident_tokens_far_out(kind: Kind) -> None:
 @each_kind
 def test_half_precision_stays_within_its_rounding(kind: Kind) -> None:
     """float16, which the interpreter computes with, stands in for bfloat16, which it does not."""
-    assert beyond(Case(kind, timescales=2, shared=True, dtype=torch.float16), 2e-3, 6e-3) == {}
+    assert beyond(Case(kind, timescales=1, dtype=torch.float16), 2e-3, 6e-3) == {}
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_half_precision_stays_within_its_rounding(kind: Kind) -> None:
 )
 def test_skipping_far_keys_changes_nothing(kind: Kind, mask: str) -> None:
     """At fast decays the reach is shorter than the sequence, and what is beyond is not missed."""
-    chosen = masks(2, 1, 100, 100)[mask]
-    case = Case(kind, timescales=1, queries=100, keys=100, decay=(0.1, 0.2), softening=0.5, mask=chosen)
+    chosen = masks(2, 1, 70, 70)[mask]
+    case = Case(kind, timescales=1, queries=70, keys=70, decay=(0.02, 0.05), softening=0.5, mask=chosen)
     reach: list[torch.Tensor] = []
     of_rows = triton_attention.reach_of_rows
     with pytest.MonkeyPatch.context() as patch:
@@ -97,7 +97,7 @@ def test_skipping_far_keys_changes_nothing(kind: Kind, mask: str) -> None:
         )
         skipped = case.evaluate("triton")
     assert reach[0].shape == (2, 1, 1)
-    assert int(reach[0].max()) < 75
+    assert int(reach[0].max()) < 35
     everything = case.evaluate("triton", skip_far_keys=False)
     assert max(errors(skipped, everything).values()) < 1e-6
     assert max(errors(skipped, case.evaluate("dense")).values()) < GRADIENT

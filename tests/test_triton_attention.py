@@ -37,7 +37,9 @@ def on_gpu(test: Any) -> Any:
 
 
 def test_kernels_are_the_dense_formula_in_the_interpreter() -> None:
-    need_triton()
+    version = [int(part) for part in need_triton().__version__.split(".")[:2]]
+    if version < [3, 7]:
+        pytest.skip("the interpreter of Triton before 3.7 does not run with numpy 2.4 (triton issue 9171)")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "interpreted_triton.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=600)
@@ -80,10 +82,9 @@ class Compiled:
 @pytest.mark.parametrize(
     ("kind", "dtype", "capability"),
     [
-        ("dot product", torch.bfloat16, 90),
-        ("gravity", torch.bfloat16, 80),
-        ("force", torch.bfloat16, 90),
-        ("gravity", torch.float32, 80),
+        ("dot product", torch.float32, 80),
+        ("gravity", torch.bfloat16, 90),
+        ("force", torch.bfloat16, 80),
     ],
 )
 def test_kernels_compile_for_a_gpu(
@@ -183,9 +184,11 @@ def test_on_a_gpu_kernels_are_the_dense_formula(kind: Kind, dtype: torch.dtype, 
 
 @on_gpu
 @each_kind
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("mask", MASKS)
-def test_on_a_gpu_masks_are_those_of_the_dense_formula(kind: Kind, dtype: torch.dtype, mask: str) -> None:
+@pytest.mark.parametrize(
+    ("mask", "dtype"),
+    [(mask, torch.float32) for mask in MASKS] + [("pairs, padding and causal", torch.bfloat16)],
+)
+def test_on_a_gpu_masks_are_those_of_the_dense_formula(kind: Kind, mask: str, dtype: torch.dtype) -> None:
     need_triton()
     chosen = masks(2, 1, 129, 192, "cuda")[mask]
     case = Case(kind, queries=129, keys=192, head_dim=48, mask=chosen, dtype=dtype, device="cuda")
@@ -193,9 +196,18 @@ def test_on_a_gpu_masks_are_those_of_the_dense_formula(kind: Kind, dtype: torch.
 
 
 @on_gpu
-@each_kind
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("head_dim", [5, 16, 64, 100, 128, 256])
+@pytest.mark.parametrize(
+    ("kind", "head_dim"),
+    [
+        ("dot product", 100),
+        ("gravity", 5),
+        ("gravity", 64),
+        ("gravity", 128),
+        ("gravity", 256),
+        ("force", 128),
+    ],
+)
 def test_on_a_gpu_any_head_width(kind: Kind, dtype: torch.dtype, head_dim: int) -> None:
     need_triton()
     case = Case(kind, queries=130, keys=100, head_dim=head_dim, power=3.0, dtype=dtype, device="cuda")
@@ -215,6 +227,7 @@ def test_on_a_gpu_two_runs_are_the_same_and_skipping_changes_nothing(kind: Kind)
 
 @on_gpu
 @each_kind
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_on_a_gpu_nothing_waits_for_the_device(kind: Kind) -> None:
     need_triton()
     mask = masks(2, 1, 129, 192, "cuda")["padding"]

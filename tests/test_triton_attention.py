@@ -92,11 +92,10 @@ def test_kernels_compile_for_a_gpu(
 ) -> None:
     """The compiler refuses more than the interpreter does."""
     triton = need_triton()
-    import triton_attention
+    import triton_kernels as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGpu(capability))
-    kernels = triton_attention.kernels
     names = [name for name in dir(kernels) if name.endswith("_kernel")]
     for name in names:
         monkeypatch.setattr(kernels, name, Compiled(getattr(kernels, name)))

@@ -5,8 +5,9 @@ for the device. Needs Triton and CUDA tensors, or, with TRITON_INTERPRET=1 in th
 imported, CPU tensors at a snail's pace; `attend` imports it only when it is asked for "triton".
 
 - Gravity: a common centre is taken off q and k, which no distance sees, so that norms stay small. What is
-  left of rounding in r2 is about 2^-24 (|q_i|^2 + |k_j|^2) / D after that, whatever the inputs' type; inputs
-  of half precision are themselves rounded once more, to the nearest value around the centre.
+  left of rounding in r2 is about 2^-24 (|q_i|^2 + |k_j|^2) / D after that, whatever the inputs' type: only
+  for near pairs far from the centre is that much beside the softening ("tiled" goes to float64 there, which
+  it must wait for the device to know). Half precision inputs are rounded once more, around the centre.
 - A_i = G m_i is made here: the kernels give its gradient row by row, autograd those of G and m_i. For the
   force form the kernels take log m_j.
 - Far keys are skipped where decay makes all of them together weigh less than `TOLERANCE` of a row's nearest

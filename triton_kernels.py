@@ -186,16 +186,17 @@ def score_tile(
     else:
         norms = tl.expand_dims(query_norm, 1 - rows) + tl.expand_dims(key_norm, rows)
         softened = tl.maximum(norms - product, 0.0) + x.softening
+        inverse = 1.0 / softened
         mass = tl.expand_dims(key_mass, rows)
         if kind == FORCE:
             logits = mass - power * tl.log(softened)
-            slope, unit = power * x.scale / softened, softened
+            slope, unit = power * x.scale * inverse, inverse
         else:
-            unit = 1.0 / softened
+            unit = inverse
             if power != 1.0:
                 unit = tl.exp(-power * tl.log(softened))
             logits = tl.expand_dims(strength, 1 - rows) * mass * unit
-            slope = power * x.scale * logits / softened
+            slope = power * x.scale * logits * inverse
     distance = tl.abs(i - j)
     if x.log_decay is not None:
         logits += tl.load(x.log_decay + problem % (x.timescales * x.heads)) * distance

@@ -102,7 +102,7 @@ def nearest_keys(
 ) -> tuple[Tensor, Tensor]:
     """For each row the nearest key that it may attend to, and how far it is, both (N or 1, L). Where there is
     none, the distance is negative and the key is any."""
-    far = query_length + key_length
+    far = 2 * (query_length + key_length)  # from any row, farther than any key
     j = torch.arange(key_length, device=device).unsqueeze(0)
     absent = torch.zeros_like(j, dtype=torch.bool) if mask.padding is None else mask.padding
     before = torch.where(absent, -far, j).cummax(-1).values

@@ -115,7 +115,7 @@ def test_decay_near_its_ends(kind: Kind, gamma: float) -> None:
 
 
 def test_nearest_keys_by_hand() -> None:
-    """Keys . X . . X of which X may be attended to, for seven rows; then causal; then none at all."""
+    """Keys . X . . X of which X may be attended to, for seven rows; then causal; far; none."""
     padding = torch.tensor([[True, False, True, True, False]])
     nearest, distance = triton_attention.nearest_keys(Mask(padding), 7, 5, padding.device)
     assert nearest.tolist() == [[1, 1, 1, 4, 4, 4, 4]]

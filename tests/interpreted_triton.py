@@ -123,9 +123,10 @@ def test_nearest_keys_by_hand() -> None:
     nearest, distance = triton_attention.nearest_keys(Mask(padding, causal=True), 7, 5, padding.device)
     assert nearest.tolist()[0][1:] == [1, 1, 1, 4, 4, 4]
     assert distance.tolist() == [[-1, 0, 1, 2, 0, 1, 2]]
-    _, distance = triton_attention.nearest_keys(
-        Mask(torch.ones(1, 5, dtype=torch.bool)), 2, 5, padding.device
-    )
+    behind = torch.tensor([[False, True, True, True]])
+    _, distance = triton_attention.nearest_keys(Mask(behind), 20, 4, padding.device)
+    assert distance.tolist() == [list(range(20))]
+    _, distance = triton_attention.nearest_keys(Mask(behind | ~behind), 2, 4, padding.device)
     assert distance.tolist() == [[-1, -1]]
 
 

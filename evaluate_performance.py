@@ -13,8 +13,6 @@ import functools
 import itertools
 import math
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from array_files import read_arrays
 from command_line import EXIT_DONE, InputError, Parser, exit_code
 from results_folder import ANALYSIS, CellRecord, Results, file_name, read_results, replaced_folder
 
 PROG = "evaluate_performance.py"
 PATTERNS = "attention_patterns.npz"
-LARGEST_PATTERNS = 2**30  # bytes when unpacked: a larger file is not one of ours
 
 
 def convergence_epoch(accuracies: Sequence[float], chance: float = 0.0) -> int | None:
@@ -96,23 +94,10 @@ class AttentionPatterns:
 
 def read_attention_patterns(path: Path) -> AttentionPatterns:
     """The patterns in a file; ValueError says why it holds none. Nothing in it is executed."""
+    arrays = read_arrays(path, (field.name for field in fields(AttentionPatterns)))
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > LARGEST_PATTERNS:
-            raise ValueError(f"it would unpack to {size:,} bytes")
-        names = {field.name for field in fields(AttentionPatterns)}
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in names & set(arrays.files)}
-        if not all(isinstance(array, np.ndarray) for array in found.values()):
-            raise ValueError("it holds something that is no array")
-        return AttentionPatterns(**found)
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no {path.name}") from error
-    except (
-        *(OSError, ValueError, TypeError, EOFError, RuntimeError, MemoryError),
-        *(zipfile.BadZipFile, zlib.error),
-    ) as error:
+        return AttentionPatterns(**arrays)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path.name} cannot be used: {error}") from error
 
 

@@ -1,6 +1,6 @@
 """Which figures a comparison has, one task at a time, and how each is to be read.
 
-    for note, figure in task_figures(analysis, task, epochs, patterns, styles):
+    for note, figure in TaskFigures(analysis, task, stem, epochs, progress, patterns, styles).draw():
         save_figure(figure, folder, note.stem)
 
 File names hold the task's own name. Every title holds the notice of smoke runs and stand-in data.
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis_report import FigureNote
 from attention_figures import attention_figure, distance_figure, learned_figure, mass_figure, shown_example
 from comparison_tables import (
     ACCURACY,
@@ -32,6 +31,7 @@ from figures import (
     improvement_figure,
     radar_figure,
 )
+from report_blocks import FigureNote
 from results_folder import Cell, file_name
 from summary_tables import MIB, Analysis
 from text_tables import short
@@ -81,6 +81,7 @@ class TaskFigures:
         task: str,
         stem: str,
         epochs: pd.DataFrame,
+        progress: pd.DataFrame,
         patterns: dict[Cell, AttentionPatterns],
         styles: dict[str, ModelStyle],
     ) -> None:
@@ -88,6 +89,7 @@ class TaskFigures:
         self.facts = analysis.facts[task]
         self.table = analysis.table[analysis.table["task"] == task]
         self.epochs = epochs[epochs["task"] == task]
+        self.progress = progress[progress["task"] == task]
         self.learned = analysis.learned[analysis.learned["task"] == task]
         self.patterns = {cell: one for cell, one in patterns.items() if cell.task == task}
         self.absent = self._absent()

@@ -69,7 +69,7 @@ def report_of(root: Path) -> str:
 def test_an_analysis_has_a_report_three_tables_and_each_figure_as_png_and_pdf(holed: Path) -> None:
     analysis = holed / "analysis"
     names = {path.name for path in analysis.iterdir()}
-    assert names == {"report.md", "summary.csv", "summary.md", "summary.tex", "figures"}
+    assert names == {"report.html", "report.md", "summary.csv", "summary.md", "summary.tex", "figures"}
     kinds = ["accuracy", "learning_curves", "convergence", "cost", "improvement", "radar"]
     kinds += ["attention_distance", "masses", "learned"]
     kinds += [f"attention_{model}" for model in MODELS if model != "gravitational"]
@@ -95,7 +95,7 @@ def test_another_analysis_in_another_process_gives_the_same_bytes_and_needs_no_t
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"report: {holed / 'analysis' / 'report.md'}\n"
+    assert done.stdout == f"report: {holed / 'analysis' / 'report.html'}\n"
     assert snapshot(holed) == before
 
 
@@ -249,10 +249,10 @@ def test_smoke_runs_and_stand_in_data_are_said_at_the_top_in_every_table_and_in_
     assert set(pd.read_csv(analysis / "summary.csv")["notice"]) == {notice}
     written = (analysis / "summary.md").read_text(encoding="utf-8")
     titles = [line for line in written.splitlines() if line.startswith("**")]
-    assert len(titles) == 4
-    assert all("synthetic\\_reviews" in line for line in titles[:3]) and written.count(markdown(notice)) == 4
+    assert len(titles) == 6  # the last two are of all tasks, and say it in each row
+    assert all("synthetic\\_reviews" in line for line in titles[:4]) and written.count(markdown(notice)) == 6
     tex = (analysis / "summary.tex").read_text(encoding="utf-8")
-    assert tex.count(latex(notice)) == tex.count(r"\begin{tabular}") == 4
+    assert tex.count(latex(notice)) == tex.count(r"\begin{tabular}") == 6
     assert all(path.stem.endswith("_synthetic_reviews") for path in (analysis / "figures").iterdir())
 
 
@@ -293,7 +293,7 @@ def test_hostile_names_are_escaped_in_every_file_and_stay_inside_analysis(tmp_pa
     assert "<script>" not in text and "<b>" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     widths = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
-    assert widths <= {5, 8, 9}  # no name adds a column
+    assert widths <= {5, 8, 9, 10}  # no name adds a column
     tex = (root / "analysis" / "summary.tex").read_text(encoding="utf-8")
     assert not re.search(r"(?<!\\)[$%#_]", tex.split("\n", 1)[1])
     assert "\u0001" not in text + tex

@@ -122,6 +122,14 @@ def share_within(patterns: AttentionPatterns, distance: float) -> np.ndarray:
     return patterns.distance_share[..., patterns.distance_edges[1:] <= distance].sum(-1)
 
 
+def relative_masses(masses: np.ndarray) -> np.ndarray:
+    """Masses of an example (layers, T, H, M) over their mean in each layer, timescale and head; then the mean
+    over these: (M,). 1 where all masses are 0."""
+    mass = masses.astype(np.float64)
+    mean = mass.mean(-1, keepdims=True)
+    return np.divide(mass, mean, out=np.ones_like(mass), where=mean > 0).mean((0, 1, 2))
+
+
 def token_masses(patterns: Sequence[AttentionPatterns], role: str = "key") -> list[tuple[str, float, int]]:
     """(symbol, relative mass, occurrences) by falling mass; empty where the mechanism has no masses.
 
@@ -134,9 +142,7 @@ def token_masses(patterns: Sequence[AttentionPatterns], role: str = "key") -> li
         if masses is None:
             continue
         for example, length in enumerate(one.lengths):
-            mass = masses[:, example, ..., :length].astype(np.float64)
-            mean = mass.mean(-1, keepdims=True)
-            relative = np.divide(mass, mean, out=np.ones_like(mass), where=mean > 0).mean((0, 1, 2))
+            relative = relative_masses(masses[:, example, ..., :length])
             for symbol, value in zip(one.symbols[example, :length], relative, strict=True):
                 found.setdefault(str(symbol), []).append(float(value))
     rows = [(symbol, math.fsum(values) / len(values), len(values)) for symbol, values in found.items()]
@@ -171,6 +177,8 @@ def draw_run(
     """Draw the run's learning curves, learned scalars and attention into `folder`; returns the file names."""
     # Not at the top: the trainer imports this file, and trains without the libraries that draw.
     import attention_figures
+    import distance_figures
+    import mass_figures
     from comparison_tables import distance_table, epoch_table, learned_table, models_of, task_facts
     from figure_style import figure_style, model_styles, save_figure
     from figures import curves_figure
@@ -190,11 +198,13 @@ def draw_run(
         figures["learned"] = lambda: attention_figures.learned_figure(learned, styles, title)
     if patterns is not None:
         shares = distance_table({record.cell: patterns})
-        figures["attention_distance"] = lambda: attention_figures.distance_figure(shares, styles, title)
+        figures["attention_distance"] = lambda: distance_figures.distance_figure(
+            shares, learned, styles, title
+        )
         masses = token_masses([patterns])
         if masses:
             by_model = {record.cell.model: masses}
-            figures["masses"] = lambda: attention_figures.mass_figure(by_model, styles, title)
+            figures["masses"] = lambda: mass_figures.mass_figure(by_model, styles, title)
         layers, _, timescales = patterns.maps.shape[:3]
         for layer, timescale in itertools.product(range(layers), range(timescales)):
             place = f"layer {layer + 1}, timescale {timescale + 1}"

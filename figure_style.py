@@ -51,6 +51,7 @@ STYLE: dict[str, Any] = {
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILLION, PURPLE, BLACK = "#0072B2", "#D55E00", "#CC79A7", "#000000"
 LONGEST_NAME = 40
+LINE_STYLES = ("-", "--", ":", "-.")  # of layers or timescales of one model
 
 
 @dataclass(frozen=True)

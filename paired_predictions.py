@@ -74,10 +74,7 @@ def compare_predictions(
         right, base_right = mine.predictions == mine.labels, other.predictions == other.labels
         only_model, only_baseline = int((right & ~base_right).sum()), int((base_right & ~right).sum())
         p = mcnemar_p(only_model, only_baseline)
-        pairs.append(
-            PairedPredictions(
-                cell.task, cell.model, cell.seed, len(right), only_model, only_baseline, p, p_holm=p
-            )
-        )
+        counts = len(right), only_model, only_baseline
+        pairs.append(PairedPredictions(cell.task, cell.model, cell.seed, *counts, p, p_holm=p))
     corrected = holm([pair.p for pair in pairs])
     return [pair._replace(p_holm=p_holm) for pair, p_holm in zip(pairs, corrected, strict=True)]

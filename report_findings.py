@@ -144,8 +144,8 @@ def _prediction_findings(analysis: Analysis, task: str) -> list[str]:
         return []
     return [
         f"Pairs of trained models of equal seed that differ from {analysis.names[BASELINE]} on the test "
-        f"examples beyond chance (McNemar, after Holm's correction): {'; '.join(parts)}. This compares these trained "
-        "models, not the mechanisms."
+        f"examples beyond chance (McNemar, after Holm's correction): {'; '.join(parts)}. This compares these "
+        "trained models, not the mechanisms."
     ]
 
 

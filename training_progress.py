@@ -9,11 +9,12 @@ which warms up, are left out. Tokens are true ones, padding not counted, an exam
 """
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import pandas as pd
 
-from comparison_tables import BASELINE, number
+from comparison_tables import ACCURACY, BASELINE, number
 from results_folder import Results
 
 TARGET_SHARE = 0.9  # of the way from chance to the baseline's best
@@ -61,7 +62,7 @@ def progress_metrics(progress: pd.DataFrame, targets: dict[str, float]) -> pd.Da
     done = progress[(progress["state"] == "done") & progress["val_accuracy"].notna()]
     for key, epochs in done.groupby(["task", "model", "seed"], sort=False):
         task, model, seed = cast(tuple[str, str, int], key)
-        best = epochs.loc[epochs["val_accuracy"].idxmax()]
+        best = epochs.sort_values("val_accuracy", ascending=False, kind="stable").iloc[0]
         values = {"seconds_to_best": best["seconds"], "tokens_to_best": best["tokens"]}
         if task in targets:
             # The tolerance is for rounding: accuracies are shares of far fewer examples.
@@ -77,3 +78,23 @@ def progress_metrics(progress: pd.DataFrame, targets: dict[str, float]) -> pd.Da
             if math.isfinite(value)
         ]
     return pd.DataFrame(rows, columns=["task", "model", "seed", "metric", "value"])
+
+
+def trade_offs(table: pd.DataFrame) -> pd.DataFrame:
+    """Of each finished cell of a task: model, seed, seconds to the best epoch, test accuracy of its weights.
+
+    `table`: the tidy table of one task; cells that lack one of the two are left out."""
+    wanted = table[table["metric"].isin(["seconds_to_best", ACCURACY])]
+    wide = wanted.pivot(index=["model", "seed"], columns="metric", values="value")
+    wide = wide.reindex(columns=["seconds_to_best", ACCURACY]).dropna().reset_index()
+    return wide.set_axis(["model", "seed", "seconds", "accuracy"], axis=1)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The positions of the (cost, gain) that no other point beats: none costs less or as much and gains more,
+    or costs less and gains as much. By rising cost."""
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda one: (points[one][0], -points[one][1])):
+        if not front or points[index][1] > points[front[-1]][1]:
+            front.append(index)
+    return front

@@ -5,14 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from results_folder import Cell
+from task_figures import TaskFigures
 
 MODELS = ("conventional", "gravitational", "multi_timescale", "gravitational_multi_timescale")
 TITLES = {"listops": "ListOps (LRA)", "imdb": "IMDb bytes (LRA Text)"}
 EDGES = np.concatenate([[0], 2 ** np.arange(11)])
 LAYERS, EXAMPLES, HEADS, TOKENS = 2, 3, 4, 40
 TEXT = "the film was not bad, but its end is a mess"
+
+
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an analysis draw nothing, for tests of its texts: drawing takes nearly all of its time."""
+    monkeypatch.setattr(TaskFigures, "draw", lambda self: iter(()))
 
 
 def task_info(task: str, stand_in_for: str | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 import pytest
-from results_fixture import MODELS, make_results, write
+from results_fixture import MODELS, make_results, without_figures, write
 
 import analyze_results
 from analyze_results import analyze, main
@@ -70,8 +70,8 @@ def test_an_analysis_has_a_report_three_tables_and_each_figure_as_png_and_pdf(ho
     analysis = holed / "analysis"
     names = {path.name for path in analysis.iterdir()}
     assert names == {"report.html", "report.md", "summary.csv", "summary.md", "summary.tex", "figures"}
-    kinds = ["accuracy", "learning_curves", "convergence", "cost", "improvement", "radar"]
-    kinds += ["attention_distance", "masses", "learned"]
+    kinds = ["accuracy", "accuracy_time", "learning_curves", "convergence", "cost", "improvement", "radar"]
+    kinds += ["attention_distance", "masses", "mass_text", "learned"]
     kinds += [f"attention_{model}" for model in MODELS if model != "gravitational"]
     figures = {path.name for path in (analysis / "figures").iterdir()}
     assert figures == {f"{kind}_listops.{suffix}" for kind in kinds for suffix in ("png", "pdf")}
@@ -224,7 +224,10 @@ def test_one_seed_says_n_is_1_and_gives_no_interval(smoke: Path) -> None:
     assert not re.search(r"\b(better|worse|significant)\b", text)
 
 
-def test_enough_seeds_that_agree_are_called_better_or_worse(tmp_path: Path) -> None:
+def test_enough_seeds_that_agree_are_called_better_or_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_figures(monkeypatch)
     root = make_results(
         tmp_path, tasks=("listops",), models=MODELS[:2], seeds=tuple(range(6)), patterns=False, epochs=1
     )

@@ -163,7 +163,7 @@ def plot_learned(learned: pd.DataFrame, style: ModelStyle, ax: Axes) -> Axes:
         if horizon and layer == learned["layer"].min():
             ax.plot(epochs[-1], lines["mean"].iloc[-1], style.marker, color=style.color)
             start, end = lines["mean"].iloc[0], lines["mean"].iloc[-1]
-            name = f"t = {timescale + 1}:\n{start:,.4g} → {end:,.4g}"
+            name = f"t = {timescale + 1}:\n{start:,.4g} to {end:,.4g}"
             ax.annotate(name, (epochs[-1], end), (7, 0), textcoords="offset points", va="center", size=8)
     if horizon:
         ax.set_yscale("log")

@@ -47,6 +47,7 @@ STYLE: dict[str, Any] = {
     "pdf.fonttype": 42,
     "text.parse_math": False,  # a model's name may hold a dollar sign
     "axes.formatter.useoffset": False,
+    "axes.unicode_minus": False,  # a letter outside Latin-1 costs each PDF a second copy of the font
 }
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILLION, PURPLE, BLACK = "#0072B2", "#D55E00", "#CC79A7", "#000000"

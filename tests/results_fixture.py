@@ -14,6 +14,12 @@ MODELS = ("conventional", "gravitational", "multi_timescale", "gravitational_mul
 TITLES = {"listops": "ListOps (LRA)", "imdb": "IMDb bytes (LRA Text)"}
 EDGES = np.concatenate([[0], 2 ** np.arange(11)])
 LAYERS, EXAMPLES, HEADS, TOKENS = 2, 3, 4, 40
+HOLES = {
+    Cell("listops", "multi_timescale", 1): "diverged",
+    Cell("listops", "gravitational", 0): "failed",
+    Cell("listops", "gravitational", 1): "missing",
+    Cell("listops", "gravitational", 2): "failed",
+}
 TEXT = "the film was not bad, but its end is a mess"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 import pytest
-from results_fixture import MODELS, make_results, without_figures, write
+from results_fixture import HOLES, MODELS, make_results, without_figures, write
 
 import analyze_results
 from analyze_results import analyze, main
@@ -27,26 +27,12 @@ from text_tables import latex, markdown, short
 
 REPOSITORY = Path(analyze_results.__file__).parent
 HOSTILE = "my_pkg.x:A$|*_<b>&%#{\\`[n](u)\u0001\u6f22" + "y" * 60
-STATES = {
-    Cell("listops", "multi_timescale", 1): "diverged",
-    Cell("listops", "gravitational", 0): "failed",
-    Cell("listops", "gravitational", 1): "missing",
-    Cell("listops", "gravitational", 2): "failed",
-}
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     """The content of every file below a folder, by its path."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-@pytest.fixture(scope="module")
-def holed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three seeds of four models; one cell diverged, and one model has none that is done. Analysed."""
-    root = make_results(tmp_path_factory.mktemp("holed"), tasks=("listops",), states=STATES)
-    analyze(root)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +179,7 @@ def test_a_folder_without_a_done_cell_still_gets_a_report_that_says_so(
 def test_missing_failed_and_diverged_cells_are_named_with_their_reasons(holed: Path) -> None:
     for name in ("report.md", "summary.md"):
         text = (holed / "analysis" / name).read_text(encoding="utf-8")
-        for cell, state in STATES.items():
+        for cell, state in HOLES.items():
             line = next(line for line in text.splitlines() if markdown(str(cell)) in line)
             assert state in line
         assert "out of memory" in text and "the loss is nan in epoch 3" in text

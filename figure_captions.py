@@ -1,7 +1,7 @@
 """How each figure is to be read: the captions, in which {names} are filled in by task_figures.py."""
 
 ACCURACY_POINTS = (
-    "Large: mean over seeds, black: its 95 % t interval, where n is at least 2; small: one mark per seed. "
+    "Large: mean over seeds, black: its 95 % t interval, where n is at least 2; small, below: each seed. "
     "Lines: guessing, always naming the largest class{published}. The axis does not start at 0."
 )
 PUBLISHED_DRAWN = ", and published test accuracies of the Long Range Arena"

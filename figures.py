@@ -74,9 +74,11 @@ def plot_bars(
     return ax
 
 
-def _draw_seeds(ax: Axes, numbers: Sequence[float], row: int, style: ModelStyle) -> None:
-    """A mark per seed, the first seed uppermost."""
-    spread = np.linspace(-0.2, 0.2, len(numbers)) if len(numbers) > 1 else np.zeros(1)
+def _draw_seeds(
+    ax: Axes, numbers: Sequence[float], row: float, style: ModelStyle, reach: float = 0.2
+) -> None:
+    """A mark per seed, the first seed uppermost, up to `reach` above and below the row."""
+    spread = np.linspace(-reach, reach, len(numbers)) if len(numbers) > 1 else np.zeros(1)
     ax.plot(
         numbers, row + spread, style.marker, color=style.color, ms=4.5, mec="white", mew=0.5, clip_on=False
     )
@@ -135,9 +137,9 @@ def plot_accuracy(
             ax.text(0.01, row, words, transform=ax.get_yaxis_transform(), va="center", color="#666666")
             continue
         mean = estimate(numbers)
-        _draw_seeds(ax, numbers, row, style)
+        _draw_seeds(ax, numbers, row + 0.28, style, reach=0.08)  # below the mean, which is not to hide them
+        ax.plot(mean.mean, row, style.marker, color=style.color, ms=8, mec="white", zorder=3)
         _draw_interval(ax, mean, row)
-        ax.plot(mean.mean, row, style.marker, color=style.color, ms=8, mec="white", zorder=5)
         end = max(*numbers, mean.high) if mean.n > 1 else numbers[0]
         _label(ax, f"{mean.mean:.1f} %" + ("" if mean.n > 1 else " (n = 1)"), end, row)
     _name_rows(ax, styles)

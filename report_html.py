@@ -77,10 +77,10 @@ def _html_table(table: TextTable) -> str:
         "".join(f'<td class="{kind}">{_text(entry)}</td>' for kind, entry in zip(kinds, row, strict=True))
         for row in table.rows
     ]
-    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    body, title = "\n".join(f"<tr>{row}</tr>" for row in rows), _text(table.title)
     note = f'\n<p class="note">{_text(table.note)}</p>' if table.note else ""
     return (
-        f'<div class="table"><table>\n<caption>{_text(table.title)}</caption>\n'
+        f'<p class="title">{title}</p>\n<div class="table"><table aria-label="{title}">\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>{note}"
     )
 

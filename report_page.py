@@ -33,10 +33,10 @@ dd { margin: 0; min-width: 0; }
 .notice { background: var(--warn); border-left: 4px solid var(--warn-line); padding: .6rem .8rem; }
 .note, figcaption { color: var(--faint); font-size: .88rem; }
 .note { margin: .3rem 0 0; }
-.table { overflow-x: auto; margin-top: 1.4rem; }
+.table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums;
   overflow-wrap: normal; min-width: 60%; }
-caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
+.title { font-weight: 600; margin: 1.4rem 0 .3rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: bottom; }
 th.number, td.number { text-align: right; }
 th.name, td.name { text-align: left; }
@@ -63,7 +63,7 @@ figcaption { margin-top: .5rem; }
     --warn: #fff; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav { display: none; }
-  h2, h3, caption { break-after: avoid; }
+  h2, h3, .title { break-after: avoid; }
   figure, tr { break-inside: avoid; }
   img { max-width: 100%; max-height: 20cm; width: auto; }
   .table, .paper, pre { overflow: visible; }

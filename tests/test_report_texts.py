@@ -58,7 +58,7 @@ def test_every_block_is_escaped_in_both_forms(tmp_path: Path) -> None:
     table = TextTable(mark, [mark, "n"], [[mark, "1"]], note=mark)
     blocks: list[Block] = [Heading(1, mark), Heading(2, mark), Notice(mark, mark), Paragraph(mark, lead=mark)]
     page = html_report([*blocks, Bullets([mark]), Facts([(mark, mark)]), Code(mark), table], tmp_path)
-    assert mark not in page and page.count(html.escape(mark)) == 16
+    assert mark not in page and page.count(html.escape(mark)) == 17
     text = markdown_report([*blocks, Bullets([mark]), Facts([(mark, mark)]), table])
     assert mark not in text and text.count(markdown(mark)) == 13
 

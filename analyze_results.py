@@ -46,7 +46,7 @@ from training_progress import progress_metrics, progress_table, target_accuracie
 
 PROG = "analyze_results.py"
 JOINED = "analysis_joined"
-LATEX_HEAD = r"% Needs \usepackage{booktabs}."
+LATEX_HEAD = r"% Needs \usepackage{booktabs,graphicx}."
 
 
 def analyze(folder: Path, *others: Path, output: Path | None = None, allow_differences: bool = False) -> Path:

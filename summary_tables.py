@@ -179,7 +179,8 @@ def _published_table(analysis: Analysis, facts: TaskFacts) -> TextTable:
 
 def _prediction_table(analysis: Analysis) -> TextTable:
     rows = []
-    for row in analysis.predictions:
+    tasks, models = list(analysis.facts), list(analysis.names)
+    for row in sorted(analysis.predictions, key=lambda row: (tasks.index(row.task), models.index(row.model))):
         notice = analysis.notice(row.task)
         task = row.task + (f" ({notice})" if notice else "")
         counts = (f"{count:,}" for count in (row.n, row.only_model, row.only_baseline))

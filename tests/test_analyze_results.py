@@ -15,6 +15,7 @@ import pytest
 from results_fixture import HOLES, MODELS, make_results, without_figures, write
 
 import analyze_results
+from analysis_report import report
 from analyze_results import analyze, main
 from comparison_tables import (
     ACCURACY,
@@ -114,6 +115,7 @@ def test_nothing_is_written_outside_analysis_and_matplotlib_is_left_as_it_was(tm
 def test_a_failure_leaves_the_old_analysis_and_no_scraps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    without_figures(monkeypatch)
     root = make_results(tmp_path, tasks=("listops",), models=MODELS[:1], seeds=(0,), patterns=False)
     (root / "analysis").mkdir()
     (root / "analysis" / "old.txt").write_text("old")
@@ -127,7 +129,7 @@ def test_a_failure_leaves_the_old_analysis_and_no_scraps(
         analyze(root)
     assert snapshot(root) == before
     assert not list(root.glob(".analysis*"))
-    monkeypatch.undo()
+    monkeypatch.setattr(analyze_results, "report", report)
     analyze(root)
     assert not (root / "analysis" / "old.txt").exists()
 
@@ -303,7 +305,8 @@ def test_a_done_cell_without_a_usable_result_or_pattern_is_named(tmp_path: Path)
     assert [cell.model for cell in reasons] == ["multi_timescale"]
 
 
-def test_strange_values_in_the_files_break_no_table(tmp_path: Path) -> None:
+def test_strange_values_in_the_files_break_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_figures(monkeypatch)
     root = make_results(tmp_path, tasks=("listops",), models=("conventional",), seeds=(0,), patterns=False)
     folder = Cell("listops", "conventional", 0).folder(root)
     row = {"epoch": 1, "val_accuracy": "high", "learned": {"layer0": {"gamma": [[1.0, "x"], 3]}, "y": 5}}

@@ -201,6 +201,8 @@ def test_a_table_reads_the_same_in_markdown_and_in_latex() -> None:
     assert markdown_table(table) == "**A\\_title**\n\n| model | n |\n| --- | ---: |\n| x\\_y | 3 |\n\n50 %"
     tex = latex_table(table)
     assert r"\caption{A\_title. 50 \%}" in tex and r"\begin{tabular}{lr}" in tex and r"    x\_y & 3 \\" in tex
+    wide = latex_table(TextTable("t", ["seconds to the best epoch", "n"], [["1", "2"]]))
+    assert r"    \shortstack{seconds to the \\ best epoch} & n \\" in wide and r"\linewidth" in wide
     assert tex.index(r"\toprule") < tex.index(r"\midrule") < tex.index(r"\bottomrule")
 
 

@@ -56,7 +56,8 @@ def analyze(folder: Path, *others: Path, output: Path | None = None, allow_diffe
     Raises InputError where one is no results folder, two must not be mixed, or nothing can be written."""
     joined = read_joined([folder, *others], allow_differences=allow_differences)
     target = output or folder / (JOINED if others else ANALYSIS)
-    check_replaceable(target)
+    if output:
+        check_replaceable(output)
     results = joined.results
     styles = model_styles(models_of(results))
     patterns, no_patterns = read_patterns(results)
@@ -112,7 +113,7 @@ def check_replaceable(target: Path) -> None:
     if not target.is_dir():
         raise InputError(f"{target} is no folder; choose another --output-dir")
     names = {path.name for path in target.iterdir()}
-    if target.name not in (ANALYSIS, JOINED) and names and not {"report.md", "summary.csv"} <= names:
+    if names and not {"report.md", "summary.csv"} <= names:
         raise InputError(f"{target} holds something else than an analysis; choose another --output-dir")
 
 

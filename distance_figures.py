@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from figure_style import LINE_STYLES, ModelStyle, model_legend, new_figure
+from figure_style import LINE_STYLES, ModelStyle, model_legend, new_figure, no_data
 
 AT_ZERO = 0.5  # where a logarithmic axis shows the distance 0
 
@@ -46,8 +46,8 @@ def plot_models(shares: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes) -
     """One line per model in one layer, the mean over its timescales."""
     for model, style in styles.items():
         mine = shares[shares["model"] == model]
-        if len(mine):
-            density = densities(mine).mean(axis=1)
+        density = densities(mine).mean(axis=1) if len(mine) else pd.Series()
+        if len(density):
             ax.plot(density.index, density, color=style.color, marker=style.marker, ms=4)
     return _distance_axes(ax)
 
@@ -58,6 +58,8 @@ def plot_timescales(
     """One model's timescales in one layer. Grey: gamma^d of the same timescale, drawn through the measured
     value at distance 1; `horizons`: by timescale, from which gamma = 1 - 1 / horizon."""
     table = densities(shares)
+    if table.empty:
+        return no_data(ax, "no weights")
     for number, timescale in enumerate(table):
         line, density = LINE_STYLES[number % len(LINE_STYLES)], table[timescale]
         ax.plot(density.index, density, line, color=style.color, marker=style.marker, ms=3.5)

@@ -4,7 +4,7 @@ Plot functions take data and `ax` and return `ax`; see figure_style.py. A mass i
 example (evaluate_performance.relative_masses): 1 is an average token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -17,6 +17,7 @@ from figure_style import ModelStyle, drawable, new_figure
 
 SHOWN_MASSES = 8  # heaviest, and as many lightest
 LINE_LETTERS = 78  # of a shaded example
+LEAST_SHOWN = 0.01  # a mass of 0 has no place on a logarithmic scale
 SHADES = "PuOr_r"  # light in the middle, told apart by colour-blind readers
 
 
@@ -85,7 +86,7 @@ def plot_shaded_tokens(
 
 
 def shaded_figure(
-    examples: dict[str, tuple[Sequence[str], np.ndarray]], styles: dict[str, ModelStyle], title: str
+    examples: Mapping[str, tuple[Sequence[str], np.ndarray]], styles: dict[str, ModelStyle], title: str
 ) -> Figure:
     """The same example for each model that has masses. examples: (symbols, masses (M,)) by model."""
     lines = [token_places(symbols)[-1][0] + 1 for symbols, _ in examples.values()]
@@ -96,6 +97,9 @@ def shaded_figure(
         height=1.2 + sum(0.45 + 0.2 * count for count in lines),
         height_ratios=[count + 1 for count in lines],
     )
+    examples = {
+        model: (symbols, np.maximum(masses, LEAST_SHOWN)) for model, (symbols, masses) in examples.items()
+    }
     spread = max(float(np.exp(np.abs(np.log(masses)).max())) for _, masses in examples.values())
     largest = max(1.05, spread)
     for ax, (model, (symbols, masses)) in zip(axes[:, 0], examples.items(), strict=True):

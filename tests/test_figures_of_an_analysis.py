@@ -12,8 +12,10 @@ from results_fixture import MODELS
 
 from analyze_results import make_analysis
 from comparison_tables import ACCURACY, epoch_table, metric_table, read_patterns
-from figure_style import figure_style, model_styles
+from distance_figures import distance_figure
+from figure_style import figure_style, model_styles, save_figure
 from joined_results import read_joined
+from mass_figures import shaded_figure
 from task_figures import CONVERGENCE_PANELS, COST_PANELS, TaskFigures
 from training_progress import progress_table
 
@@ -76,6 +78,21 @@ def test_the_trade_off_is_that_of_the_table(figures: dict[str, Figure], summary:
         if seconds:
             np.testing.assert_allclose(drawn[0], np.stack([seconds, accuracy], 1))
             np.testing.assert_allclose(drawn[1], [[np.mean(seconds), accuracy.mean()]])
+
+
+def test_maps_that_hold_no_weights_and_masses_of_0_are_drawn_and_not_fatal(tmp_path: Path) -> None:
+    columns = ["model", "layer", "timescale", "low", "high", "share"]
+    rows = [("multi_timescale", 0, timescale, 0, 1, 0.0) for timescale in (0, 1)]
+    learned = pd.DataFrame(columns=["scalar", "model", "seed", "epoch", "layer", "timescale", "value"])
+    masses = {"gravitational": (["a", "b"], np.array([0.0, 2.0]))}
+    with figure_style():
+        figures = [
+            distance_figure(pd.DataFrame(rows, columns=columns), learned, STYLES, "empty"),
+            shaded_figure(masses, STYLES, "light"),
+        ]
+        for number, figure in enumerate(figures):
+            save_figure(figure, tmp_path, str(number))
+    assert "no weights" in [text.get_text() for ax in figures[0].axes for text in ax.texts]
 
 
 def test_no_label_leaves_its_figure(figures: dict[str, Figure]) -> None:

@@ -4,7 +4,9 @@ Plot functions take data and `ax` and return `ax`; the figure_* functions lay pa
 Symbols: T timescales, H heads, M tokens; row i of a map holds the weights of query i over the keys j.
 """
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +21,7 @@ from figure_style import LINE_STYLES, ModelStyle, drawable, model_legend, new_fi
 
 SHOWN_TOKENS = 32  # more labels than this cannot be read
 SHOWN_GRID_TOKENS, SHOWN_ROWS, SHOWN_HEADS = 20, 8, 4  # in a grid of maps
-GRID_CELL = 0.12  # inches per token there
+GRID_CELL, GRID_FOOT = 0.12, 1.75  # inches: per token, and below the maps
 
 
 def shown_example(patterns: AttentionPatterns, most: int = SHOWN_TOKENS) -> tuple[int, int]:
@@ -92,13 +94,19 @@ def attention_figure(patterns: AttentionPatterns, title: str) -> Figure:
     maps = patterns.maps[layers, example, :, :heads, :tokens, :tokens].astype(np.float32)
     maps = maps.reshape(-1, heads, tokens, tokens)
     names = [_panel_name(layer, timescale, timescales) for layer in layers for timescale in range(timescales)]
-    across, down = GRID_CELL * tokens * heads, GRID_CELL * tokens * len(maps)
-    figure, axes = new_figure(1, 1, width=max(6, 2.2 + across), height=2.1 + down)
-    plot_map_grid(maps, patterns.symbols[example, :tokens], names, axes[0, 0])
-    image = axes[0, 0].images[0]
-    bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.01)
+    across, down = (GRID_CELL * (count * (tokens + 1) - 1) for count in (heads, len(maps)))
+    top = 0.45 + 0.18 * (title.count("\n") + 1)
+    width, height = max(6.0, across + 1.5), top + down + GRID_FOOT
+    # Laid out by hand: the sizes are known, and hundreds of labels make the layout engine slow.
+    figure = Figure(figsize=(width, height))
+    left = (width - across) / 2 + 0.25
+    ax = figure.add_axes((left / width, GRID_FOOT / height, across / width, down / height))
+    plot_map_grid(maps, patterns.symbols[example, :tokens], names, ax)
+    long = min(3.5, across)
+    place = (left + (across - long) / 2) / width, 0.55 / height, long / width, 0.12 / height
+    bar = figure.colorbar(ax.images[0], cax=figure.add_axes(place), orientation="horizontal")
     bar.set_label("attention weight (square-root colour scale)")
-    figure.suptitle(title)
+    figure.suptitle(title, y=1 - 0.1 / height)
     return figure
 
 
@@ -109,27 +117,27 @@ def plot_map_grid(maps: np.ndarray, symbols: np.ndarray, names: Sequence[str], a
     rows, heads, tokens = maps.shape[:3]
     step = tokens + 1  # a line of white between maps
     image = np.full((rows * step - 1, heads * step - 1), np.nan, np.float32)
-    for row in range(rows):
-        for head in range(heads):
-            top, left = row * step, head * step
-            image[top : top + tokens, left : left + tokens] = maps[row, head]
-    largest = float(maps.max()) or 1.0
-    ax.imshow(image, cmap="viridis", norm=PowerNorm(0.5, 0, largest), interpolation="nearest", aspect="equal")
+    for row, head in itertools.product(range(rows), range(heads)):
+        top, left = row * step, head * step
+        image[top : top + tokens, left : left + tokens] = maps[row, head]
+    norm = PowerNorm(0.5, 0, float(maps.max()) or 1.0)
+    ax.imshow(image, cmap="viridis", norm=norm, interpolation="nearest", aspect="equal")
+    ax.set_axis_off()
+    bottom, right, middle = rows * step - 1.2, heads * step - 0.5, (tokens - 1) / 2
     shown = [drawable(symbol, 8) for symbol in symbols]
-    for axis, count in ((ax.yaxis, rows), (ax.xaxis, heads)):
-        places = [part * step + place for part in range(count) for place in range(tokens)]
-        axis.set_ticks(places, shown * count)
-        axis.set_tick_params(length=0, labelsize=7, pad=1)
-    ax.tick_params(axis="x", labelrotation=90)
-    ax.spines[:].set_visible(False)
-    middle = (tokens - 1) / 2
+    for place, symbol in enumerate(shown):
+        for row in range(rows):
+            ax.text(-0.8, row * step + place, symbol, ha="right", va="center", size=7)
+        for head in range(heads):
+            ax.text(head * step + place, bottom, symbol, ha="center", va="top", rotation=90, size=7)
     for head in range(heads):
         ax.text(head * step + middle, -1, f"head {head + 1}", ha="center", va="bottom", size=9)
     for row, name in enumerate(names):
-        x = heads * step - 0.5
-        ax.text(x, row * step + middle, name, rotation=270, ha="left", va="center", size=9)
-    ax.set_ylabel("query")
-    ax.set_xlabel("key")
+        ax.text(right, row * step + middle, name, rotation=270, ha="left", va="center", size=9)
+    away = 16 + 5.5 * max(map(len, shown))  # points, past the tokens
+    far: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    ax.annotate("query", (0, 0.5), (-away, 0), rotation=90, ha="center", va="center", **far)
+    ax.annotate("key", (0.5, 0), (0, -away), ha="center", va="center", **far)
     return ax
 
 

@@ -1,103 +1,144 @@
-"""The report of a comparison: what was run, findings in sentences made from the numbers, tables, figures.
+"""The report of a comparison as blocks: what was run, findings, tables, figures, how to reproduce it.
 
-    text = report(analysis, figures)        # report.md; `figures`: the FigureNotes by task
+    blocks = report(analysis, figures)       # `figures`: the FigureNotes by task
+    markdown_report(blocks), html_report(blocks, folder)
 
-How strongly a sentence is worded follows from the numbers: with one seed there is no interval and no
-verdict, with too few seeds the smallest p value they can give is named, and only a difference that passes
-Holm's correction is called better or worse. Text in, text out: nothing is drawn or written here.
+Both files are written from these blocks. The findings' sentences are made in report_findings.py. Text in,
+blocks out: nothing is drawn or written here.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shlex
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from comparison_tables import ACCURACY, BASELINE, NEAR, SIGNIFICANCE, Difference, TaskFacts, by_seed
-from seed_statistics import Estimate
+from accuracy_against_cost import TARGET_SHARE
+from comparison_tables import NEAR, TaskFacts
+from joined_results import MIXED
+from report_blocks import Block, Bullets, Code, Facts, FigureNote, Heading, Notice, Paragraph
+from report_findings import findings
+from results_folder import Results
 from summary_tables import Analysis, tables
-from text_tables import code_block, markdown, markdown_table, one_line, short, short_p
+from text_tables import one_line
+
+DEFINITIONS = (
+    "Test accuracy is that of the weights of the best validation accuracy; the test set is read once.",
+    "Epochs to 90 % of best: the first epoch whose validation accuracy reaches 90 % of its maximum; "
+    "above chance: the first with (accuracy - chance) / (maximum - chance) of at least 0.9.",
+    "Time per epoch is that of the training steps, without evaluation and without the first step.",
+    f"Target accuracy: a validation accuracy {TARGET_SHARE:.0%} of the way from chance to the best of the "
+    "conventional model (mean over its seeds), one for all models; a run that does not reach it is in no "
+    "mean of the time to it.",
+    "Interval: 95 % t interval of the mean over seeds. p: exact two-sided sign-flip test, paired by seed; "
+    "with n seeds it is 2 / 2^n at the least. McNemar's test compares two trained models on the same test "
+    "examples, and says nothing of other seeds.",
+    "Peak memory is the CUDA allocator's on a GPU, the resident set of the process on a CPU.",
+    f"Weight within {NEAR} tokens: the share of a query's weight at |i - j| < {NEAR}, in long examples.",
+    "Entropy of a row: of a query's weights over the log of the number of tokens, mean over examples, "
+    "layers and heads: 1 = even weights, 0 = one token.",
+)
 
 
-@dataclass(frozen=True)
-class FigureNote:
-    """A figure in figures/, by the stem of its two files, and how to read it."""
-
-    stem: str
-    title: str
-    caption: str
-
-
-def report(analysis: Analysis, figures: dict[str, list[FigureNote]]) -> str:
-    """report.md. `figures`: by task."""
-    parts = ["# Comparison of attention mechanisms", *_notices(analysis), *_what_was_run(analysis)]
-    parts += ["## Findings", *_findings(analysis), "## Tables"]
-    parts += [markdown_table(table) for table in tables(analysis)] or ["There is nothing to tabulate."]
-    parts.append("## Figures")
+def report(analysis: Analysis, figures: dict[str, list[FigureNote]]) -> list[Block]:
+    """`figures`: by task."""
+    blocks: list[Block] = [Heading(1, "Comparison of attention mechanisms"), *_notices(analysis)]
+    blocks += [Heading(2, "What was run"), *_what_was_run(analysis)]
+    blocks += [Heading(2, "Findings"), *findings(analysis)]
+    blocks += [Heading(2, "Tables"), *tables(analysis)]
+    if isinstance(blocks[-1], Heading):
+        blocks.append(Paragraph("There is nothing to tabulate."))
+    blocks.append(Heading(2, "Figures"))
     for task, drawn in figures.items():
-        parts += [f"### {markdown(task)}"]
-        for note in drawn:
-            image = f"![{markdown(note.title)}](figures/{note.stem}.png)"
-            parts += [image, f"**{markdown(note.title)}.** {markdown(note.caption)}"]
-    parts += _how_to_reproduce(analysis)
-    return "\n\n".join(parts) + "\n"
+        blocks += [Heading(3, task), *drawn]
+    blocks += [Heading(2, "Definitions"), Bullets(DEFINITIONS)]
+    return [*blocks, Heading(2, "How to reproduce"), *_how_to_reproduce(analysis)]
 
 
-def _notices(analysis: Analysis) -> list[str]:
-    parts = []
+def _notices(analysis: Analysis) -> list[Block]:
+    blocks: list[Block] = []
     if analysis.results.config.get("preset") == "smoke":
-        parts.append(
-            "> **Smoke test.** This run only checks that every step works. Its numbers mean nothing."
+        blocks.append(
+            Notice("Smoke test.", "This run only checks that every step works. Its numbers mean nothing.")
         )
     for facts in analysis.facts.values():
         if facts.stand_in_for:
-            task, wanted = markdown(facts.name), markdown(facts.stand_in_for)
-            parts.append(
-                f"> **Stand-in data.** {task} stands in for {wanted}, which was not to be had. "
-                f"Nothing here is a result on {wanted}."
+            text = (
+                f"{facts.name} stands in for {facts.stand_in_for}, which was not to be had. "
+                f"Nothing here is a result on {facts.stand_in_for}."
             )
+            blocks.append(Notice("Stand-in data.", text))
+    if analysis.joined.differences:
+        unlike = "; ".join(analysis.joined.differences)
+        blocks.append(Notice("Unlike runs in one table.", f"{MIXED} was given, and {unlike}."))
+    if len(set(_per_folder(analysis, _device))) > 1:
+        text = "Times and memory of different machines are in one mean; ratios are taken within a seed."
+        blocks.append(Notice("Several machines.", text))
     if not analysis.results.cells or len(analysis.unfinished()) == len(analysis.results.cells):
-        parts.append("> **No cell is done.** There are no results to compare.")
-    return parts
+        blocks.append(Notice("No cell is done.", "There are no results to compare."))
+    return blocks
 
 
-def _what_was_run(analysis: Analysis) -> list[str]:
-    config, environment = analysis.results.config, analysis.results.environment
+def _per_folder(analysis: Analysis, read: Callable[[Results], str]) -> list[str]:
+    return [read(source) for source in analysis.joined.sources]
+
+
+def _by_folder(analysis: Analysis, read: Callable[[Results], str]) -> str:
+    """What the folders say: once where they agree, else each with its folder's name."""
+    said = _per_folder(analysis, read)
+    if len(set(said)) == 1:
+        return said[0]
+    folders = _per_folder(analysis, lambda source: source.root.resolve().name)
+    pairs = zip(said, folders, strict=True)
+    return "; ".join(f"{_plain(text)} ({folder})" for text, folder in pairs)
+
+
+def _device(source: Results) -> str:
+    return str(source.environment.get("device_name") or source.environment.get("device") or "")
+
+
+def _commit(source: Results) -> str:
+    commit = str(source.environment.get("git_commit") or "")
+    return f"{commit} with uncommitted changes" if commit and source.environment.get("git_dirty") else commit
+
+
+def _what_was_run(analysis: Analysis) -> list[Block]:
     seeds = sorted({record.cell.seed for record in analysis.results.cells})
-    total, done = len(analysis.results.cells), len(analysis.results.cells) - len(analysis.unfinished())
-    commit = environment.get("git_commit")
-    if commit:
-        commit = f"{commit}{' with uncommitted changes' if environment.get('git_dirty') else ''}"
-    settings = config.get("settings")
+    total, lost = len(analysis.results.cells), analysis.unfinished()
+    settings = analysis.results.config.get("settings")
     settings = settings if isinstance(settings, dict) else {}
+    processor, software = ("cpu", "cores", "threads"), ("python", "torch", "numpy", "cuda", "platform")
     facts = {
-        "preset": config.get("preset"),
-        "cells": f"{done} of {total} done",
+        "preset": analysis.results.config.get("preset"),
+        "cells": f"{total - len(lost)} of {total} done",
         "models": ", ".join(analysis.names.values()),
         "seeds": ", ".join(map(str, seeds)) + (" (n = 1)" if len(seeds) == 1 else ""),
-        "device": environment.get("device_name") or environment.get("device"),
-        "processor": _joined(environment, ("cpu", "cores", "threads")),
-        "software": _joined(environment, ("python", "torch", "numpy", "cuda", "platform")),
-        "commit": commit,
+        "device": _by_folder(analysis, _device),
+        "processor": _by_folder(analysis, lambda source: _joined(source.environment, processor)),
+        "software": _by_folder(analysis, lambda source: _joined(source.environment, software)),
+        "commit": _by_folder(analysis, _commit),
         "arithmetic": _distinct(analysis, "precision"),
         "memory is that of the": _distinct(analysis, "memory_kind"),
-        "started": config.get("created"),
+        "started": _by_folder(analysis, lambda source: str(source.config.get("created") or "")),
         "model settings": _settings(settings.get("model")),
         "training settings": _settings(settings.get("training")),
     }
-    lines = [f"- {key}: {markdown(_plain(value))}" for key, value in facts.items()]
-    for task in analysis.facts.values():
-        lines.append(f"- task {markdown(task.name)}: {markdown(_task_line(task))}")
-    parts = ["## What was run", "\n".join(lines)]
-    if analysis.unfinished():
-        parts.append(f"**{total - done} of {total} cells are not done** and are in no mean:")
-        parts.append(
-            "\n".join(
-                f"- {markdown(str(record.cell))}: {record.state}"
-                + (f" ({markdown(record.reason)})" if record.reason else "")
-                for record in analysis.unfinished()
-            )
+    lines = [(key, _plain(value)) for key, value in facts.items()]
+    if len(analysis.joined.sources) > 1:
+        names = _per_folder(analysis, lambda source: f"{source.root.resolve().name} {_seeds(source)}")
+        lines.insert(1, ("results folders", "; ".join(names)))
+    lines += [(f"task {task.name}", _plain(_task_line(task))) for task in analysis.facts.values()]
+    blocks: list[Block] = [Facts(lines)]
+    if lost:
+        blocks.append(Paragraph("and are in no mean:", lead=f"{len(lost)} of {total} cells are not done"))
+        reasons = (f" ({record.reason})" if record.reason else "" for record in lost)
+        blocks.append(
+            Bullets([f"{one.cell}: {one.state}{why}" for one, why in zip(lost, reasons, strict=True)])
         )
-    return parts
+    return blocks
+
+
+def _seeds(source: Results) -> str:
+    seeds = sorted({record.cell.seed for record in source.cells})
+    return f"(seeds {', '.join(map(str, seeds))})" if seeds else "(no cells)"
 
 
 def _distinct(analysis: Analysis, key: str) -> str:
@@ -147,164 +188,23 @@ def _said(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _findings(analysis: Analysis) -> list[str]:
-    parts = []
-    for task, facts in analysis.facts.items():
-        notice = analysis.notice(task)
-        parts.append(
-            f"### {markdown(task)} ({markdown(facts.title)})" + (f": {markdown(notice)}" if notice else "")
-        )
-        sentences = [
-            *_accuracy_findings(analysis, facts),
-            *_difference_findings(analysis, task),
-            *_cost_findings(analysis, task),
-            *_learned_findings(analysis, task),
-        ]
-        if not any(analysis.mean(task, model, ACCURACY).n for model in analysis.names):
-            sentences = ["No cell of this task is done: nothing can be said."]
-        parts.append("\n".join(f"- {markdown(sentence)}" for sentence in sentences))
-    if analysis.no_patterns:
-        reasons = "; ".join(f"{cell} ({reason})" for cell, reason in analysis.no_patterns.items())
-        parts.append(f"Without attention patterns: {markdown(reasons)}.")
-    return parts or ["No task was planned: nothing can be said."]
-
-
-def _accuracy_findings(analysis: Analysis, facts: TaskFacts) -> list[str]:
-    means = {model: analysis.mean(facts.name, model, ACCURACY) for model in analysis.names}
-    means = {model: mean for model, mean in means.items() if mean.n}
-    shown = "; ".join(
-        f"{analysis.names[model]} {_percent(mean)}"
-        for model, mean in sorted(means.items(), key=lambda item: -item[1].mean)
-    )
-    sentences = [f"Test accuracy, from the highest: {shown}."]
-    if facts.test_size and facts.majority is not None:
-        error = math.sqrt(facts.majority * (1 - facts.majority) / facts.test_size)
-        near = [analysis.names[model] for model in means if means[model].mean <= facts.majority + 2 * error]
-        if near:
-            sentences.append(
-                f"Not told apart from always naming the largest class ({100 * facts.majority:.1f} %; two "
-                f"standard errors of the test set are {200 * error:.1f} points): {', '.join(near)}."
-            )
-    if any(mean.n == 1 for mean in means.values()) and facts.test_size:
-        typical = sum(mean.mean for mean in means.values()) / len(means)
-        error = math.sqrt(typical * (1 - typical) / facts.test_size)
-        sentences.append(
-            f"The {facts.test_size:,} test examples alone leave each accuracy a standard error of about "
-            f"{100 * error:.1f} points."
-        )
-    return sentences
-
-
-def _percent(mean: Estimate) -> str:
-    if mean.n < 2:
-        return f"{100 * mean.mean:.1f} % (n = {mean.n}, no interval)"
-    return (
-        f"{100 * mean.mean:.1f} % (n = {mean.n}, 95 % interval {100 * mean.low:.1f} to {100 * mean.high:.1f})"
-    )
-
-
-def _difference_findings(analysis: Analysis, task: str) -> list[str]:
-    if BASELINE not in analysis.names:
-        return [f"{BASELINE} was not among the models: there is no baseline to compare with."]
-    sentences = []
-    for row in analysis.differences:
-        if row.task != task:
-            continue
-        name = f"{analysis.names[row.model]} against {analysis.names[BASELINE]}"
-        points = f"{100 * row.mean.mean:+.1f} points of test accuracy"
-        if row.mean.n == 0:
-            sentences.append(f"{name}: no seed finished with both, so there is no comparison.")
-        elif row.mean.n == 1:
-            sentences.append(
-                f"{name}: {points} (n = 1: no interval; one seed cannot tell the mechanism from the luck of "
-                "the draw)."
-            )
-        else:
-            sentences.append(f"{name}: {points} on average {_evidence(row)}")
-    return sentences
-
-
-def _evidence(row: Difference) -> str:
-    n, _, low, high = row.mean
-    numbers = (
-        f"(n = {n}, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, p = {short_p(row.p)}, "
-        f"after Holm's correction {short_p(row.p_holm)})"
-    )
-    if row.verdict == "too few seeds":
-        return (
-            f"{numbers}. The smallest p value that {n} seeds can give is {short_p(row.smallest_p)}, "
-            f"{short_p(row.smallest_p_holm)} after the correction: too few seeds to tell."
-        )
-    if row.verdict == "not shown":
-        return f"{numbers}: a difference is not shown at the {SIGNIFICANCE} level."
-    word = {"higher": "better", "lower": "worse"}[row.verdict]
-    return f"{numbers}: {word} at the {SIGNIFICANCE} level, for these settings and this data."
-
-
-def _cost_findings(analysis: Analysis, task: str) -> list[str]:
-    """Time, memory and parameters as multiples of the baseline's, from the seeds that both have."""
-    sentences = []
-    for metric, what in (
-        ("seconds_per_epoch", "Time per training epoch"),
-        ("peak_memory_bytes", "Peak memory"),
-        ("parameters", "Parameters"),
-    ):
-        base = by_seed(analysis.table, task, BASELINE, metric)
-        ratios = []
-        for model, name in analysis.names.items():
-            values = by_seed(analysis.table, task, model, metric)
-            shared = [seed for seed in values if base.get(seed, 0) > 0]
-            if model != BASELINE and shared:
-                ratio = sum(values[seed] / base[seed] for seed in shared) / len(shared)
-                ratios.append(f"{name} {short(ratio)}")
-        if ratios:
-            mean = " (mean of the seeds' ratios)" if len(base) > 1 and metric != "parameters" else ""
-            sentences.append(
-                f"{what} as a multiple of {analysis.names[BASELINE]}'s{mean}: {'; '.join(ratios)}."
-            )
-    if sentences and sentences[-1].startswith("Parameters"):
-        sentences[-1] += " A difference in accuracy may also come from a difference in size."
-    return sentences
-
-
-def _learned_findings(analysis: Analysis, task: str) -> list[str]:
-    """How far the learned scalars moved between the first epoch and the last."""
-    learned = analysis.learned[analysis.learned["task"] == task]
-    sentences = []
-    for (scalar, model), lines in learned.groupby(["scalar", "model"], sort=False):
-        first = lines.groupby(["seed"])["epoch"].transform("min")
-        last = lines.groupby(["seed"])["epoch"].transform("max")
-        start = lines[lines["epoch"] == first].groupby("timescale")["value"].mean()
-        end = lines[lines["epoch"] == last].groupby("timescale")["value"].mean()
-        moves = ", ".join(f"{short(start[one])} to {short(end[one])}" for one in start.index)
-        what = "horizons in tokens" if scalar == "horizon" else "strength of gravity G"
-        sentences.append(
-            f"{analysis.names[str(model)]}: {what} from the end of the first epoch to that of the last, mean "
-            f"over layers, heads and seeds{', by timescale' if len(start) > 1 else ''}: {moves}."
-        )
-    return sentences
-
-
-def _how_to_reproduce(analysis: Analysis) -> list[str]:
-    command = one_line(str(analysis.results.config.get("command") or "python run_experiment.py"))
-    folder = one_line(analysis.results.root.resolve().name)
-    commit = analysis.results.environment.get("git_commit")
-    where = f"At commit {markdown(str(commit))}, with" if commit else "With"
-    definitions = [
-        "Test accuracy is that of the weights of the best validation accuracy; the test set is read once.",
-        "Epochs to 90 % of best: the first epoch whose validation accuracy reaches 90 % of its maximum; "
-        "above chance: the first with (accuracy - chance) / (maximum - chance) of at least 0.9.",
-        "Time per epoch is that of the training steps, without evaluation and without the first step.",
-        "Peak memory is the CUDA allocator's on a GPU, the resident set of the process on a CPU.",
-        f"Weight within {NEAR} tokens: the share of a query's weight at |i - j| < {NEAR}, in long examples.",
-        "Entropy of a row: of a query's weights over the log of the number of tokens, mean over examples, "
-        "layers and heads: 1 = even weights, 0 = one token.",
+def _how_to_reproduce(analysis: Analysis) -> list[Block]:
+    sources = analysis.joined.sources
+    commands = [
+        one_line(str(source.config.get("command") or "python run_experiment.py")) for source in sources
     ]
+    folders = [shlex.quote(one_line(source.root.resolve().name)) for source in sources]
+    mixed = [MIXED] if analysis.joined.differences else []
+    again = " ".join(["python analyze_results.py", *folders, *mixed])
+    commit = _by_folder(analysis, _commit)
+    where = f"At commit {commit}, with" if commit else "With"
+    made = (
+        "The last command remakes this analysis; the first makes"
+        if len(commands) == 1
+        else ("The last command remakes this analysis; each of those before it makes")
+    )
     return [
-        "## Definitions",
-        "\n".join(f"- {markdown(line)}" for line in definitions),
-        "## How to reproduce",
-        f"{where} the packages of requirements.txt:",
-        code_block(f"{command}\npython analyze_results.py {folder}", "sh"),
-        "The first command makes a new results folder; the second remakes this analysis from this one.",
+        Paragraph(f"{where} the packages of requirements.txt:"),
+        Code("\n".join([*commands, again])),
+        Paragraph(f"{made} a new results folder."),
     ]

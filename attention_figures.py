@@ -1,10 +1,12 @@
-"""Figures of what attention looks at: maps with their tokens, weight by distance, masses, learned scalars.
+"""Figures of what attention looks at and what it has learned: maps with their tokens, horizons and G.
 
 Plot functions take data and `ax` and return `ax`; the figure_* functions lay panels out. See figure_style.py.
 Symbols: T timescales, H heads, M tokens; row i of a map holds the weights of query i over the keys j.
 """
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,19 +17,19 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from evaluate_performance import AttentionPatterns
-from figure_style import ModelStyle, drawable, model_legend, new_figure
+from figure_style import LINE_STYLES, ModelStyle, drawable, model_legend, new_figure
 
 SHOWN_TOKENS = 32  # more labels than this cannot be read
-SHOWN_MASSES = 8  # heaviest, and as many lightest
-LINE_STYLES = ("-", "--", ":", "-.")
+SHOWN_GRID_TOKENS, SHOWN_ROWS, SHOWN_HEADS = 20, 8, 4  # in a grid of maps
+GRID_CELL, GRID_FOOT = 0.12, 1.75  # inches: per token, and below the maps
 
 
-def shown_example(patterns: AttentionPatterns) -> tuple[int, int]:
-    """(example, tokens): the longest example that can be shown whole, else the shortest, cut."""
+def shown_example(patterns: AttentionPatterns, most: int = SHOWN_TOKENS) -> tuple[int, int]:
+    """(example, tokens): the longest example of at most `most` tokens, else the shortest, cut."""
     lengths = patterns.lengths.tolist()
-    whole = [length for length in lengths if length <= SHOWN_TOKENS]
+    whole = [length for length in lengths if length <= most]
     length = max(whole) if whole else min(lengths)
-    return lengths.index(length), min(length, SHOWN_TOKENS)
+    return lengths.index(length), min(length, most)
 
 
 def plot_attention_map(
@@ -76,17 +78,67 @@ def figure_of_maps(
     return figure
 
 
+def shown_maps(patterns: AttentionPatterns) -> tuple[list[int], int, int]:
+    """(layers, heads, tokens) that `attention_figure` shows: all layers, or the last where the rows would be
+    too many; up to 4 heads; the tokens of the longest example that fits, else the first of the shortest."""
+    layers, _, timescales, heads = patterns.maps.shape[:4]
+    rows = range(layers) if layers * timescales <= SHOWN_ROWS else range(layers - 1, layers)
+    return list(rows), min(heads, SHOWN_HEADS), shown_example(patterns, SHOWN_GRID_TOKENS)[1]
+
+
 def attention_figure(patterns: AttentionPatterns, title: str) -> Figure:
-    """The mean over heads of one example: a row per layer, a column per timescale, or layers in one row."""
-    example, length = shown_example(patterns)
-    maps = patterns.maps[:, example, :, :, :length, :length].astype(np.float32).mean(2)
-    panels = [
-        [(_panel_name(layer, timescale, len(row)), weights) for timescale, weights in enumerate(row)]
-        for layer, row in enumerate(maps)
-    ]
-    if maps.shape[1] == 1:
-        panels = [[panel for row in panels for panel in row]]
-    return figure_of_maps(panels, patterns.symbols[example, :length], title)
+    """One example: a row of maps per layer and timescale, a column per head; see `shown_maps`."""
+    example, _ = shown_example(patterns, SHOWN_GRID_TOKENS)
+    layers, heads, tokens = shown_maps(patterns)
+    timescales = patterns.maps.shape[2]
+    maps = patterns.maps[layers, example, :, :heads, :tokens, :tokens].astype(np.float32)
+    maps = maps.reshape(-1, heads, tokens, tokens)
+    names = [_panel_name(layer, timescale, timescales) for layer in layers for timescale in range(timescales)]
+    across, down = (GRID_CELL * (count * (tokens + 1) - 1) for count in (heads, len(maps)))
+    top = 0.45 + 0.18 * (title.count("\n") + 1)
+    width, height = max(6.0, across + 1.5), top + down + GRID_FOOT
+    # Laid out by hand: the sizes are known, and hundreds of labels make the layout engine slow.
+    figure = Figure(figsize=(width, height))
+    left = (width - across) / 2 + 0.25
+    ax = figure.add_axes((left / width, GRID_FOOT / height, across / width, down / height))
+    plot_map_grid(maps, patterns.symbols[example, :tokens], names, ax)
+    long = min(3.5, across)
+    place = (left + (across - long) / 2) / width, 0.55 / height, long / width, 0.12 / height
+    bar = figure.colorbar(ax.images[0], cax=figure.add_axes(place), orientation="horizontal")
+    bar.set_label("attention weight (square-root colour scale)")
+    figure.suptitle(title, y=1 - 0.1 / height)
+    return figure
+
+
+def plot_map_grid(maps: np.ndarray, symbols: np.ndarray, names: Sequence[str], ax: Axes) -> Axes:
+    """Maps (rows, heads, M, M) side by side in one image, with the tokens at the left and at the foot.
+
+    names: of the rows. All share one colour scale, up to the largest weight."""
+    rows, heads, tokens = maps.shape[:3]
+    step = tokens + 1  # a line of white between maps
+    image = np.full((rows * step - 1, heads * step - 1), np.nan, np.float32)
+    for row, head in itertools.product(range(rows), range(heads)):
+        top, left = row * step, head * step
+        image[top : top + tokens, left : left + tokens] = maps[row, head]
+    norm = PowerNorm(0.5, 0, float(maps.max()) or 1.0)
+    ax.imshow(image, cmap="viridis", norm=norm, interpolation="nearest", aspect="equal")
+    ax.set_axis_off()
+    bottom, right, middle = rows * step - 1.2, heads * step - 0.5, (tokens - 1) / 2
+    shown = [drawable(symbol, 8) for symbol in symbols]
+    for place, symbol in enumerate(shown):
+        for row in range(rows):
+            ax.text(-0.8, row * step + place, symbol, ha="right", va="center", size=7)
+        for head in range(heads):
+            ax.text(head * step + place, bottom, symbol, ha="center", va="top", rotation=90, size=7)
+    for head in range(heads):
+        ax.text(head * step + middle, -1, f"head {head + 1}", ha="center", va="bottom", size=9)
+    for row, name in enumerate(names):
+        ax.text(right, row * step + middle, name, rotation=270, ha="left", va="center", size=9)
+    away = 16 + 5.5 * max(map(len, shown))  # points, past the tokens
+    far: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    ax.annotate("query", (0, 0.5), (-away, 0), rotation=90, ha="center", va="center", **far)
+    ax.annotate("key", (0.5, 0), (0, -away), ha="center", va="center", **far)
+    return ax
 
 
 def head_figure(patterns: AttentionPatterns, layer: int, timescale: int, title: str) -> Figure:
@@ -101,79 +153,6 @@ def head_figure(patterns: AttentionPatterns, layer: int, timescale: int, title: 
 
 def _panel_name(layer: int, timescale: int, timescales: int) -> str:
     return f"layer {layer + 1}" + (f", timescale {timescale + 1}" if timescales > 1 else "")
-
-
-def plot_distance_share(shares: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes) -> Axes:
-    """Share of weight by distance in one layer. `shares`: model, timescale, low, high, share (0 to 1).
-
-    Thick: the mean over timescales; thin: each timescale, where there are several."""
-    for model, of_model in shares.groupby("model", sort=False):
-        style = styles[str(model)]
-        by_timescale = of_model.groupby(["timescale", "low", "high"])["share"].mean().unstack("timescale")
-        low, high = (by_timescale.index.get_level_values(level).to_numpy() for level in ("low", "high"))
-        middle = np.where(low > 0, np.sqrt(low * np.maximum(high - 1, low)), 0.5)
-        if by_timescale.shape[1] > 1:
-            for number, timescale in enumerate(by_timescale):
-                line = LINE_STYLES[number % len(LINE_STYLES)]
-                ax.plot(middle, 100 * by_timescale[timescale], line, color=style.color, lw=0.8, alpha=0.6)
-        ax.plot(middle, 100 * by_timescale.mean(axis=1), color=style.color, marker=style.marker, label=model)
-    ax.set_xscale("log")
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: "0" if value == 0.5 else f"{value:g}"))
-    ticks = [0.5, 1, 10, 100, 1000]
-    ax.set_xticks([tick for tick in ticks if tick <= shares["high"].max()])
-    ax.set_xticks([], minor=True)
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel("distance |i - j| in tokens (log scale; 0 = the token itself)")
-    ax.grid(axis="y")
-    return ax
-
-
-def distance_figure(shares: pd.DataFrame, styles: dict[str, ModelStyle], title: str) -> Figure:
-    """A panel per layer. `shares`: model, layer, timescale, low, high, share."""
-    layers = sorted(shares["layer"].unique())
-    figure, axes = new_figure(1, len(layers), width=1.2 + 4.2 * len(layers), height=3.6, sharey=True)
-    for ax, layer in zip(axes[0], layers, strict=True):
-        plot_distance_share(shares[shares["layer"] == layer], styles, ax).set_title(f"layer {layer + 1}")
-    axes[0, 0].set_ylabel("share of attention weight (%)")
-    most = int(shares["timescale"].max()) + 1
-    thin = [
-        Line2D([], [], color="#666666", lw=0.8, ls=LINE_STYLES[number % 4], label=f"timescale {number + 1}")
-        for number in range(most)
-    ]
-    present = [styles[model] for model in styles if model in set(shares["model"])]
-    model_legend(figure, present, thin if most > 1 else [])
-    figure.suptitle(title)
-    return figure
-
-
-def plot_token_masses(masses: Sequence[tuple[str, float, int]], style: ModelStyle, ax: Axes) -> Axes:
-    """Heaviest and lightest tokens. `masses`: (symbol, relative mass, occurrences) by falling mass."""
-    if len(masses) > 2 * SHOWN_MASSES:
-        masses = [*masses[:SHOWN_MASSES], *masses[-SHOWN_MASSES:]]
-        ax.axhline(SHOWN_MASSES - 0.5, color="#999999", lw=0.8, ls="--")
-    position = range(len(masses))
-    ax.axvline(1, color="#999999", lw=0.8)
-    ax.plot([mass for _, mass, _ in masses], position, style.marker, color=style.color)
-    labels = [f"{drawable(symbol, 14)}  ({count})" for symbol, _, count in masses]
-    ax.set_yticks(position, labels)
-    ax.set_ylim(len(masses) - 0.5, -0.5)
-    ax.set_xlabel("mass / mean mass of its example")
-    ax.set_title(style.name)
-    ax.grid(axis="x")
-    return ax
-
-
-def mass_figure(
-    masses: dict[str, list[tuple[str, float, int]]], styles: dict[str, ModelStyle], title: str
-) -> Figure:
-    """A panel per model that has masses."""
-    rows = max(min(len(tokens), 2 * SHOWN_MASSES) for tokens in masses.values())
-    figure, axes = new_figure(1, len(masses), width=0.6 + 4.0 * len(masses), height=1.4 + 0.22 * rows)
-    for ax, (model, tokens) in zip(axes[0], masses.items(), strict=True):
-        plot_token_masses(tokens, styles[model], ax)
-    axes[0, 0].set_ylabel("token (occurrences)")
-    figure.suptitle(title)
-    return figure
 
 
 def plot_learned(learned: pd.DataFrame, style: ModelStyle, ax: Axes) -> Axes:
@@ -192,7 +171,7 @@ def plot_learned(learned: pd.DataFrame, style: ModelStyle, ax: Axes) -> Axes:
         if horizon and layer == learned["layer"].min():
             ax.plot(epochs[-1], lines["mean"].iloc[-1], style.marker, color=style.color)
             start, end = lines["mean"].iloc[0], lines["mean"].iloc[-1]
-            name = f"t = {timescale + 1}:\n{start:,.4g} → {end:,.4g}"
+            name = f"t = {timescale + 1}:\n{start:,.4g} to {end:,.4g}"
             ax.annotate(name, (epochs[-1], end), (7, 0), textcoords="offset points", va="center", size=8)
     if horizon:
         ax.set_yscale("log")

@@ -51,10 +51,10 @@ EPOCH_COLUMNS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 # Metric, and whether more of it is better.
 IMPROVEMENTS = {ACCURACY: True, CONVERGENCE: False, "seconds_per_epoch": False, "peak_memory_bytes": False}
 RADAR_AXES = {
-    "accuracy": (ACCURACY, True),
-    "convergence\nspeed": (CONVERGENCE, False),
-    "time\nefficiency": ("seconds_per_epoch", False),
-    "memory\nefficiency": ("peak_memory_bytes", False),
+    "accuracy /\nhighest": (ACCURACY, True),
+    "fewest epochs to\nconverge / epochs": (CONVERGENCE, False),
+    "shortest time\nper epoch / time": ("seconds_per_epoch", False),
+    "smallest peak\nmemory / memory": ("peak_memory_bytes", False),
 }
 SIGNIFICANCE = 0.05
 

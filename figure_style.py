@@ -47,10 +47,12 @@ STYLE: dict[str, Any] = {
     "pdf.fonttype": 42,
     "text.parse_math": False,  # a model's name may hold a dollar sign
     "axes.formatter.useoffset": False,
+    "axes.unicode_minus": False,  # a letter outside Latin-1 costs each PDF a second copy of the font
 }
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILLION, PURPLE, BLACK = "#0072B2", "#D55E00", "#CC79A7", "#000000"
 LONGEST_NAME = 40
+LINE_STYLES = ("-", "--", ":", "-.")  # of layers or timescales of one model
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ def save_figure(figure: Figure, folder: Path, stem: str) -> None:
         engine.execute(figure)
         figure.set_layout_engine("none")  # laid out once, not again for each file
     # The canvases' own methods: `savefig` would draw everything once more to lay it out.
-    FigureCanvasAgg(figure).print_png(folder / f"{stem}.png", metadata={"Software": None})
+    fast = {"compress_level": 3}  # little larger than at the default 6
+    FigureCanvasAgg(figure).print_png(folder / f"{stem}.png", metadata={"Software": None}, pil_kwargs=fast)
     no_metadata = {"CreationDate": None, "Creator": None, "Producer": None}
     FigureCanvasPdf(figure).print_pdf(folder / f"{stem}.pdf", metadata=no_metadata)
 

@@ -1,10 +1,11 @@
-"""Figures that compare models: bars with their seeds, learning curves, improvement, radar.
+"""Figures that compare models: accuracy as points, costs as bars, learning curves, improvement, radar.
 
 Plot functions take data and `ax` and return `ax`; the *_figure functions lay panels out. `values` is a part
 of the tidy table (comparison_tables.py) with the columns model, seed, value, for one task and one metric.
 Every mean is drawn with its 95 % t interval where two seeds or more allow one, and with a mark per seed.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from matplotlib.projections.polar import PolarAxes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from figure_style import ModelStyle, model_legend, new_figure, no_data
+from published_results import Published
 from seed_statistics import Estimate, estimate
 
 BAR_ROOM = 0.42  # inches per bar
@@ -59,10 +61,10 @@ def plot_bars(
         ax.barh(row, mean.mean, height=0.66, color=style.color, alpha=0.3, zorder=1)
         _draw_seeds(ax, numbers, row, style)
         _draw_interval(ax, mean, row)
-        end = max(*numbers, min(mean.high, 1.5 * max(numbers))) if mean.n > 1 else numbers[0]
+        end = max(*numbers, min(mean.high, 3 * max(numbers))) if mean.n > 1 else numbers[0]
         label = form(mean.mean) + ("" if mean.n > 1 else "  (n = 1)")
         room = max(room, 1.2 if mean.n > 1 else 1.35)
-        ax.annotate(label, (end, row), (6, 0), textcoords="offset points", va="center", size=8)
+        _label(ax, label, end, row)
         reach = max(reach, end)
     ax.set_xlim(0, reach * room or 1)
     _name_rows(ax, styles)
@@ -72,9 +74,11 @@ def plot_bars(
     return ax
 
 
-def _draw_seeds(ax: Axes, numbers: Sequence[float], row: int, style: ModelStyle) -> None:
-    """A mark per seed, the first seed uppermost."""
-    spread = np.linspace(-0.2, 0.2, len(numbers)) if len(numbers) > 1 else np.zeros(1)
+def _draw_seeds(
+    ax: Axes, numbers: Sequence[float], row: float, style: ModelStyle, reach: float = 0.2
+) -> None:
+    """A mark per seed, the first seed uppermost, up to `reach` above and below the row."""
+    spread = np.linspace(-reach, reach, len(numbers)) if len(numbers) > 1 else np.zeros(1)
     ax.plot(
         numbers, row + spread, style.marker, color=style.color, ms=4.5, mec="white", mew=0.5, clip_on=False
     )
@@ -96,41 +100,75 @@ def _bar_height(models: int, rows: int = 1) -> float:
     return 1.3 + rows * (0.75 + BAR_ROOM * models)
 
 
+def reference_levels(
+    chance: float | None, majority: float | None, published: Sequence[Published] = ()
+) -> list[tuple[str, float, Any]]:
+    """The lines that accuracies are held against: (label, accuracy from 0 to 1, line style)."""
+    levels = [("chance", chance, ":"), ("largest class", majority, "--")]
+    if chance is not None and majority is not None and abs(chance - majority) < 5e-4:
+        levels = [("chance = largest class", chance, "--")]
+    found: list[tuple[str, float, Any]] = [
+        (f"{name}: {100 * level:.1f} %", level, line) for name, level, line in levels if level is not None
+    ]
+    lines = itertools.cycle(((0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2, 1, 2))))
+    drawn = [one for one in published if one.drawn]
+    for one, line in zip(drawn, lines, strict=False):
+        found.append((f"{one.name}: {100 * one.accuracy:.1f} % ({one.source})", one.accuracy, line))
+    return found
+
+
 def plot_accuracy(
     values: pd.DataFrame,
     styles: dict[str, ModelStyle],
     ax: Axes,
+    levels: Sequence[tuple[str, float, Any]] = (),
     *,
-    chance: float | None = None,
-    majority: float | None = None,
     absent: Mapping[str, str] | None = None,
 ) -> Axes:
-    """Test accuracy in percent, from 0, with the levels of guessing and of the largest class as lines."""
-    plot_bars(values, styles, ax, scale=100, form="{:.1f} %".format, absent=absent)
-    levels = {"chance": (chance, ":"), "largest class": (majority, "--")}
-    if chance is not None and majority is not None and abs(chance - majority) < 5e-4:
-        levels = {"chance = largest class": (chance, "--")}
-    for name, (level, line) in levels.items():
-        if level is not None:
-            ax.axvline(100 * level, color="#555555", ls=line, lw=1.2, label=f"{name}: {100 * level:.1f} %")
-    ax.set_xlim(0, max(ax.get_xlim()[1], 110 * max(chance or 0, majority or 0)))
+    """Test accuracy in percent: each model's mean with its interval, a mark per seed, the levels as lines.
+
+    The axis does not start at 0: points have no length to compare. levels: see `reference_levels`."""
+    for label, level, line in levels:
+        ax.axvline(100 * level, color="#555555", ls=line, lw=1.2, label=label, zorder=1)
+    for row, (model, style) in enumerate(styles.items()):
+        numbers = seed_values(values, model, 100)
+        if not numbers:
+            words = (absent or {}).get(model, "not measured")
+            ax.text(0.01, row, words, transform=ax.get_yaxis_transform(), va="center", color="#666666")
+            continue
+        mean = estimate(numbers)
+        _draw_seeds(ax, numbers, row + 0.28, style, reach=0.08)  # below the mean, which is not to hide them
+        ax.plot(mean.mean, row, style.marker, color=style.color, ms=8, mec="white", zorder=3)
+        _draw_interval(ax, mean, row)
+        end = max(*numbers, mean.high) if mean.n > 1 else numbers[0]
+        _label(ax, f"{mean.mean:.1f} %" + ("" if mean.n > 1 else " (n = 1)"), end, row)
+    _name_rows(ax, styles)
+    ax.margins(x=0.14)
+    ax.xaxis.set_major_locator(MaxNLocator(7))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    ax.grid(axis="x")
     ax.set_xlabel("test accuracy (%)")
     return ax
+
+
+def _label(ax: Axes, text: str, x: float, row: int) -> None:
+    """A number right of x, legible also where a line passes behind it."""
+    ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
+    place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "zorder": 5, "bbox": ground}
+    ax.annotate(text, (x, row), (6, 0), size=8, **place)
 
 
 def accuracy_figure(
     values: pd.DataFrame,
     styles: dict[str, ModelStyle],
     title: str,
+    levels: Sequence[tuple[str, float, Any]] = (),
     *,
-    chance: float | None = None,
-    majority: float | None = None,
     absent: Mapping[str, str] | None = None,
 ) -> Figure:
-    figure, axes = new_figure(1, 1, width=7, height=_bar_height(len(styles)))
-    ax = plot_accuracy(values, styles, axes[0, 0], chance=chance, majority=majority, absent=absent)
-    levels = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
-    model_legend(figure, [], levels)
+    figure, axes = new_figure(1, 1, width=7, height=_bar_height(len(styles)) + 0.12 * len(levels))
+    ax = plot_accuracy(values, styles, axes[0, 0], levels, absent=absent)
+    model_legend(figure, [], [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")])
     figure.suptitle(title)
     return figure
 
@@ -281,7 +319,7 @@ def plot_radar(scores: pd.DataFrame, styles: dict[str, ModelStyle], ax: PolarAxe
 
 
 def radar_figure(scores: pd.DataFrame, styles: dict[str, ModelStyle], title: str) -> Figure:
-    figure, axes = new_figure(1, 1, width=6.4, height=5.6, subplot_kw={"projection": "polar"})
+    figure, axes = new_figure(1, 1, width=8, height=5.6, subplot_kw={"projection": "polar"})
     present = [style for model, style in styles.items() if model in scores.index]
     if scores.notna().to_numpy().any():
         plot_radar(scores, styles, axes[0, 0])

@@ -1,6 +1,6 @@
 """Which figures a comparison has, one task at a time, and how each is to be read.
 
-    for note, figure in task_figures(analysis, task, epochs, patterns, styles):
+    for note, figure in TaskFigures(analysis, task, stem, epochs, progress, patterns, styles).draw():
         save_figure(figure, folder, note.stem)
 
 File names hold the task's own name. Every title holds the notice of smoke runs and stand-in data.
@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis_report import FigureNote
-from attention_figures import attention_figure, distance_figure, learned_figure, mass_figure, shown_example
+import figure_captions as captions
+from accuracy_against_cost import trade_offs
+from attention_figures import SHOWN_GRID_TOKENS, attention_figure, learned_figure, shown_example, shown_maps
 from comparison_tables import (
     ACCURACY,
     BASELINE,
@@ -22,7 +23,8 @@ from comparison_tables import (
     improvements,
     radar_scores,
 )
-from evaluate_performance import AttentionPatterns, token_masses
+from distance_figures import distance_figure
+from evaluate_performance import AttentionPatterns, relative_masses, token_masses
 from figure_style import ModelStyle, drawable
 from figures import (
     Panel,
@@ -31,13 +33,17 @@ from figures import (
     curves_figure,
     improvement_figure,
     radar_figure,
+    reference_levels,
 )
+from mass_figures import mass_figure, shaded_figure
+from progress_figures import progress_figure
+from published_results import PUBLISHED, comparable
+from report_blocks import FigureNote
 from results_folder import Cell, file_name
 from summary_tables import MIB, Analysis
 from text_tables import short
 
 LONGEST_STEM = 60
-BARS = "Bar: mean over seeds; marks: one per seed; black: 95 % t interval of the mean, where n is at least 2."
 CONVERGENCE_PANELS = (
     Panel("convergence_epoch", "epochs to 90 % of the best validation accuracy", form=short, whole=True),
     Panel(
@@ -81,6 +87,7 @@ class TaskFigures:
         task: str,
         stem: str,
         epochs: pd.DataFrame,
+        progress: pd.DataFrame,
         patterns: dict[Cell, AttentionPatterns],
         styles: dict[str, ModelStyle],
     ) -> None:
@@ -88,6 +95,7 @@ class TaskFigures:
         self.facts = analysis.facts[task]
         self.table = analysis.table[analysis.table["task"] == task]
         self.epochs = epochs[epochs["task"] == task]
+        self.progress = progress[progress["task"] == task]
         self.learned = analysis.learned[analysis.learned["task"] == task]
         self.patterns = {cell: one for cell, one in patterns.items() if cell.task == task}
         self.absent = self._absent()
@@ -114,6 +122,7 @@ class TaskFigures:
         if not self.epochs.empty:
             yield self._curves()
         if len(self.absent) < len(self.styles):
+            yield self._progress()
             yield from self._comparisons()
         yield from self._attention()
         if len(self.learned):
@@ -131,35 +140,48 @@ class TaskFigures:
         note, title = self._note(
             "accuracy",
             "Test accuracy",
-            f"{BARS} The bars start at 0. Lines: guessing, and always naming the largest class.",
+            captions.ACCURACY_POINTS.format(published=self._published()),
         )
         values = self.table[self.table["metric"] == ACCURACY]
-        levels = {"chance": self.facts.chance, "majority": self.facts.majority}
-        return note, accuracy_figure(values, self.styles, title, absent=self.absent, **levels)
+        published = comparable(self.analysis.results, self.task)
+        levels = reference_levels(self.facts.chance, self.facts.majority, published)
+        return note, accuracy_figure(values, self.styles, title, levels, absent=self.absent)
+
+    def _published(self) -> str:
+        """What the caption says of published figures."""
+        if comparable(self.analysis.results, self.task):
+            return captions.PUBLISHED_DRAWN
+        return captions.PUBLISHED_LEFT_OUT if self.task in PUBLISHED else ""
 
     def _curves(self) -> tuple[FigureNote, Figure]:
         note, title = self._note(
             "learning_curves",
             "Learning curves",
-            "Thick: mean over the finished seeds, as far as all of them ran; band: from the smallest to the "
-            "largest seed; thin: each seed. Dotted, ending in a cross: a cell that did not finish. Training "
-            "accuracy is taken while the weights change and dropout is on, so it may lie below validation.",
+            captions.CURVES,
         )
         return note, curves_figure(self.epochs, self.styles, title, chance=self.facts.chance)
+
+    def _progress(self) -> tuple[FigureNote, Figure]:
+        note, title = self._note(
+            "accuracy_time",
+            "Accuracy against time and tokens",
+            captions.PROGRESS,
+        )
+        target = self.analysis.targets.get(self.task)
+        points = trade_offs(self.table)
+        return note, progress_figure(self.progress, points, self.styles, title, target=target)
 
     def _comparisons(self) -> Drawn:
         note, title = self._note(
             "convergence",
             "Convergence",
-            f"{BARS} Fewer is faster. Left: the first epoch at 90 % of the best validation accuracy, which "
-            "guessing already meets on two classes. Right: 90 % of the way from chance to the best.",
+            f"{captions.BARS} {captions.CONVERGENCE}",
         )
         yield note, bars_figure(self.table, self.styles, CONVERGENCE_PANELS, title, absent=self.absent)
         note, title = self._note(
             "cost",
             "Cost",
-            f"{BARS} Times hold for this machine only: compare models, not runs on different machines. Peak "
-            "memory on a CPU counts the whole process, its libraries included.",
+            f"{captions.BARS} {captions.COST}",
         )
         yield note, bars_figure(self.table, self.styles, COST_PANELS, title, absent=self.absent)
         gains = improvements(self.table)
@@ -169,18 +191,13 @@ class TaskFigures:
             note, title = self._note(
                 "improvement",
                 f"Relative improvement over {name}",
-                f"In percent of {name}'s value with the same seed: right of 0 the model gains accuracy or "
-                "saves epochs, time or memory. Marks: one per seed; black: mean and 95 % t interval, where n "
-                "is at least 2. An interval that holds 0 is no sign of a difference.",
+                captions.IMPROVEMENT.format(name=name),
             )
             yield note, improvement_figure(gains, others, IMPROVEMENT_PANELS, title)
         note, title = self._note(
             "radar",
             "Accuracy and efficiency, 1 = best of these models",
-            "Each axis is scaled to the best model of this task, from means over seeds: accuracy / the "
-            "highest accuracy; the fewest epochs to converge (above chance) / epochs; the shortest time per "
-            "epoch / time; the smallest peak memory / memory. 0.5 is half as good as the best. An open line: "
-            "a model without that number. The area has no meaning, and the radar shows no uncertainty.",
+            captions.RADAR,
         )
         yield note, radar_figure(radar_scores(self.analysis.summary, self.task), self.styles, title)
 
@@ -194,11 +211,9 @@ class TaskFigures:
         note, title = self._note(
             "attention_distance",
             "Attention weight by distance",
-            "Share of a query's weight on keys at each distance, in bins that double in width, so that even "
-            "weights rise to the right; mean over queries of long validation examples, heads and seeds. "
-            "Thick: mean over timescales; thin: each timescale, 1 being the first in the module.",
+            captions.DISTANCE,
         )
-        yield note, distance_figure(distance_table(self.patterns), self.styles, title)
+        yield note, distance_figure(distance_table(self.patterns), self.learned, self.styles, title)
         masses = {
             model: token_masses([one for cell, one in self.patterns.items() if cell.model == model])
             for model in self.styles
@@ -208,23 +223,40 @@ class TaskFigures:
             note, title = self._note(
                 "masses",
                 "Heaviest and lightest tokens (as keys)",
-                "Mass of a token as a key over the mean mass of its example, mean over layers, timescales, "
-                "heads, examples and seeds; in brackets how often it occurs there. 1: an average token. A "
-                "token that occurs once or twice says little.",
+                captions.MASSES,
             )
             yield note, mass_figure(masses, self.styles, title)
+            yield self._shaded()
+
+    def _shaded(self) -> tuple[FigureNote, Figure]:
+        """An example of each model's first cell that has masses: the same one for models of equal seed."""
+        examples, seeds = {}, set()
+        for model in self.styles:
+            for cell, one in self.patterns.items():
+                if cell.model == model and one.key_mass is not None and model not in examples:
+                    example = int(one.lengths.argmax())
+                    length = int(one.lengths[example])
+                    masses = relative_masses(one.key_mass[:, example, ..., :length])
+                    examples[model] = one.symbols[example, :length].tolist(), masses
+                    seeds.add(cell.seed)
+        note, title = self._note(
+            "mass_text",
+            "One example, its tokens shaded by mass",
+            captions.SHADED.format(seeds=", ".join(map(str, sorted(seeds)))),
+        )
+        return note, shaded_figure(examples, self.styles, title)
 
     def _attention_map(self, cell: Cell, style: ModelStyle) -> tuple[FigureNote, Figure]:
         one = self.patterns[cell]
-        example, shown = shown_example(one)
-        length = int(one.lengths[example])
+        example, shown = shown_example(one, SHOWN_GRID_TOKENS)
+        length, (layers, heads, _) = int(one.lengths[example]), shown_maps(one)
+        parts = "all layers" if len(layers) == len(one.maps) else "the last layer"
+        parts += " and heads" if heads == one.maps.shape[3] else f", {heads} of {one.maps.shape[3]} heads"
         cut = f"the first {shown} of {length} tokens of" if shown < length else "all tokens of"
         note, title = self._note(
             f"attention_{file_name(cell.model)[:LONGEST_STEM]}",
             f"Attention of {style.name}",
-            f"Weights before dropout, mean over heads, for {cut} one validation example (seed {cell.seed}). "
-            "Row: the query; column: the key it attends to. Bright: more weight, on a square-root scale that "
-            "the panels share; the scale differs between models.",
+            captions.ATTENTION.format(cut=cut, seed=cell.seed, parts=parts),
         )
         return note, attention_figure(one, title)
 
@@ -232,8 +264,6 @@ class TaskFigures:
         note, title = self._note(
             "learned",
             "Learned horizons and strength of gravity",
-            "Horizon 1 / (1 - gamma): the distance in tokens over which the weight falls to about a third; "
-            "t: timescale. G: strength of gravity, 1 at the start. Line: one per layer and timescale, mean "
-            "over heads and seeds; band: smallest to largest. A flat line has learned nothing.",
+            captions.LEARNED,
         )
         return note, learned_figure(self.learned, self.styles, title)

@@ -6,10 +6,14 @@ markdown_table(table), latex_table(table)
 
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 NONE = "–"  # noqa: RUF001 (an en dash is how a table says "nothing")
+
+LATEX_HEADING = 16  # letters on a line of a heading
+LATEX_FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}"  # shrinks what is too wide
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -72,17 +76,25 @@ def markdown_table(table: TextTable) -> str:
 def latex_table(table: TextTable) -> str:
     columns = "l" * table.names + "r" * (len(table.header) - table.names)
     header, *rows = [
-        "    " + " & ".join(latex(entry) for entry in row) + r" \\" for row in (table.header, *table.rows)
+        "    " + " & ".join(entries) + r" \\"
+        for entries in (map(_latex_heading, table.header), *(map(latex, row) for row in table.rows))
     ]
     caption = latex(table.title) + (". " + latex(table.note) if table.note else "")
     lines = [
         r"\begin{table}",
         r"  \centering",
         rf"  \caption{{{caption}}}",
-        rf"  \begin{{tabular}}{{{columns}}}",
+        rf"  {LATEX_FIT}{{\begin{{tabular}}{{{columns}}}",
     ]
     lines += [r"    \toprule", header, r"    \midrule", *rows, r"    \bottomrule"]
-    return "\n".join([*lines, r"  \end{tabular}", r"\end{table}"])
+    return "\n".join([*lines, r"  \end{tabular}}", r"\end{table}"])
+
+
+def _latex_heading(text: str) -> str:
+    """The text on lines of LATEX_HEADING letters, since headings are wider than what stands below them."""
+    lines = textwrap.wrap(one_line(text), LATEX_HEADING, break_long_words=False, break_on_hyphens=False)
+    stacked = r" \\ ".join(map(latex, lines))
+    return latex(text) if len(lines) < 2 else rf"\shortstack{{{stacked}}}"
 
 
 def short(value: float) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from command_line import one_line
 from results_folder import write_atomic
@@ -117,3 +118,15 @@ def set_aside(path: Path, why: str, note: Note) -> None:
     """Rename a checkpoint that cannot be used, so that it is spoken of once."""
     path.replace(path.with_name(path.name + ASIDE))
     note(one_line(f"{path} cannot be used and is set aside as {path.name}{ASIDE}: {why}"))
+
+
+def generators(device: torch.device) -> dict[str, Tensor]:
+    """The states of PyTorch's global generators."""
+    found = {"cpu": torch.get_rng_state()}
+    return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_generators(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from results_folder import Cell
-from train_and_evaluate import Progress
+from training_progress import Progress
 
 
 class RunProgress(Progress):
@@ -30,6 +30,9 @@ class RunProgress(Progress):
     def cell_started(self, cell: Cell) -> None:
         self.cells_started += 1
         self.say(f"[{self.cells_started}/{len(self.cells)}] {cell}")
+
+    def note(self, text: str) -> None:
+        self.say(f"  {text}")
 
     def epoch_ended(self, row: dict[str, Any]) -> None:
         seconds = (row["train_seconds"] or 0.0) + row["eval_seconds"]

@@ -14,18 +14,19 @@ import torch
 from torch import Tensor, nn
 
 import train_and_evaluate
+import training_progress
+from cell_runner import run_cell
 from conventional_attention import ConventionalAttention
 from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches
 from experiment_plan import MODELS, attention_factory
 from train_and_evaluate import (
     ModelSettings,
-    Progress,
     Trainer,
     TrainingSettings,
     TransformerClassifier,
     evaluate,
-    run_cell,
 )
+from training_progress import Progress
 from transformer_classifier import random_stream, sinusoidal_positions
 
 VOCABULARY, CLASSES = 11, 3
@@ -261,7 +262,7 @@ def test_reading_the_losses_more_often_changes_no_sum(monkeypatch: pytest.Monkey
         return row["train_loss"], row["train_accuracy"]
 
     seldom = epoch()
-    monkeypatch.setattr(train_and_evaluate, "READ_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(training_progress, "READ_EVERY_SECONDS", 0.0)
     assert epoch() == seldom
 
 

@@ -100,8 +100,9 @@ class Grid:
         cells = self.to_run()
         progress = make_progress(cells, self.plan.training.max_epochs)
         try:
-            for cell in cells:
-                self.stop.check()
+            for number, cell in enumerate(cells):
+                if number:  # each process takes a step, so that the shortest time limit comes to an end
+                    self.stop.check()
                 progress.cell_started(cell)
                 state, outcome = self.run_one(cell, progress)
                 progress.cell_ended(state, outcome)

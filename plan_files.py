@@ -35,6 +35,7 @@ from results_folder import (
     Cell,
     as_json,
     inside,
+    read_cell,
     read_results,
     write_json,
     write_status,
@@ -122,7 +123,7 @@ def write_plan(root: Path, plan: Plan, tasks: dict[str, TaskData], argv: list[st
 
 
 def write_cells(root: Path, plan: Plan, tasks: dict[str, TaskData]) -> None:
-    """Each cell's config.json with the state "pending", where there is none yet.
+    """Each cell's config.json with the state "pending", where there is none yet; a damaged one is mended.
 
     Raises InputError where a cell's folder is a link that leads out of the results folder."""
     parameters = parameter_counts(plan, tasks)
@@ -142,8 +143,10 @@ def write_cells(root: Path, plan: Plan, tasks: dict[str, TaskData]) -> None:
             "data_settings": asdict(plan.data[cell.task]),
             "parameters": parameters[cell.task, cell.model],
         }
-        if not (folder / "status.json").exists():
+        record = read_cell(root, cell)
+        if record.state == "missing" or record.damaged:
             write_json(folder / "config.json", cell_config)
+        if record.state == "missing":
             write_status(folder, "pending")
 
 
@@ -172,9 +175,7 @@ def read_plan(root: Path, arguments: argparse.Namespace) -> Plan:
     except InputError as error:
         raise InputError(f"{root} cannot be gone on with: {error}") from error
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{root} cannot be gone on with: config.json is not as expected ({error})"
-        ) from error
+        raise InputError(f"{root} cannot be gone on with: its config.json is another's ({error})") from error
     _refuse_changes(root, plan, arguments)
     for model in plan.models:
         check_model(model, plan.model)

@@ -77,15 +77,17 @@ def _keep_previous(folder: Path) -> None:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The state in a checkpoint, on the CPU. Raises CheckpointError where it cannot be used."""
+    contents = io.BytesIO(path.read_bytes())  # an error of the disk's is not the checkpoint's
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(contents) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise CheckpointError("it is compressed, which ours are not")
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"the checksum of {damaged!r} in it is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, CheckpointError, MemoryError):
+        contents.seek(0)
+        state = torch.load(contents, map_location="cpu", weights_only=True)
+    except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # whatever a damaged archive makes of its readers
         message = (str(error).strip().splitlines() or [""])[0][:200]

@@ -187,7 +187,6 @@ class Trainer:
                     name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()
                 }
             # The last checkpoint comes last: whoever reads it finds all that led to it.
-            self.check()
             write_json_lines(folder / "metrics.jsonl", as_json(self.rows))
             if improved:
                 write_weights(folder / BEST, self.best_state())

@@ -33,7 +33,7 @@ from training_progress import Progress
 MECHANISMS: dict[str, Callable[[], nn.Module]] = {
     name: attention_factory(name, SETTINGS) for name in ("conventional", "gravitational_multi_timescale")
 }
-CHECKS = 3 * (5 + 3 + 1) + 3 * 2  # how often a cell asks whether to stop, and some more
+CHECKS = 3 * (5 + 3) + 3 + 1  # of a cell: after each step and batch of validation and test, and at the end
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -83,7 +83,7 @@ def run_until_stopped(folder: Path, number: int, attention: Callable[[], nn.Modu
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
-@pytest.mark.parametrize("number", [1, 5, 6, 9, 12, 17, 22, 27, 28])
+@pytest.mark.parametrize("number", [1, 5, 8, 12, 17, 24, 25, 28])
 def test_a_cell_stopped_at_any_step_goes_on_to_the_same_bits(
     name: str, number: int, tmp_path: Path, whole: dict[str, Path]
 ) -> None:
@@ -107,7 +107,7 @@ def test_a_cell_stopped_at_every_step_and_after_every_step_goes_on_to_the_same_b
             assert run_tiny(folder) == ("done", "")
         assert outcome(folder) == outcome(whole["conventional"])
         number += 1
-    assert number > CHECKS
+    assert number == CHECKS + 1
 
 
 def test_a_cell_that_may_take_one_step_a_process_is_finished_all_the_same(
@@ -118,7 +118,7 @@ def test_a_cell_that_may_take_one_step_a_process_is_finished_all_the_same(
     while state != "done" and processes < 60:
         processes += 1
         try:
-            # Every epoch's validation is three batches: the fourth check of a process is behind them.
+            # Validation has three batches, and a pass that is stopped is begun anew: four is the least.
             state, _ = run_tiny(tmp_path, check=stop_at(5))
         except StoppedError:
             continue
@@ -127,7 +127,7 @@ def test_a_cell_that_may_take_one_step_a_process_is_finished_all_the_same(
 
 
 def test_what_a_cell_goes_on_from_is_said(tmp_path: Path) -> None:
-    run_until_stopped(tmp_path, 9 + 2)
+    run_until_stopped(tmp_path, 8 + 2)
     notes = Notes()
     run_tiny(tmp_path, progress=notes)
     assert notes.notes == ["goes on after epoch 1, step 2 of the next"]
@@ -152,7 +152,7 @@ def test_times_and_memory_of_earlier_processes_are_counted(tmp_path: Path) -> No
 def test_a_truncated_checkpoint_is_set_aside_and_the_one_before_it_used_and_that_is_said_once(
     kept: float, tmp_path: Path, whole: dict[str, Path]
 ) -> None:
-    run_until_stopped(tmp_path, 9 + 9 + 2)
+    run_until_stopped(tmp_path, 8 + 8 + 2)
     last = (tmp_path / LAST).read_bytes()
     (tmp_path / LAST).write_bytes(last[: int(kept * len(last))])
     notes = Notes()
@@ -173,7 +173,7 @@ def test_a_truncated_checkpoint_is_set_aside_and_the_one_before_it_used_and_that
 def test_where_no_checkpoint_can_be_used_the_cell_starts_anew_to_the_same_bits(
     tmp_path: Path, whole: dict[str, Path]
 ) -> None:
-    run_until_stopped(tmp_path, 9 + 9 + 2)
+    run_until_stopped(tmp_path, 8 + 8 + 2)
     for name in (LAST, PREVIOUS):
         (tmp_path / name).write_bytes(b"PK")
     notes = Notes()
@@ -196,7 +196,7 @@ def tensors(value: Any) -> list[bytes]:
     return [part for entry in value for part in tensors(entry)] if isinstance(value, list) else []
 
 
-@pytest.mark.parametrize("flips", [100, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [60, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_flipped_bit_is_found_or_harmless(flips: int, tmp_path: Path, whole: dict[str, Path]) -> None:
     draws, found = random.Random(flips), 0
     right = tensors(read_checkpoint(whole["conventional"] / LAST))
@@ -222,7 +222,7 @@ class Payload:
 
 
 def test_a_malicious_checkpoint_is_set_aside_and_nothing_in_it_is_executed(tmp_path: Path) -> None:
-    run_until_stopped(tmp_path, 9 + 2)
+    run_until_stopped(tmp_path, 8 + 2)
     saved = read_checkpoint(tmp_path / LAST)
     torch.save(saved | {"rows": Payload(str(tmp_path / "hacked"))}, tmp_path / LAST)
     notes = Notes()
@@ -248,7 +248,7 @@ def test_a_checkpoint_of_the_version_before_is_told_plainly(tmp_path: Path) -> N
 def test_a_checkpoint_of_other_settings_or_another_model_is_never_gone_on_from(
     attention: Callable[[], nn.Module], training: TrainingSettings, message: str, tmp_path: Path
 ) -> None:
-    run_until_stopped(tmp_path, 9 + 2)
+    run_until_stopped(tmp_path, 8 + 2)
     notes = Notes()
     assert run_tiny(tmp_path, attention, training, progress=notes) == ("done", "")
     assert message in notes.notes[0]
@@ -259,7 +259,7 @@ def test_a_checkpoint_of_other_settings_or_another_model_is_never_gone_on_from(
 def test_a_checkpoint_that_cannot_be_read_back_never_replaces_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_until_stopped(tmp_path, 9 + 2)
+    run_until_stopped(tmp_path, 8 + 2)
     before = {name: (tmp_path / name).read_bytes() for name in (LAST, PREVIOUS)}
     state = read_checkpoint(tmp_path / LAST)
     monkeypatch.setattr("checkpoints._serialized", lambda state: b"what a broken disk makes of it")
@@ -276,7 +276,7 @@ def test_without_hard_links_the_checkpoint_before_is_a_copy(
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "link", refuse)
-    run_until_stopped(tmp_path, 9 + 9 + 2)
+    run_until_stopped(tmp_path, 8 + 8 + 2)
     assert read_checkpoint(tmp_path / PREVIOUS)["epoch"] == 2
     assert not list(tmp_path.glob(".*"))
 
@@ -368,7 +368,7 @@ def check_broken_write(number: int, folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_write_that_fails_at_any_step_leaves_old_or_new_files_and_the_cell_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Path]
 ) -> None:
-    for number in (2, 9, 16, 23, 30, 37, 44, 51, 58):
+    for number in (2, 9, 20, 31, 42, 53):
         assert check_broken_write(number, tmp_path / str(number), monkeypatch, whole["conventional"])
 
 
@@ -413,7 +413,7 @@ def test_a_diverged_cell_names_the_step_and_keeps_the_last_finite_checkpoint(
 
 
 def test_a_stop_while_losses_are_not_finite_keeps_the_last_finite_checkpoint(tmp_path: Path) -> None:
-    run_until_stopped(tmp_path, 9 + 2, partial(NotFinite, 7, 100))
+    run_until_stopped(tmp_path, 8 + 2, partial(NotFinite, 7, 100))
     saved = read_checkpoint(tmp_path / LAST)
     assert (saved["epoch"], saved["begun"]) == (1, None)
 

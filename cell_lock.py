@@ -162,13 +162,19 @@ class CellLock:
 
 
 def _create(path: Path, owner: Owner) -> bool:
+    """Whether the lock could be made: no other process had it."""
     try:
-        with path.open("x", encoding="utf-8") as file:
+        file = path.open("x", encoding="utf-8")
+    except FileExistsError:
+        return False
+    try:
+        with file:
             json.dump(asdict(owner), file)
             file.flush()
             os.fsync(file.fileno())
-    except FileExistsError:
-        return False
+    except OSError:
+        path.unlink(missing_ok=True)  # on a full disk: a lock without a name would lock us out
+        raise
     return True
 
 

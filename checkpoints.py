@@ -6,13 +6,14 @@
 
 `checkpoint_last.pt` is the newest; `checkpoint_previous.pt` the one before, which stays until the newest is
 verified. A checkpoint is a PyTorch archive of tensors and plain values, read with `weights_only=True`:
-nothing in it is executed. PyTorch does not compare the checksums in it, so that is done here.
+nothing in it is executed. Behind it stands the sha256 of all before, since PyTorch would not notice most
+damages; `torch.load` reads such a file as any other.
 """
 
+import hashlib
 import io
 import os
 import secrets
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from results_folder import write_atomic
 LAST, PREVIOUS, BEST = "checkpoint_last.pt", "checkpoint_previous.pt", "checkpoint_best.pt"
 ASIDE = ".set_aside"
 CHECKPOINT_VERSION = 2
+SEAL = b"\nsha256:"
+SEAL_BYTES = len(SEAL) + 64
 
 Note = Callable[[str], None]
 
@@ -53,11 +56,16 @@ def write_weights(path: Path, state: dict[str, Any]) -> None:
     write_atomic(path, lambda file: file.write(contents))
 
 
-def _serialized(state: dict[str, Any]) -> memoryview:
+def _serialized(state: dict[str, Any]) -> bytes:
     # In memory first: where a disk is full, a Python file raises OSError, PyTorch's own writer anything.
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    return buffer.getbuffer()
+    archive = buffer.getvalue()
+    return archive + _seal(archive)
+
+
+def _seal(archive: bytes) -> bytes:
+    return SEAL + hashlib.sha256(archive).hexdigest().encode()
 
 
 def _keep_previous(folder: Path) -> None:
@@ -77,23 +85,17 @@ def _keep_previous(folder: Path) -> None:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The state in a checkpoint, on the CPU. Raises CheckpointError where it cannot be used."""
-    contents = io.BytesIO(path.read_bytes())  # an error of the disk's is not the checkpoint's
+    contents = path.read_bytes()
+    archive, seal = contents[:-SEAL_BYTES], contents[-SEAL_BYTES:]
+    if not seal.startswith(SEAL):
+        raise CheckpointError("it has no checksum at its end: it is truncated, or of an earlier version")
+    if seal != _seal(archive):
+        raise CheckpointError("its checksum is wrong: it is damaged")
     try:
-        with zipfile.ZipFile(contents) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise CheckpointError("it is compressed, which ours are not")
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointError(f"the checksum of {damaged!r} in it is wrong")
-        contents.seek(0)
-        state = torch.load(contents, map_location="cpu", weights_only=True)
-    except (CheckpointError, MemoryError):
-        raise
-    except Exception as error:  # whatever a damaged archive makes of its readers
-        message = (str(error).strip().splitlines() or [""])[0][:200]
-        raise CheckpointError(
-            f"it is damaged or no checkpoint ({type(error).__name__}: {message})"
-        ) from error
+        state = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever an archive that is none of ours makes of its reader
+        found = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        raise CheckpointError(f"it is no checkpoint of ours ({found})") from error
     version = state.get("checkpoint_version") if isinstance(state, dict) else None
     if version != CHECKPOINT_VERSION:
         raise CheckpointError(

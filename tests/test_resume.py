@@ -23,7 +23,7 @@ from cell_cases import (
 from torch import Tensor, nn
 
 import results_folder
-from checkpoints import LAST, PREVIOUS, CheckpointError, read_checkpoint, write_checkpoint
+from checkpoints import LAST, PREVIOUS, CheckpointError, _serialized, read_checkpoint, write_checkpoint
 from experiment_plan import attention_factory
 from results_folder import WriteError
 from stop_request import StoppedError
@@ -188,27 +188,15 @@ def flipped_checkpoint(path: Path, draws: random.Random) -> None:
     path.write_bytes(content)
 
 
-def tensors(value: Any) -> list[bytes]:
-    if isinstance(value, Tensor):
-        return [value.numpy().tobytes()]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [part for entry in value for part in tensors(entry)] if isinstance(value, list) else []
-
-
 @pytest.mark.parametrize("flips", [60, pytest.param(2000, marks=pytest.mark.slow)])
-def test_a_flipped_bit_is_found_or_harmless(flips: int, tmp_path: Path, whole: dict[str, Path]) -> None:
-    draws, found = random.Random(flips), 0
-    right = tensors(read_checkpoint(whole["conventional"] / LAST))
+def test_a_flipped_bit_anywhere_is_found(flips: int, tmp_path: Path, whole: dict[str, Path]) -> None:
+    draws = random.Random(flips)
     for _ in range(flips):
         path = tmp_path / LAST
         shutil.copy(whole["conventional"] / LAST, path)
         flipped_checkpoint(path, draws)
-        try:
-            assert tensors(read_checkpoint(path)) == right
-        except CheckpointError:
-            found += 1
-    assert found > flips / 3
+        with pytest.raises(CheckpointError, match="checksum"):
+            read_checkpoint(path)
 
 
 class Payload:
@@ -224,10 +212,13 @@ class Payload:
 def test_a_malicious_checkpoint_is_set_aside_and_nothing_in_it_is_executed(tmp_path: Path) -> None:
     run_until_stopped(tmp_path, 8 + 2)
     saved = read_checkpoint(tmp_path / LAST)
-    torch.save(saved | {"rows": Payload(str(tmp_path / "hacked"))}, tmp_path / LAST)
+    payload = saved | {"rows": Payload(str(tmp_path / "hacked"))}
+    (tmp_path / LAST).write_bytes(_serialized(payload))  # with a checksum that is right
+    torch.save(payload, tmp_path / PREVIOUS)
     notes = Notes()
     run_tiny(tmp_path, progress=notes)
-    assert "set aside" in notes.notes[0]
+    assert "it is no checkpoint of ours (UnpicklingError" in notes.notes[0]
+    assert "set aside" in notes.notes[1]
     assert not (tmp_path / "hacked").exists()
 
 
@@ -235,7 +226,11 @@ def test_a_checkpoint_of_the_version_before_is_told_plainly(tmp_path: Path) -> N
     torch.save({"schema_version": 1, "epoch": 1, "model": {}, "optimizer": {}}, tmp_path / LAST)
     notes = Notes()
     assert run_tiny(tmp_path, progress=notes)[0] == "done"
-    assert "it was written by another version of this program (format 1, this one reads 2)" in notes.notes[0]
+    assert "no checksum at its end: it is truncated, or of an earlier version" in notes.notes[0]
+    contents = _serialized({"checkpoint_version": 3})
+    (tmp_path / LAST).write_bytes(contents)
+    with pytest.raises(CheckpointError, match=r"another version of this program \(format 3"):
+        read_checkpoint(tmp_path / LAST)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,10 @@ class AttentionPatterns:
 def read_attention_patterns(path: Path) -> AttentionPatterns:
     """The patterns in a file; ValueError says why it holds none. Nothing in it is executed."""
     try:
+        if path.is_symlink():
+            raise ValueError("it is a link, which may lead out of the folder")
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
         if size > LARGEST_PATTERNS:
@@ -250,6 +254,8 @@ def evaluate(folder: Path) -> None:
         return
     cell = record.cell
     target = results.root / ANALYSIS / f"{file_name(cell.task)}_{file_name(cell.model)}_seed{cell.seed}"
+    if target.parent.is_symlink():
+        raise InputError(f"{target.parent} is a link; nothing is written through it: remove it")
     try:
         target.parent.mkdir(exist_ok=True)
         with replaced_folder(target) as fresh:

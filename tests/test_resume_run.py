@@ -12,9 +12,8 @@ import torch
 from cell_cases import outcome
 from test_cell_lock import write_lock
 
-import experiment_grid
 import run_experiment
-from cell_lock import LOCK
+from cell_lock import LOCK, CellLock, LockLostError
 from results_folder import Cell, read_results, write_json, write_status
 
 RUN = ["--preset", "smoke", "--tasks", "listops", "--device", "cpu"]
@@ -258,13 +257,13 @@ def test_a_cell_that_another_process_finished_in_the_meantime_is_not_run_again(
 ) -> None:
     cell = cells(copy)[0]
     write_status(cell, "pending")
-    take = experiment_grid.CellLock.take
+    take = CellLock.take
 
     def take_late(folder: Path) -> Any:
         write_status(folder, "done")
         return take(folder)
 
-    monkeypatch.setattr(experiment_grid.CellLock, "take", take_late)
+    monkeypatch.setattr(CellLock, "take", take_late)
     before = mtimes(cell)["result.json"]
     assert resume(copy) == 0
     assert "done: another process ran it" in capsys.readouterr().out
@@ -278,10 +277,10 @@ def test_a_cell_whose_lock_is_lost_is_left_as_it_is(
     (cell / "checkpoint_last.pt").unlink()
     write_status(cell, "pending")
 
-    def lost(lock: experiment_grid.CellLock) -> None:
-        raise experiment_grid.LockLostError("it is another's")
+    def lost(lock: CellLock) -> None:
+        raise LockLostError("it is another's")
 
-    monkeypatch.setattr(experiment_grid.CellLock, "check", lost)
+    monkeypatch.setattr(CellLock, "check", lost)
     assert resume(copy) == 75
     assert states(copy)[0] == "running"
     assert not (cell / "checkpoint_last.pt").exists()

@@ -33,7 +33,7 @@ FORBIDDEN_METHODS = {"extractall", "extract"}
 
 def names_of(tree: ast.AST) -> dict[str, str]:
     """What each imported name stands for: `np` for numpy, `load` for torch.load."""
-    found = {}
+    found: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {

@@ -6,6 +6,7 @@ run_cell(..., progress=progress)
 progress.cell_ended(state, reason)
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +26,9 @@ class RunProgress(Progress):
         self.seconds = 0.0
 
     def say(self, line: str) -> None:
-        print(line, flush=True)
+        # A pipe that was closed, or a log on a full disk, is no failure of the cell in training.
+        with contextlib.suppress(OSError):
+            print(line, flush=True)
 
     def cell_started(self, cell: Cell) -> None:
         self.cells_started += 1

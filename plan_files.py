@@ -46,7 +46,7 @@ from transformer_classifier import ModelSettings, TransformerClassifier
 
 PROG = "run_experiment.py"
 PLACES = ("data_dir", "cache_dir")
-SAME_ENVIRONMENT = ("torch", "git_commit", "device_name")
+SAME_ENVIRONMENT = ("torch", "threads", "git_commit", "device_name")
 # Float32 copies of the weights that a cell holds at its fullest: weights, the best weights and two moments in
 # each of three checkpoints (last, previous, the one being written), and checkpoint_best.pt.
 CHECKPOINT_COPIES = 3 * 4 + 1

@@ -16,6 +16,7 @@ import run_experiment
 from cell_lock import LOCK, CellLock, LockLostError
 from results_folder import Cell, read_results, write_json, write_status
 
+ANALYZE_RUN = run_experiment.analyze_run
 RUN = ["--preset", "smoke", "--tasks", "listops", "--device", "cpu"]
 CELLS = [*RUN, "--models", "conventional", "discounted", "--seeds", "0", "1"]
 USER_MODEL = """
@@ -285,6 +286,25 @@ def test_a_cell_whose_lock_is_lost_is_left_as_it_is(
     assert states(copy)[0] == "running"
     assert not (cell / "checkpoint_last.pt").exists()
     assert "left: it is another's" in capsys.readouterr().out
+
+
+def test_of_two_processes_that_find_all_done_one_compares(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lock(copy, machine="another", host="gpu7", pid=11)
+    assert ANALYZE_RUN(copy)
+    assert "analysis: left to another process (process 11 on gpu7" in capsys.readouterr().out
+    assert not (copy / "analysis").exists()
+
+
+def test_a_log_that_cannot_be_written_fails_no_cell(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_status(cells(copy)[0], "pending")
+
+    def broken(*_: object, **__: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("experiment_progress.print", broken, raising=False)
+    assert resume(copy) == 0
 
 
 # What is refused

@@ -157,7 +157,7 @@ class Trainer:
         self.best_epoch, self.best_val_accuracy = 0, -1.0
         self.best_weights: dict[str, Tensor] = {}
         self.streak = (0, "")  # see StepMeter
-        self.begun: dict[str, Any] | None = None  # of an epoch that was stopped: see `stopped_epoch`
+        self.begun: dict[str, Any] | None = None  # of an epoch that was stopped: see `save_stopped_epoch`
         self.meter: StepMeter | None = None
         self.warm = False
         self.earlier_seconds, self.started = 0.0, time.perf_counter()
@@ -327,7 +327,8 @@ class Trainer:
         assert self.meter is not None
         if self.begun is None:  # stopped in validation: no step is left
             self.begun = {"meter": self.meter.state(), "generators": generators(self.device)}
-        if self.meter.streak[0] == 0:
+        self.streak = self.meter.streak
+        if self.streak[0] == 0:
             write_checkpoint(folder, self.state(memory))
 
     def restore(self, state: dict[str, Any]) -> None:

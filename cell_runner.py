@@ -34,6 +34,7 @@ from training_progress import DivergedError, Progress
 from transformer_classifier import AttentionFactory
 
 ERROR = "error.txt"
+LONGEST_MESSAGE = 500
 
 
 def run_cell(
@@ -74,7 +75,7 @@ def run_cell(
         raise
     except (Exception, SystemExit) as error:  # a model of the user's may also try to end the program
         state, reason = "failed", _describe(error)
-        write_text(folder / ERROR, traceback.format_exc())
+        write_text(folder / ERROR, _encodable(traceback.format_exc()))
     write_status(folder, state, reason)
     if state == "done":
         (folder / PREVIOUS).unlink(missing_ok=True)
@@ -86,7 +87,13 @@ def _describe(error: BaseException) -> str:
     message = str(error).strip().splitlines()
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"({Path(place.filename).name}:{place.lineno} in {place.name})"
-    return f"{type(error).__name__}: {message[0] if message else 'no message'} {where}"
+    first = _encodable(message[0])[:LONGEST_MESSAGE] if message else "no message"
+    return f"{type(error).__name__}: {first} {where}"
+
+
+def _encodable(text: str) -> str:
+    """The text as UTF-8 can hold it: a file's name in a message may have bytes that are none."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def why_not_done(record: CellRecord) -> str:

@@ -139,8 +139,8 @@ class Grid:
             progress.note(f"run again: {record.reason}")
 
         def check() -> None:
+            lock.check()  # first: nothing is written into a folder that is another's
             self.stop.check()
-            lock.check()
 
         state, reason = run_cell(
             attention_factory(cell.model, self.plan.model),

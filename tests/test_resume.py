@@ -425,6 +425,17 @@ def test_a_model_that_ends_the_program_ends_its_cell_only(tmp_path: Path) -> Non
     assert not (tmp_path / "error.txt").exists()
 
 
+def test_a_message_that_no_file_can_hold_is_noted_all_the_same(tmp_path: Path) -> None:
+    class Odd(NotFinite):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
+            raise OSError("no file \udcff.txt " + "x" * 10_000)
+
+    state, reason = run_tiny(tmp_path, partial(Odd, 0, 0))
+    assert state == "failed" and reason.startswith(r"OSError: no file \udcff.txt xxx") and len(reason) < 1000
+    assert state_of(tmp_path) == (state, reason)
+    assert r"\udcff" in (tmp_path / "error.txt").read_text()
+
+
 def test_leftovers_of_a_killed_writer_are_cleared_away(tmp_path: Path) -> None:
     litter = tmp_path / f".result.json.{'0' * 16}"
     litter.write_text("half")

@@ -6,13 +6,17 @@ Backends, all exact:
 - "dense": the formula itself, in O(L S) memory. The reference, and what makes weights when asked for.
 - "tiled": `tiled_attention`, O(L + S) memory, any device, any score.
 - "sdpa": `F.scaled_dot_product_attention`, the dot product without decay only.
+- "triton": `triton_attention`, O(L + S) memory, any score, CUDA (or Triton's interpreter, for tests), in the
+  inputs' own type. Triton is imported only when it is asked for.
 
 Symbols: N batch, L query length, S key length, H heads, D head width, T timescales, i query and j key
 position. q, k and v have shape (N, T', H, L or S, D), where T' is T, or 1 where the timescales share them.
 True in a boolean mask means blocked.
 """
 
+import importlib.util
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +25,11 @@ from torch import Tensor
 from attention_scores import DotProduct, Mask, Score
 from tiled_attention import tiled_attention
 
-BACKENDS = ("auto", "dense", "tiled", "sdpa")
+BACKENDS = ("auto", "dense", "tiled", "sdpa", "triton")
+# What "auto" chooses from, fastest first. "triton" takes its place before "tiled" once `pytest -m gpu` has
+# passed on a GPU: until then its kernels are known from the interpreter only.
+AUTO_BACKENDS = ("sdpa", "tiled", "dense")
+TRITON_LARGEST_HEAD_DIM = 256
 
 
 def token_distance(query_length: int, key_length: int, device: torch.device) -> Tensor:
@@ -66,17 +74,22 @@ def attend(
     Distances, exponentials and sums are in float32 at least, with autocast off.
 
     dropout: the probability of dropping a weight. backend: one of BACKENDS; ValueError where it cannot do
-    what is asked for. skip_far_keys: whether "tiled" leaves out keys that decay makes negligible.
+    what is asked for. skip_far_keys: whether "tiled" and "triton" leave out keys that decay makes
+    negligible.
     """
     if backend == "auto":
         empty = not (q.numel() and k.numel())
-        backend = "dense" if empty else fastest_backend(score, mask, dropout, need_weights)
-    reason = cannot(backend, score, mask, dropout, need_weights)
+        backend = "dense" if empty else fastest_backend(q, score, mask, dropout, need_weights)
+    reason = cannot(backend, q, score, mask, dropout, need_weights)
     if reason:
         raise ValueError(f"backend {backend!r} {reason}")
     with torch.autocast(q.device.type, enabled=False):
         if backend == "sdpa":
             return sdpa_attention(q, k, v, score, mask), None
+        if backend == "triton":
+            from triton_attention import triton_attention  # needs Triton, which nothing else does
+
+            return triton_attention(q, k, v, score, mask, skip_far_keys), None
         dtype = torch.promote_types(q.dtype, torch.float32)
         q_, k_, v_ = q.to(dtype), k.to(dtype), v.to(dtype)
         if backend == "tiled":
@@ -86,7 +99,7 @@ def attend(
     return output.to(q.dtype), weights if need_weights else None
 
 
-def cannot(backend: str, score: Score, mask: Mask, dropout: float, need_weights: bool) -> str:
+def cannot(backend: str, q: Tensor, score: Score, mask: Mask, dropout: float, need_weights: bool) -> str:
     """Why a backend cannot do what is asked for, or nothing."""
     if backend not in BACKENDS:
         return f"is unknown: use one of {BACKENDS}"
@@ -100,14 +113,26 @@ def cannot(backend: str, score: Score, mask: Mask, dropout: float, need_weights:
         return "is for the dot product without decay only: use 'tiled'"
     if backend == "sdpa" and dropout:
         return "has no dropout on every device: use 'tiled'"
+    return _triton_cannot(q, dropout) if backend == "triton" else ""
+
+
+def _triton_cannot(q: Tensor, dropout: float) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed: use 'tiled'"
+    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"is for CUDA tensors, got {q.device.type} (TRITON_INTERPRET=1 interprets it): use 'tiled'"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"is for float32 and half precision, got {q.dtype}: use 'tiled'"
+    if q.shape[-1] > TRITON_LARGEST_HEAD_DIM:
+        return f"is for heads of at most {TRITON_LARGEST_HEAD_DIM} wide, got {q.shape[-1]}: use 'tiled'"
+    if dropout:
+        return "has no dropout of weights: use 'tiled'"
     return ""
 
 
-def fastest_backend(score: Score, mask: Mask, dropout: float, need_weights: bool) -> str:
-    """The first of "sdpa", "tiled" and "dense" that can do what is asked for."""
-    return next(
-        name for name in ("sdpa", "tiled", "dense") if not cannot(name, score, mask, dropout, need_weights)
-    )
+def fastest_backend(q: Tensor, score: Score, mask: Mask, dropout: float, need_weights: bool) -> str:
+    """The first of AUTO_BACKENDS that can do what is asked for."""
+    return next(name for name in AUTO_BACKENDS if not cannot(name, q, score, mask, dropout, need_weights))
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, score: Score, mask: Mask) -> Tensor:

@@ -1,0 +1,145 @@
+"""The Triton kernels, run on the CPU by Triton's interpreter, are the dense formula: outputs and gradients.
+
+`test_triton_attention` runs this file in a process of its own, because TRITON_INTERPRET=1 must be set before
+Triton is imported. By hand: `TRITON_INTERPRET=1 python -m pytest tests/interpreted_triton.py`.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from triton_cases import KINDS, MASKS, Case, Kind, beyond, errors, masks
+
+import triton_attention
+from attention_scores import Mask
+
+OUTPUT, GRADIENT = 2e-6, 2e-5
+
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles at tiny sizes, of the smallest sides there are; rows and keys are mistaken by none."""
+    monkeypatch.setattr(triton_attention, "tile_shape", lambda q: (16, 32))
+
+
+@each_kind
+@pytest.mark.parametrize(("timescales", "shared"), [(2, True), (2, False)])
+def test_kernels_are_the_dense_formula(kind: Kind, timescales: int, shared: bool) -> None:
+    case = Case(kind, timescales=timescales, shared=shared)
+    assert beyond(case, OUTPUT, GRADIENT) == {}
+
+
+@each_kind
+def test_kernels_without_decay_are_the_dense_formula(kind: Kind) -> None:
+    assert beyond(Case(kind, timescales=1, heads=2, decay=None), OUTPUT, GRADIENT) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mask"),
+    [("dot product", "pairs, padding and causal"), ("force", "causal, padding in front")]
+    + [("gravity", mask) for mask in MASKS],
+)
+def test_masks_are_those_of_the_dense_formula(kind: Kind, mask: str) -> None:
+    """Padding is poisoned, rows of which every key is blocked give zeros, and their gradients are finite."""
+    case = Case(kind, timescales=1, heads=2, mask=masks(2, 2, 19, 35)[mask])
+    assert beyond(case, OUTPUT, GRADIENT) == {}
+
+
+@each_kind
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 40), (40, 3)])
+def test_any_lengths(kind: Kind, queries: int, keys: int) -> None:
+    case = Case(kind, timescales=1, queries=queries, keys=keys, mask=Mask(causal=queries > keys))
+    assert beyond(case, OUTPUT, GRADIENT) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "head_dim"),
+    [("dot product", 32), ("gravity", 1), ("gravity", 16), ("gravity", 48), ("force", 32)],
+)
+def test_any_head_width(kind: Kind, head_dim: int) -> None:
+    assert beyond(Case(kind, timescales=1, head_dim=head_dim), OUTPUT, GRADIENT) == {}
+
+
+@pytest.mark.parametrize(("kind", "power"), [("gravity", 1.0), ("gravity", 4.0), ("force", 3.0)])
+def test_any_power_of_distance(kind: Kind, power: float) -> None:
+    assert beyond(Case(kind, timescales=1, power=power), OUTPUT, GRADIENT) == {}
+
+
+@pytest.mark.parametrize("kind", ["gravity", "force"])
+def test_coincident_tokens_far_out(kind: Kind) -> None:
+    """r2 is 0 on the diagonal, and a thousand off it were it not for the common centre."""
+    case = Case(kind, timescales=1, keys=19, duplicates=True, offset=100.0, softening=0.05)
+    assert beyond(case, 1e-5, 1e-4) == {}
+
+
+@each_kind
+def test_half_precision_stays_within_its_rounding(kind: Kind) -> None:
+    """float16, which the interpreter computes with, stands in for bfloat16, which it does not."""
+    assert beyond(Case(kind, timescales=1, dtype=torch.float16), 2e-3, 6e-3) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mask"),
+    [("dot product", "padding"), ("gravity", "causal, padding in front"), ("force", "causal")],
+)
+def test_skipping_far_keys_changes_nothing(kind: Kind, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At fast decays the reach is shorter than the sequence, and what is beyond is not missed."""
+    chosen = masks(2, 1, 70, 70)[mask]
+    case = Case(kind, timescales=1, queries=70, keys=70, decay=(0.02, 0.05), softening=0.5, mask=chosen)
+    reach: list[torch.Tensor] = []
+    of_rows = triton_attention.reach_of_rows
+
+    def observed(*args: Any) -> torch.Tensor:
+        reach.append(of_rows(*args))
+        return reach[0]
+
+    monkeypatch.setattr(triton_attention, "reach_of_rows", observed)
+    skipped = case.evaluate("triton")
+    assert reach[0].shape == (2, 1, 1)
+    assert int(reach[0].max()) < 35
+    everything = case.evaluate("triton", skip_far_keys=False)
+    assert max(errors(skipped, everything).values()) < 1e-6
+    assert max(errors(skipped, case.evaluate("dense")).values()) < GRADIENT
+
+
+@each_kind
+@pytest.mark.parametrize("gamma", [1e-30, 1 - 1e-7])
+def test_decay_near_its_ends(kind: Kind, gamma: float) -> None:
+    """gamma near 0 leaves the own key, gamma near 1 no decay, and neither an infinity."""
+    case = Case(kind, timescales=1, decay=(gamma, gamma))
+    assert beyond(case, OUTPUT, GRADIENT) == {}
+
+
+def test_nearest_keys_by_hand() -> None:
+    """Keys . X . . X of which X may be attended to, for seven rows; then causal; far; none."""
+    padding = torch.tensor([[True, False, True, True, False]])
+    nearest, distance = triton_attention.nearest_keys(Mask(padding), 7, 5, padding.device)
+    assert nearest.tolist() == [[1, 1, 1, 4, 4, 4, 4]]
+    assert distance.tolist() == [[1, 0, 1, 1, 0, 1, 2]]
+    nearest, distance = triton_attention.nearest_keys(Mask(padding, causal=True), 7, 5, padding.device)
+    assert nearest.tolist()[0][1:] == [1, 1, 1, 4, 4, 4]
+    assert distance.tolist() == [[-1, 0, 1, 2, 0, 1, 2]]
+    behind = torch.tensor([[False, True, True, True]])
+    _, distance = triton_attention.nearest_keys(Mask(behind), 20, 4, padding.device)
+    assert distance.tolist() == [list(range(20))]
+    _, distance = triton_attention.nearest_keys(Mask(behind | ~behind), 2, 4, padding.device)
+    assert distance.tolist() == [[-1, -1]]
+
+
+def test_reach_of_equal_scores_by_hand() -> None:
+    """No spread: all beyond W weigh 2 gamma^W / (1 - gamma) of the own key, at most 2^-24 from W = 19.5."""
+    q = torch.zeros(1, 1, 1, 200, 4)
+    plan = triton_attention.Plan(0, 0.5, 1, Mask())
+    reach = triton_attention.reach_of_rows(q, q, None, None, torch.tensor([[math.log(0.4)]]), plan)
+    assert reach.tolist() == [[[20]]]
+
+
+@each_kind
+def test_no_lengths_at_all(kind: Kind) -> None:
+    for queries, keys in ((0, 5), (5, 0)):
+        found = replace(Case(kind), queries=queries, keys=keys).evaluate("triton")
+        assert all(bool((value == 0).all()) for value in found.values())

@@ -1,0 +1,67 @@
+"""The README tells the truth of today: its snippets run, its files, options and shapes are the code's."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiment_plan import MODELS, PRESETS
+from run_experiment import make_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+COMMANDS = re.findall(r"^    (?:pip .*&& )?(python .*?)(?:  #.*)?$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[1])
+def test_each_snippet_runs_and_its_output_is_finite(snippet: str) -> None:
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    output = names["output"]
+    assert isinstance(output, torch.Tensor) and bool(output.isfinite().all())
+
+
+def test_the_shapes_in_the_comments_of_the_snippets_are_true() -> None:
+    checked = 0
+    for snippet in SNIPPETS:
+        names: dict[str, object] = {}
+        exec(compile(snippet, "README.md", "exec"), names)
+        for line in snippet.splitlines():
+            found = re.match(r"(\w+(?:, \w+)*) = .*?# ((?:\(\d+(?:, \d+)*\)(?:, )?)+)", line)
+            for name, shape in (
+                zip(found[1].split(", "), re.findall(r"\(.*?\)", found[2]), strict=True) if found else ()
+            ):
+                value = names[name]
+                assert isinstance(value, torch.Tensor) and str(tuple(value.shape)) == shape, line
+                checked += 1
+    assert checked >= 5
+
+
+def test_every_file_of_the_top_level_is_in_the_file_map_and_every_named_file_exists() -> None:
+    files = {path.name for path in ROOT.glob("*.py")}
+    file_map = README.split("## Files")[1].split("\n## ")[0]
+    named = set(re.findall(r"`([\w/.]+\.py)`", file_map))
+    assert files - named == set()
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_every_link_of_the_readme_leads_to_a_file() -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", README)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_commands_name_scripts_and_options_that_exist() -> None:
+    options = set(make_parser().options())
+    assert len(COMMANDS) >= 8
+    for command in COMMANDS:
+        script = command.split()[1]
+        assert script == "-m" or (ROOT / script).is_file(), command
+        if script == "run_experiment.py":
+            assert set(re.findall(r"--[\w-]+", command)) <= options, command
+
+
+def test_every_preset_and_model_is_described() -> None:
+    assert [name for name in (*PRESETS, *MODELS) if f"`{name}`" not in README] == []

@@ -354,10 +354,16 @@ def read_results(root: Path) -> Results:
     try:
         config = _read_object(root / "config.json", root)
         planned = _planned(config)
-        about = root / "environment.json"
-        environment = _read_object(about, root) if _exists(about) else {}
     except (KeyError, OSError, OverflowError, TypeError, ValueError) as error:
         raise InputError(
             f"{root} is not a results folder: config.json is not as expected ({_plain(error)})"
         ) from error
-    return Results(root, config, environment, [read_cell(root, cell) for cell in planned])
+    return Results(root, config, _environment(root), [read_cell(root, cell) for cell in planned])
+
+
+def _environment(root: Path) -> dict[str, Any]:
+    """Where the run took place; nothing where that cannot be read: no number hangs on it."""
+    try:
+        return _read_object(root / "environment.json", root)
+    except ValueError:
+        return {}

@@ -28,6 +28,10 @@ UNREADABLE = (
 def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Those of the named arrays that the .npz file has; ValueError says why it cannot be used."""
     try:
+        if path.is_symlink():
+            raise ValueError("it is a link, which may lead out of the folder")
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
         if size > LARGEST:

@@ -245,6 +245,8 @@ def evaluate(folder: Path) -> None:
         return
     cell = record.cell
     target = results.root / ANALYSIS / f"{file_name(cell.task)}_{file_name(cell.model)}_seed{cell.seed}"
+    if target.parent.is_symlink():
+        raise InputError(f"{target.parent} is a link; nothing is written through it: remove it")
     try:
         target.parent.mkdir(exist_ok=True)
         with replaced_folder(target) as fresh:

@@ -6,6 +6,7 @@ run_cell(..., progress=progress)
 progress.cell_ended(state, reason)
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from results_folder import Cell
-from train_and_evaluate import Progress
+from training_progress import Progress
 
 
 class RunProgress(Progress):
@@ -25,11 +26,16 @@ class RunProgress(Progress):
         self.seconds = 0.0
 
     def say(self, line: str) -> None:
-        print(line, flush=True)
+        # A pipe that was closed, or a log on a full disk, is no failure of the cell in training.
+        with contextlib.suppress(OSError):
+            print(line, flush=True)
 
     def cell_started(self, cell: Cell) -> None:
         self.cells_started += 1
         self.say(f"[{self.cells_started}/{len(self.cells)}] {cell}")
+
+    def note(self, text: str) -> None:
+        self.say(f"  {text}")
 
     def epoch_ended(self, row: dict[str, Any]) -> None:
         seconds = (row["train_seconds"] or 0.0) + row["eval_seconds"]

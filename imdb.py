@@ -35,6 +35,8 @@ TREE = "aclImdb"
 SPLITS = ("train", "test")
 SENTIMENTS = ("neg", "pos")  # their positions are the labels
 REVIEWS_PER_FOLDER = 12_500
+MOST_MEMBERS = 1_000_000  # of an archive; the official one has 100,000
+LARGEST_UNPACKED = 1 << 32  # bytes; the official one has 0.5 GB
 LONGEST_REVIEW = 1 << 20  # bytes; the longest of the real ones has 13,704
 CACHE_VERSION = 1
 
@@ -108,7 +110,9 @@ def read_archive(path: Path) -> Texts:
     texts: Texts = {(split, sentiment): {} for split in SPLITS for sentiment in SENTIMENTS}
     try:
         with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as archive:
-            for member in tqdm(archive, desc=path.name, unit=" files", disable=None, leave=False):
+            files = tqdm(archive, desc=path.name, unit=" files", disable=None, leave=False)
+            for number, member in enumerate(files, 1):
+                _check_amount(path, number, member)
                 folder = _folder_of(member, path)
                 archive.members = []  # type: ignore[attr-defined] # else all of them are kept
                 if folder is None:
@@ -119,12 +123,21 @@ def read_archive(path: Path) -> Texts:
                     raise InputError(f"{path}: {member.name!r} is no review, or comes twice; refused")
                 texts[folder][name] = content.read()
             while unzipped.read(1 << 20):  # to the end, where the checksum is compared
-                pass
+                if unzipped.tell() > LARGEST_UNPACKED:
+                    raise InputError(f"{path} unpacks to more than {LARGEST_UNPACKED:,} bytes: refused")
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path} is damaged or truncated ({error}); download it again") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     return texts
+
+
+def _check_amount(path: Path, number: int, member: tarfile.TarInfo) -> None:
+    """InputError where an archive unpacks to a senseless amount: also what is passed over costs time."""
+    if number > MOST_MEMBERS:
+        raise InputError(f"{path} has more than {MOST_MEMBERS:,} members: refused")
+    if member.offset_data + member.size > LARGEST_UNPACKED:
+        raise InputError(f"{path} unpacks to more than {LARGEST_UNPACKED:,} bytes: refused")
 
 
 def _folder_of(member: tarfile.TarInfo, path: Path) -> tuple[str, str] | None:

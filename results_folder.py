@@ -8,18 +8,25 @@
         config.json  status.json          its settings; its state and, where it has one, the reason
         metrics.jsonl  result.json        a line per epoch; the figures of the finished cell
         checkpoint_best.pt  checkpoint_last.pt  attention_patterns.npz
+        error.txt                         of a failed cell: the traceback
+        lock.json                         while a process works on it: which one (see cell_lock.py)
+        checkpoint_previous.pt            until it is done: the checkpoint before the last
       analysis/                           made by analyze_results.py alone
 
 JSON is strict (no NaN). Every file is written beside its place and moved into it, so a reader sees the
-old content or the new one, never a mixture. Needs the standard library only.
+old content or the new one, never a mixture. What is read may come from a stranger: files of an unlikely
+size, numbers that no run gives and links that lead out of the folder are refused. Needs the standard
+library only.
 """
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +39,16 @@ from command_line import InputError
 SCHEMA_VERSION = 1
 STATES = ("pending", "running", "done", "failed", "diverged", "interrupted")
 ANALYSIS = "analysis"
+LARGEST_JSON = 2**24  # bytes; the largest file of a long run is a tenth of it
+MOST_CELLS = 10_000
+MOST_EPOCHS = 1_000_000
+LARGEST_NUMBER = 1e40  # no float32 is as large
+MOST_DIGITS = 18  # of a whole number: an int64 holds it
+LONGEST_REASON = 1000
+
+
+class WriteError(OSError):
+    """A file of the results cannot be written: the disk is full, the folder read-only or gone."""
 
 
 @dataclass(frozen=True, order=True)
@@ -51,7 +68,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class CellRecord:
-    """What a cell's folder holds. `state` is "missing" where the cell was planned and has no status."""
+    """What a cell's folder holds. `state` is "missing" where the cell was planned and has no status.
+
+    damaged: its files cannot be read, or contradict each other; the state is "failed", the reason says why.
+    """
 
     cell: Cell
     folder: Path
@@ -60,6 +80,7 @@ class CellRecord:
     config: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     result: dict[str, Any] | None = None
+    damaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,20 +98,42 @@ def file_name(name: str) -> str:
     return re.sub(r"^\.|[^\w.-]", "_", name) or "_"
 
 
-def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there, both made durable."""
+def write_atomic(
+    path: Path, write: Callable[[IO[bytes]], Any], verify: Callable[[Path], None] | None = None
+) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it there, both made durable.
+
+    verify: called with the temporary file before it is moved; what it raises leaves `path` as it was.
+    Raises WriteError where the file cannot be written."""
     # Not by tempfile, whose files nobody else may read: results are shared.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if verify is not None:
+                verify(temporary)
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except WriteError:
         raise
-    _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno is None:
+            raise WriteError(*error.args) from error
+        raise WriteError(error.errno, error.strerror, str(path)) from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what writers that were killed left behind. Only for who has the folder to himself."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"\..+\.[0-9a-f]{16}", path.name):
+            path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -111,6 +154,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def as_json(value: Any) -> Any:
+    """The value with null for each number that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: as_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_status(folder: Path, state: str, reason: str = "") -> None:
@@ -171,47 +223,122 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def read_json(path: Path) -> Any:
-    """The value in a strict JSON file; ValueError names the file where it is none."""
+def _whole(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    if not abs(float(text)) <= LARGEST_NUMBER:
+        raise ValueError(f"{text[:40]} is too large a number")
+    return float(text)
+
+
+def _parse(text: str) -> Any:
+    value = json.loads(text, parse_constant=_refuse, parse_int=_whole, parse_float=_fraction)
+    if "\\ud" in text.lower():
+        # Half of a pair, which no file and no terminal takes: UnicodeEncodeError, a ValueError.
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def inside(path: Path, root: Path) -> bool:
+    """Whether a path, its links followed, is in the folder `root`."""
+    return path.resolve().is_relative_to(root.resolve())
+
+
+def _text(path: Path, root: Path) -> str:
+    """The text of a file of the results folder `root`; ValueError or OSError where it is not to be read."""
+    if not inside(path, root):
+        raise ValueError("a link that leads out of the folder")
+    # Without waiting: a pipe of that name would keep us for ever.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("not a file")
+        if about.st_size > LARGEST_JSON:
+            raise ValueError(f"{about.st_size:,} bytes, more than any of ours has")
+        return file.read(LARGEST_JSON).decode()
+
+
+def read_json(path: Path, root: Path | None = None) -> Any:
+    """The value in a strict JSON file of the results folder `root` (not given: the folder it is in).
+
+    ValueError names the file where it is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        return _parse(_text(path, root or path.parent))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
+def _read_object(path: Path, root: Path) -> dict[str, Any]:
+    value = read_json(path, root)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    version = value.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise ValueError(f"{path}: schema version {version!r}, this program reads {SCHEMA_VERSION}")
     return value
 
 
-def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+def _read_json_lines(path: Path, root: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line, parse_constant=_refuse) for line in lines]
+        rows = [_parse(line) for line in _text(path, root).splitlines()]
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON lines ({error})") from error
-    if not all(isinstance(row, dict) and isinstance(row.get("epoch"), int) for row in rows):
-        raise ValueError(f"{path}: expected one object with an epoch per line")
+    epoch = 0
+    for row in rows:
+        found = row.get("epoch") if isinstance(row, dict) else None
+        if not isinstance(found, int) or isinstance(found, bool) or not epoch < found <= MOST_EPOCHS:
+            raise ValueError(f"{path}: expected one object with an epoch per line, in rising order")
+        epoch = found
     return rows
+
+
+def _exists(path: Path) -> bool:
+    """Also for a link that leads nowhere, which `is_file` would take for nothing."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _plain(text: object) -> str:
+    """One line of a sensible length, without what a terminal would take for a command."""
+    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(text)).strip()[:LONGEST_REASON]
 
 
 def read_cell(root: Path, cell: Cell) -> CellRecord:
     """A cell as its folder has it; one whose files do not parse is returned as failed, with the reason."""
     folder = cell.folder(root)
     try:
-        if not (folder / "status.json").is_file():
+        if not _exists(folder / "status.json"):
             return CellRecord(cell, folder, "missing", "planned, but never started")
-        status = _read_object(folder / "status.json")
-        if status.get("state") not in STATES:
-            raise ValueError(f"{folder / 'status.json'}: unknown state {status.get('state')!r}")
-        config = _read_object(folder / "config.json")
-        metrics = _read_json_lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
-        result = _read_object(folder / "result.json") if status["state"] == "done" else None
+        status = _read_object(folder / "status.json", root)
+        state = status.get("state")
+        if state not in STATES:
+            raise ValueError(f"{folder / 'status.json'}: unknown state {state!r}")
+        config = _read_object(folder / "config.json", root)
+        metrics_path = folder / "metrics.jsonl"
+        metrics = _read_json_lines(metrics_path, root) if _exists(metrics_path) else []
+        result = _read_object(folder / "result.json", root) if state == "done" else None
     except (OSError, ValueError, RecursionError) as error:
-        return CellRecord(cell, folder, "failed", f"unreadable: {error}")
-    return CellRecord(cell, folder, status["state"], str(status.get("reason", "")), config, metrics, result)
+        return CellRecord(cell, folder, "failed", f"unreadable: {_plain(error)}", damaged=True)
+    return CellRecord(cell, folder, state, _plain(status.get("reason", "")), config, metrics, result)
+
+
+def _planned(config: dict[str, Any]) -> list[Cell]:
+    """The cells of a run's config.json; ValueError, TypeError or KeyError where it is not as expected."""
+    if len(config["cells"]) > MOST_CELLS:
+        raise ValueError(f"{len(config['cells']):,} cells")
+    cells = [Cell(cell["task"], cell["model"], cell["seed"]) for cell in config["cells"]]
+    for cell in cells:
+        names = isinstance(cell.task, str) and isinstance(cell.model, str)
+        if not names or not isinstance(cell.seed, int) or isinstance(cell.seed, bool):
+            raise TypeError(f"no cell: {_plain(cell)}")
+    return cells
 
 
 def read_results(root: Path) -> Results:
@@ -225,11 +352,18 @@ def read_results(root: Path) -> Results:
             f"{root} is not a results folder (no config.json); give one made by run_experiment.py"
         )
     try:
-        config = _read_object(root / "config.json")
-        environment = _read_object(root / "environment.json") if (root / "environment.json").is_file() else {}
-        planned = [Cell(str(cell["task"]), str(cell["model"]), int(cell["seed"])) for cell in config["cells"]]
+        config = _read_object(root / "config.json", root)
+        planned = _planned(config)
     except (KeyError, OSError, OverflowError, TypeError, ValueError) as error:
         raise InputError(
-            f"{root} is not a results folder: config.json is not as expected ({error})"
+            f"{root} is not a results folder: config.json is not as expected ({_plain(error)})"
         ) from error
-    return Results(root, config, environment, [read_cell(root, cell) for cell in planned])
+    return Results(root, config, _environment(root), [read_cell(root, cell) for cell in planned])
+
+
+def _environment(root: Path) -> dict[str, Any]:
+    """Where the run took place; nothing where that cannot be read: no number hangs on it."""
+    try:
+        return _read_object(root / "environment.json", root)
+    except ValueError:
+        return {}

@@ -4,34 +4,40 @@
     python run_experiment.py --preset smoke       # every step once, tiny, in under a minute, offline
     python run_experiment.py --preset full --dry-run
     python run_experiment.py --models conventional my_package.my_module:MyAttention --tasks listops
+    python run_experiment.py --preset full --max-minutes 55          # ends with exit code 75, and then:
+    python run_experiment.py --resume results_20260101_120000        # until it ends with 0
+    python run_experiment.py --preset full --prepare                 # for a job array: once, and then each
+    python run_experiment.py --resume results_20260101_120000 --cell-index $SLURM_ARRAY_TASK_ID
 
 Results go to a new folder `results_YYYYmmdd_HHMMSS` (see results_folder.py), the comparison into its
-`analysis/`. Exit codes: 0 all cells done; 1 some cell failed or diverged, the others ran; 2 bad arguments
-or input, found before any work; 130 or 143 interrupted.
+`analysis/`. A run that was stopped or killed goes on with --resume, from the last epoch's end, or from the
+last step where it was stopped by a signal or its time limit. Several processes, also of several machines,
+may work on one folder at a time: each takes cells that no other has, and the last one compares. Resume only
+folders that you trust: the models that one names as package.module:Class are imported.
+
+Exit codes: 0 all cells done; 1 some cell failed or diverged, the others ran, or results could not be
+written; 2 bad arguments or input, found before any work; 75 not all done, run again; 130 or 143
+interrupted by SIGINT or SIGTERM, resumable.
 """
 
-import contextlib
+import argparse
 import shlex
-import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from cell_lock import CellLock, LockedError
 from command_line import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    InputError,
     Parser,
     add_settings,
     exit_code,
+    one_line,
 )
 from data_pipeline import TASKS, DataSettings, TaskData
+from experiment_grid import Choice, Grid, accuracy_table, failure_table, verified_cell
 from experiment_plan import (
     COMPARED,
     MODELS,
@@ -43,28 +49,24 @@ from experiment_plan import (
     make_plan,
     model_class,
 )
-from experiment_progress import duration, make_progress
-from results_folder import (
-    SCHEMA_VERSION,
-    CellRecord,
-    create_results_folder,
-    read_cell,
-    write_json,
-    write_status,
+from experiment_progress import duration
+from plan_files import (
+    PROG,
+    check_data,
+    check_space,
+    environment_changes,
+    parameter_counts,
+    read_plan,
+    write_cells,
+    write_plan,
 )
-from run_environment import describe_environment
+from results_folder import create_results_folder
+from stop_request import StoppedError, StopRequest
 from time_estimate import estimate_time
-from train_and_evaluate import TrainingSettings, as_json, run_cell
-from transformer_classifier import ModelSettings, TransformerClassifier
+from train_and_evaluate import TrainingSettings
+from transformer_classifier import ModelSettings
 
 __all__ = ["MODELS", "PRESETS", "main"]
-
-PROG = "run_experiment.py"
-EXIT_TERMINATED = 143
-
-
-class TerminatedError(KeyboardInterrupt):
-    """The system asked the process to end (SIGTERM)."""
 
 
 def make_parser() -> Parser:
@@ -93,18 +95,54 @@ def make_parser() -> Parser:
         help="where the results folder is made (default: .)",
     )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    run.add_argument("--list", action="store_true", help="show presets, models and tasks, and end")
+    run.add_argument(
+        "--list", action="store_true", help="show presets, models, tasks and the cells' numbers, and end"
+    )
     run.add_argument(
         "--dry-run",
         action="store_true",
         help="show cells, parameters and times measured on a few steps, write nothing, and end",
     )
+    _add_resilience(parser)
     for settings in (ModelSettings, TrainingSettings, DataSettings):
         add_settings(parser, settings)
     return parser
 
 
-def listing() -> str:
+def _add_resilience(parser: Parser) -> None:
+    group = parser.add_argument_group("Stopping, going on, sharing")
+    group.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RESULTS",
+        help="finish a results folder, with its settings; options given again must be the same",
+    )
+    group.add_argument(
+        "--retry-failed", action="store_true", help="with --resume: run failed and diverged cells again"
+    )
+    group.add_argument(
+        "--max-minutes",
+        type=float,
+        metavar="M",
+        help="stop after the step in which M minutes have passed since the start, with exit code 75; longer "
+        "than one pass over the validation or the test examples takes (default: no limit)",
+    )
+    group.add_argument(
+        "--cell-index",
+        type=int,
+        metavar="I",
+        help="run the cell with this number of --list alone, counted from 0; without --resume in a new "
+        "folder of its own, so give the jobs of an array one that --prepare made (default: all cells)",
+    )
+    group.add_argument(
+        "--prepare", action="store_true", help="make the results folder with its plan, run nothing, and end"
+    )
+    group.add_argument(
+        "--fail-fast", action="store_true", help="start no cell after one that failed or diverged"
+    )
+
+
+def listing(arguments: argparse.Namespace) -> str:
     lines = ["presets:"]
     lines += [f"  {name:32}{preset.summary}" for name, preset in PRESETS.items()]
     lines += ["models (* compared by default):"]
@@ -112,18 +150,12 @@ def listing() -> str:
         lines.append(f"{'*' if name in COMPARED else ' ':>2}{name:32}{model_class(name)}".rstrip())
     lines += ["  package.module:Class".ljust(34) + "any class with the interface of nn.MultiheadAttention"]
     lines += ["tasks:", *(f"  {name}" for name in TASKS)]
+    root = arguments.resume
+    plan = make_plan(arguments) if root is None else read_plan(root, arguments)
+    lines += [f"cells of {root or f'preset {plan.preset}'}, by the number that --cell-index takes:"]
+    for index, cell in enumerate(plan.cells):
+        lines.append(f"{index:6}  {cell}" + (f"  {verified_cell(root, cell).state}" if root else ""))
     return "\n".join(lines)
-
-
-def parameter_counts(plan: Plan, tasks: dict[str, TaskData]) -> dict[tuple[str, str], int]:
-    """The number of parameters by (task, model)."""
-    counts = {}
-    for task in plan.tasks:
-        for name in plan.models:
-            sizes = tasks[task].vocab_size, tasks[task].num_classes
-            model = TransformerClassifier(attention_factory(name, plan.model), *sizes, plan.model)
-            counts[task, name] = sum(parameter.numel() for parameter in model.parameters())
-    return counts
 
 
 def dry_run(plan: Plan, tasks: dict[str, TaskData]) -> int:
@@ -149,168 +181,115 @@ def dry_run(plan: Plan, tasks: dict[str, TaskData]) -> int:
     return EXIT_FAILED if failed else EXIT_DONE
 
 
-def task_info(task: TaskData, stand_in_for: str | None) -> dict[str, Any]:
-    counts = np.bincount(np.asarray(task.test.labels), minlength=task.num_classes)
-    return {
-        "title": task.title,
-        "num_classes": task.num_classes,
-        "chance": 1 / task.num_classes,
-        "majority": float(counts.max() / counts.sum()),
-        "test_size": len(task.test),
-        "class_names": list(task.class_names),
-        "provenance": task.provenance | ({"stand_in_for": stand_in_for} if stand_in_for else {}),
-        "stand_in_for": stand_in_for,
-    }
-
-
-def write_plan(root: Path, plan: Plan, tasks: dict[str, TaskData], argv: list[str]) -> None:
-    """The run's config.json and environment.json, and each cell's config.json with the state "pending"."""
-    model, training = asdict(plan.model), asdict(plan.training)
-    data = {name: asdict(settings) for name, settings in plan.data.items()}
-    info = {name: task_info(task, plan.stand_in_for.get(name)) for name, task in tasks.items()}
-    config = {
-        "schema_version": SCHEMA_VERSION,
-        "preset": plan.preset,
-        "argv": argv,
-        "command": shlex.join(["python", PROG, *argv]),
-        "settings": {"model": model, "training": training, "data": data, "device": str(plan.device)},
-        "models": list(plan.models),
-        "tasks": list(plan.tasks),
-        "seeds": list(plan.seeds),
-        "task_info": info,
-        "cells": [asdict(cell) for cell in plan.cells],
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    sums = {name: task.provenance.get("sha256") for name, task in tasks.items()}
-    write_json(root / "environment.json", describe_environment(plan.device) | {"data_sha256": sums})
-    write_json(root / "config.json", as_json(config))
-    parameters = parameter_counts(plan, tasks)
-    arguments = {name: attention_factory(name, plan.model).keywords for name in plan.models}
-    for cell in plan.cells:
-        folder = cell.folder(root)
-        folder.mkdir(parents=True)
-        cell_config = {
-            "schema_version": SCHEMA_VERSION,
-            **asdict(cell),
-            "model_class": model_class(cell.model),
-            "attention_arguments": arguments[cell.model],
-            "model_settings": model,
-            "training_settings": training,
-            "data_settings": data[cell.task],
-            "parameters": parameters[cell.task, cell.model],
-        }
-        write_json(folder / "config.json", cell_config)
-        write_status(folder, "pending")
-
-
-@contextlib.contextmanager
-def termination_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the cell in progress as Ctrl-C does, so that its state is noted."""
-
-    def stop(signum: int, frame: object) -> None:
-        raise TerminatedError
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def run_cells(root: Path, plan: Plan, tasks: dict[str, TaskData]) -> list[CellRecord]:
-    """Run the cells one after the other; an error ends its own cell only. Returns what the folders hold."""
-    progress = make_progress(plan.cells, plan.training.max_epochs)
-    records = []
-    try:
-        for cell in plan.cells:
-            progress.cell_started(cell)
-            _, reason = run_cell(
-                attention_factory(cell.model, plan.model),
-                tasks[cell.task],
-                plan.model,
-                plan.training,
-                cell.seed,
-                cell.folder(root),
-                plan.device,
-                progress,
-            )
-            record = read_cell(root, cell)
-            records.append(record)
-            progress.cell_ended(record.state, reason or _outcome(record))
-    finally:
-        progress.close()
-    return records
-
-
-def _outcome(record: CellRecord) -> str:
-    result = record.result or {}
-    return f"test accuracy {result['test_accuracy_best']:.1%} (of epoch {result['best_epoch']})"
-
-
-def accuracy_table(plan: Plan, records: list[CellRecord]) -> str:
-    """Test accuracy by model and task, the mean over the seeds that are done, and the cells that are not."""
-    width = max(len(model) for model in plan.models) + 2
-    lines = ["test accuracy".ljust(width) + "".join(f"{task:>24}" for task in plan.tasks)]
-    for model in plan.models:
-        entries = []
-        for task in plan.tasks:
-            here = [record for record in records if (record.cell.task, record.cell.model) == (task, model)]
-            done = [record.result["test_accuracy_best"] for record in here if record.result]
-            entry = f"{np.mean(done):.1%}" if done else "-"
-            if len(plan.seeds) > 1 and done:
-                entry += f" (n = {len(done)})"
-            lost = sorted({record.state for record in here if not record.result})
-            entries.append(" ".join([entry, *lost]) if done or not lost else " ".join(lost))
-        lines.append(model.ljust(width) + "".join(f"{entry:>24}" for entry in entries))
-    lines += [f"{record.state}: {record.cell}: {record.reason}" for record in records if not record.result]
-    return "\n".join(lines)
-
-
 def analyze_run(root: Path) -> bool:
     """Compare the cells; a failure here loses no result. Returns whether it worked."""
     from analyze_results import analyze  # needs the figure libraries: not before they are needed
 
+    try:
+        lock = CellLock.take(root)
+    except LockedError as error:
+        print(f"analysis: left to another process ({error})")
+        return True
     try:
         analyze(root)
     except Exception as error:
         print(f"{PROG}: the analysis failed: {type(error).__name__}: {error}", file=sys.stderr)
         print(f"the results are whole: python analyze_results.py {root}", file=sys.stderr)
         return False
+    finally:
+        lock.release()
     print(f"analysis: {root / 'analysis' / 'report.html'}")
     return True
 
 
-def run(argv: list[str]) -> int:
-    arguments = make_parser().parse_args(argv)
-    if arguments.list:
-        print(listing())
-        return EXIT_DONE
+def prepared(arguments: argparse.Namespace, argv: list[str]) -> tuple[Path, Plan, dict[str, TaskData]]:
+    """A new results folder with its plan. Raises InputError before anything is written."""
     plan = make_plan(arguments)
     check_output_folder(arguments.output_dir)
+    _check_index(arguments, plan)
     if arguments.preset == "auto":
         on_gpu = plan.device.type == "cuda"
         why = "a GPU is in use" if on_gpu else "no GPU is in use; --preset full is the whole comparison"
         print(f"preset {plan.preset}: {why}", flush=True)
     plan, tasks = load_tasks(plan)
-    if arguments.dry_run:
-        return dry_run(plan, tasks)
+    chosen = plan.cells if arguments.cell_index is None else [plan.cells[arguments.cell_index]]
+    check_space(arguments.output_dir, plan, tasks, chosen)
     root = create_results_folder(arguments.output_dir)
     write_plan(root, plan, tasks, argv)
-    print(f"results: {root} ({len(plan.cells)} cells, preset {plan.preset}, {plan.device})", flush=True)
+    return root, plan, tasks
+
+
+def resumed(arguments: argparse.Namespace) -> tuple[Path, Plan, dict[str, TaskData]]:
+    """A results folder that is there, its plan and its data. Raises InputError where they do not fit."""
+    root: Path = arguments.resume
+    plan = read_plan(root, arguments)
+    _check_index(arguments, plan)
+    _, tasks = load_tasks(plan)
+    check_data(root, plan, tasks)
+    changes = environment_changes(root, plan)
+    if changes:
+        print(f"this is not where {root} was begun, so bits may differ: {changes}")
+    return root, plan, tasks
+
+
+def _check_index(arguments: argparse.Namespace, plan: Plan) -> None:
+    index, count = arguments.cell_index, len(plan.cells)
+    if index is not None and not 0 <= index < count:
+        raise InputError(f"--cell-index must be 0 to {count - 1}, got {index}; see --list")
+
+
+def run_grid(grid: Grid) -> int:
+    """Run the cells, compare them where none is left, and tell what came of them."""
+    root, plan = grid.root, grid.plan
+    go_on = f"python {PROG} --resume {shlex.quote(str(root))}"
+    keep = f"what is done is kept: go on with {go_on}, or python analyze_results.py {root}"
+    try:
+        with grid.stop.signals_heard():
+            outcome = grid.run()
+    except StoppedError as stopped:
+        print(f"{PROG}: {stopped}; {keep}", file=sys.stderr)
+        return grid.stop.exit_code
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted; {keep}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    code = outcome.exit_code
+    if outcome.settled and not analyze_run(root):
+        code = EXIT_FAILED
+    print(accuracy_table(plan, outcome.records))
+    if failures := failure_table(outcome.records):
+        print(failures)
+    for cell, holder in outcome.elsewhere.items():
+        print(f"left to another process: {cell} ({holder})")
+    if code == EXIT_FAILED and outcome.settled:
+        print(f"to try what failed again: {go_on} --retry-failed")
+    elif not outcome.settled:
+        print(f"not all cells are done: {go_on}")
+    return code
+
+
+def run(argv: list[str]) -> int:
+    arguments = make_parser().parse_args(argv)
+    stop = StopRequest(arguments.max_minutes)
+    if arguments.retry_failed and arguments.resume is None:
+        raise InputError("--retry-failed needs --resume with the results folder whose cells failed")
+    if arguments.list:
+        print(listing(arguments))
+        return EXIT_DONE
+    if arguments.dry_run:
+        plan = make_plan(arguments) if arguments.resume is None else read_plan(arguments.resume, arguments)
+        return dry_run(*load_tasks(plan))
+    new = arguments.resume is None
+    root, plan, tasks = prepared(arguments, argv) if new else resumed(arguments)
+    choice = Choice(arguments.cell_index, arguments.retry_failed, arguments.fail_fast)
+    grid = Grid(root, plan, tasks, stop, choice)
+    if not new:
+        check_space(root, plan, tasks, grid.to_run())
+        write_cells(root, plan, tasks)
+    cells = f"{len(grid.to_run())} of {len(plan.cells)} cells to run"
+    print(f"results: {root} ({cells}, preset {plan.preset}, {plan.device})", flush=True)
     if plan.preset == "smoke":
         print("smoke: a test that everything runs; its figures mean nothing")
-    try:
-        with termination_as_interrupt():
-            records = run_cells(root, plan, tasks)
-    except KeyboardInterrupt as interrupt:
-        print(f"{PROG}: interrupted; what is done is kept: python analyze_results.py {root}", file=sys.stderr)
-        return EXIT_TERMINATED if isinstance(interrupt, TerminatedError) else EXIT_INTERRUPTED
-    analyzed = analyze_run(root)
-    print(accuracy_table(plan, records))
-    return EXIT_DONE if analyzed and all(record.state == "done" for record in records) else EXIT_FAILED
+    return EXIT_DONE if arguments.prepare else run_grid(grid)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -318,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return exit_code(PROG, lambda: run(given))
     except OSError as error:
-        print(f"{PROG}: error: the results cannot be written: {error}", file=sys.stderr)
+        print(f"{PROG}: error: the results cannot be written: {one_line(error)}", file=sys.stderr)
         return EXIT_FAILED
 
 

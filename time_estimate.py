@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches
-from train_and_evaluate import Progress, Trainer, TrainingSettings
+from train_and_evaluate import Trainer, TrainingSettings
+from training_progress import Progress
 from transformer_classifier import AttentionFactory, ModelSettings, TransformerClassifier
 
 QUARTILES = (0.25, 0.75)

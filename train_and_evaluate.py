@@ -1,11 +1,14 @@
 """How a model is trained, selected and tested: one cell of the comparison, equal for every mechanism.
 
-    state, reason = run_cell(make_attention, task, model_settings, training_settings, seed, folder, device)
+    result = train_and_evaluate(make_attention, task, model_settings, training_settings, seed, folder, device)
 
 With one seed all models see the same batches in the same order and the same dropout stream, from the same
 starting weights (`TransformerClassifier`). Every random number comes from (seed, purpose, epoch), so an
 epoch can be repeated from the weights before it. Selection is on validation accuracy; the test split is
 read once, when training has ended. Losses and accuracies are sums over examples, divided once.
+
+Training goes on from the folder's last checkpoint, if it has one: on the CPU to the same bits as without
+the interruption. A checkpoint is written after each epoch, and within one that is asked to stop.
 
 Symbols: N batch, L length. True in a boolean mask means blocked.
 """
@@ -14,9 +17,8 @@ import contextlib
 import copy
 import math
 import time
-import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +28,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention_patterns import NoAttentionMapsError, attention_patterns
+from checkpoints import (
+    BEST,
+    CheckpointError,
+    Note,
+    generators,
+    set_aside,
+    set_generators,
+    usable_checkpoints,
+    write_checkpoint,
+    write_weights,
+)
 from command_line import check_settings, setting
 from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches, training_batches
 from device_memory import PeakMemory
 from evaluate_performance import convergence_epoch
-from results_folder import (
-    SCHEMA_VERSION,
-    write_atomic,
-    write_json,
-    write_json_lines,
-    write_status,
-    write_text,
-)
+from results_folder import SCHEMA_VERSION, as_json, write_atomic, write_json_lines
+from stop_request import StoppedError
+from training_progress import DivergedError, Progress, StepMeter
 from transformer_classifier import AttentionFactory, ModelSettings, TransformerClassifier, random_stream
 
-__all__ = ["ModelSettings", "TrainingSettings", "TransformerClassifier", "run_cell", "train_and_evaluate"]
-
-READ_EVERY_SECONDS = 1.0  # how often a running epoch's losses are read, which waits for the device
+__all__ = ["ModelSettings", "TrainingSettings", "TransformerClassifier", "train_and_evaluate"]
 
 
 @dataclass(frozen=True)
@@ -62,26 +68,12 @@ class TrainingSettings:
         "auto", "arithmetic; auto is bf16 autocast on CUDA, else fp32", choices=("auto", "fp32", "bf16")
     )
     compile: bool = setting(False, "compile the model with torch.compile")
+    divergence_steps: int = setting(
+        3, "end as diverged after this many steps in a row with a loss that is not finite", minimum=1
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
-
-
-class DivergedError(ArithmeticError):
-    """A loss was not finite; the message says where."""
-
-
-class Progress:
-    """What a cell in training tells whoever watches; this watcher is silent."""
-
-    def epoch_started(self, epoch: int, steps: int) -> None:
-        """`steps` optimizer steps are to come."""
-
-    def steps_done(self, steps: int, loss: float | None, accuracy: float | None) -> None:
-        """Steps since the last call; the epoch's mean loss and accuracy so far, where they were just read."""
-
-    def epoch_ended(self, row: dict[str, Any]) -> None:
-        """The epoch's line of metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -129,45 +121,11 @@ def evaluate(
     return evaluations
 
 
-class StepMeter:
-    """Sums of loss and correct answers over an epoch's examples.
-
-    They stay on the device and are read about once a second and at the end, so that steps are queued
-    without waiting; every step's loss is then looked at, in order. Raises DivergedError at the first that is
-    not finite.
-    """
-
-    def __init__(self, epoch: int, progress: Progress) -> None:
-        self.epoch, self.progress = epoch, progress
-        self.waiting: list[Tensor] = []
-        self.steps = self.examples = 0
-        self.loss_sum = self.correct = 0.0
-        self.last_read = time.perf_counter()
-
-    def add(self, sums: Tensor, examples: int) -> None:
-        """Take a step's (summed loss, correct answers), a tensor (2,)."""
-        self.waiting.append(sums)
-        self.examples += examples
-        if time.perf_counter() - self.last_read < READ_EVERY_SECONDS:
-            self.progress.steps_done(1, None, None)
-        else:
-            self.progress.steps_done(1, *self.means())
-
-    def means(self) -> tuple[float, float]:
-        """Mean loss and accuracy so far, in one read; added up step by step, whenever reads happen."""
-        for loss, correct in torch.stack(self.waiting).tolist() if self.waiting else []:
-            self.steps += 1
-            if not math.isfinite(loss):
-                raise DivergedError(f"the training loss is {loss} in epoch {self.epoch}, step {self.steps}")
-            self.loss_sum += loss
-            self.correct += correct
-        self.waiting.clear()
-        self.last_read = time.perf_counter()
-        return self.loss_sum / self.examples, self.correct / self.examples
-
-
 class Trainer:
-    """A model in training on a task: its optimizer, its batches and what is kept of its epochs."""
+    """A model in training on a task: its optimizer, its batches and what is kept of its epochs.
+
+    check: called after each step and each batch of an evaluation, raises StoppedError to stop there.
+    """
 
     def __init__(
         self,
@@ -177,9 +135,10 @@ class Trainer:
         seed: int,
         device: torch.device,
         progress: Progress,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.task, self.settings, self.seed = model.to(device), task, settings, seed
-        self.device, self.progress = device, progress
+        self.device, self.progress, self.check = device, progress, check
         self.forward = torch.compile(model, dynamic=True) if settings.compile else model
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -188,67 +147,106 @@ class Trainer:
             weight_decay=settings.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
+        # What a checkpoint must agree in to be gone on from.
+        self.fingerprint = as_json({"seed": seed, "task": task.name, "training": asdict(settings)})
         self.bf16 = use_bf16(settings.precision, device)
         splits = (task.train, task.val, task.test)
         longest = max(int(np.max(split.lengths, initial=1)) for split in splits)
         self.pad_to: Any = longest if settings.pad_to == "max" else "longest"
         self.rows: list[dict[str, Any]] = []
         self.best_epoch, self.best_val_accuracy = 0, -1.0
+        self.best_weights: dict[str, Tensor] = {}
+        self.streak = (0, "")  # see StepMeter
+        self.begun: dict[str, Any] | None = None  # of an epoch that was stopped: see `save_stopped_epoch`
+        self.meter: StepMeter | None = None
         self.warm = False
+        self.earlier_seconds, self.started = 0.0, time.perf_counter()
+        self.earlier_peak = 0
 
     def fit(self, folder: Path, memory: PeakMemory) -> None:
         """Train until the epochs or the patience are used up; after each epoch the folder is complete."""
         steps = math.ceil(len(self.task.train) / self.settings.batch_size)
-        for epoch in range(1, self.settings.max_epochs + 1):
+        if self.rows:
+            write_json_lines(folder / "metrics.jsonl", as_json(self.rows))
+        while not self.finished:
+            epoch = len(self.rows) + 1
             self.progress.epoch_started(epoch, steps)
-            row = {"epoch": epoch, **self.train_epoch(epoch), **self.validate(epoch)}
-            row |= {"learning_rate": self.settings.learning_rate, "peak_memory_bytes": memory.read()}
+            try:
+                row = {"epoch": epoch, **self.train_epoch(epoch), **self.validate(epoch)}
+            except StoppedError:
+                self.save_stopped_epoch(folder, memory)
+                raise
+            row |= {"learning_rate": self.settings.learning_rate, "peak_memory_bytes": self.peak(memory)}
             row["learned"] = self.learned_scalars()
             self.rows.append(row)
+            self.meter = None
             improved = row["val_accuracy"] > self.best_val_accuracy
             if improved:
                 self.best_epoch, self.best_val_accuracy = epoch, row["val_accuracy"]
+                self.best_weights = {
+                    name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()
+                }
             # The last checkpoint comes last: whoever reads it finds all that led to it.
-            write_json_lines(folder / "metrics.jsonl", [as_json(row) for row in self.rows])
-            for name in ("checkpoint_best.pt", "checkpoint_last.pt")[0 if improved else 1 :]:
-                self.save(folder / name)
+            write_json_lines(folder / "metrics.jsonl", as_json(self.rows))
+            if improved:
+                write_weights(folder / BEST, self.best_state())
+            write_checkpoint(folder, self.state(memory))
             self.progress.epoch_ended(row)
-            if epoch - self.best_epoch >= self.settings.patience:
-                break
+
+    @property
+    def finished(self) -> bool:
+        epochs = len(self.rows)
+        tired = epochs > 0 and epochs - self.best_epoch >= self.settings.patience
+        return epochs >= self.settings.max_epochs or tired
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
-        """Train on every example once. Timing leaves out the first step of all, which warms up."""
+        """Train on every example once, or on the rest of them where the epoch was stopped before.
+
+        Timing leaves out the first step of a process, which warms up."""
         self.model.train()
         train = self.task.train
-        tokens = timed_tokens = int(train.lengths.sum())
-        meter = StepMeter(epoch, self.progress)
-        batches = training_batches(
-            train,
-            self.settings.batch_size,
-            seed=self.seed,
-            epoch=epoch,
-            pad_to=self.pad_to,
-            device=self.device,
-        )
+        self.meter = meter = StepMeter(epoch, self.progress, self.settings.divergence_steps, self.streak)
+        meter.timed_tokens = int(train.lengths.sum())
         with random_stream(self.device, self.seed, "dropout", epoch):
-            started = time.perf_counter()
+            if self.begun is not None:
+                meter.restore(self.begun["meter"])
+                set_generators(self.begun["generators"], self.device)
+                self.begun = None
+            batches = training_batches(
+                train,
+                self.settings.batch_size,
+                seed=self.seed,
+                epoch=epoch,
+                pad_to=self.pad_to,
+                device=self.device,
+                skip=meter.steps,
+            )
+            started = time.perf_counter() - meter.seconds
             for batch in batches:
                 meter.add(self.step(batch), len(batch.labels))
                 if not self.warm:
-                    timed_tokens -= int((~batch.key_padding_mask).sum())
+                    meter.timed_tokens -= int((~batch.key_padding_mask).sum())
                     self.synchronize()
-                    self.warm, started = True, time.perf_counter()
+                    self.warm, started = True, time.perf_counter() - meter.seconds
+                try:
+                    self.check()
+                except StoppedError:
+                    self.synchronize()
+                    meter.seconds = time.perf_counter() - started
+                    self.begun = {"meter": meter.state(), "generators": generators(self.device)}
+                    raise
             self.synchronize()
-            seconds = time.perf_counter() - started
+            meter.seconds = time.perf_counter() - started
         loss, accuracy = meter.means()
-        timed = timed_tokens > 0
+        self.streak = meter.streak
+        timed = meter.timed_tokens > 0
         return {
             "train_loss": loss,
             "train_accuracy": accuracy,
-            "train_seconds": seconds if timed else None,
-            "train_tokens": tokens,
+            "train_seconds": meter.seconds if timed else None,
+            "train_tokens": int(train.lengths.sum()),
             "train_examples": len(train),
-            "tokens_per_second": timed_tokens / seconds if timed else None,
+            "tokens_per_second": meter.timed_tokens / meter.seconds if timed else None,
         }
 
     def step(self, batch: Batch) -> Tensor:
@@ -275,7 +273,13 @@ class Trainer:
     ) -> list[Evaluation]:
         self.model.eval()
         batches = evaluation_batches(split, self.settings.batch_size, pad_to=self.pad_to, device=self.device)
-        return evaluate(models, batches, self.autocast)
+        with random_stream(self.device, self.seed, "evaluation", len(self.rows)):
+            return evaluate(models, self._checked(batches), self.autocast)
+
+    def _checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            yield batch
+            self.check()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
@@ -292,26 +296,86 @@ class Trainer:
             found[f"layer{index}"] = {name: value.tolist() for name, value in scalars.items()}
         return {layer: scalars for layer, scalars in found.items() if scalars}
 
-    def save(self, path: Path) -> None:
-        state = {
-            "schema_version": SCHEMA_VERSION,
-            "seed": self.seed,
+    def peak(self, memory: PeakMemory) -> int | None:
+        """The peak memory of the cell, whose earlier processes are remembered."""
+        found = memory.read()
+        return None if found is None else max(found, self.earlier_peak)
+
+    def state(self, memory: PeakMemory) -> dict[str, Any]:
+        """All that is needed to go on: a checkpoint's content."""
+        return {
+            "fingerprint": self.fingerprint,
             "epoch": len(self.rows),
+            "rows": as_json(self.rows),
             "best_epoch": self.best_epoch,
             "best_val_accuracy": self.best_val_accuracy,
+            "best_model": self.best_weights,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "streak": self.streak,
+            "begun": self.begun,
+            "seconds": self.earlier_seconds + time.perf_counter() - self.started,
+            "peak": self.peak(memory) or 0,
         }
-        write_atomic(path, lambda file: torch.save(state, file))
 
-    def best_model(self, folder: Path) -> TransformerClassifier:
-        """The model with the best epoch's weights: this one, or a copy."""
+    def best_state(self) -> dict[str, Any]:
+        return {"epoch": self.best_epoch, "val_accuracy": self.best_val_accuracy, "model": self.best_weights}
+
+    def save_stopped_epoch(self, folder: Path, memory: PeakMemory) -> None:
+        """A checkpoint within the epoch, so that nothing is lost; none where the last losses were not finite:
+        the checkpoint of the epoch before is then a better place to go on from."""
+        assert self.meter is not None
+        if self.begun is None:  # stopped in validation: no step is left
+            self.begun = {"meter": self.meter.state(), "generators": generators(self.device)}
+        self.streak = self.meter.streak
+        if self.streak[0] == 0:
+            write_checkpoint(folder, self.state(memory))
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a checkpoint's state. Raises CheckpointError, and may be left half changed, where it is of
+        another cell, other settings or another model."""
+        if state.get("fingerprint") != self.fingerprint:
+            raise CheckpointError("it is of another cell or of other settings")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.rows, self.best_weights = state["rows"], state["best_model"]
+            self.best_epoch, self.best_val_accuracy = state["best_epoch"], state["best_val_accuracy"]
+            self.streak, self.begun = tuple(state["streak"]), state["begun"]
+            self.earlier_seconds, self.earlier_peak = state["seconds"], state["peak"]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise CheckpointError(f"it does not fit the model ({first})") from error
+
+    def best_model(self) -> TransformerClassifier:
+        """The model with the best epoch's weights, in eval mode: this one, or a copy."""
+        self.model.eval()  # a process that found the training finished has not evaluated yet
         if self.best_epoch == len(self.rows):
             return self.model
         model = copy.deepcopy(self.model)
-        saved = torch.load(folder / "checkpoint_best.pt", map_location=self.device, weights_only=True)
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(self.best_weights)
         return model
+
+
+def start_or_go_on(make_trainer: Callable[[], Trainer], folder: Path, note: Note) -> Trainer:
+    """A trainer at the start, or where the newest checkpoint that fits left off, which is noted."""
+    trainer, tried = make_trainer(), False
+    for path, state in usable_checkpoints(folder, note):
+        tried = True
+        try:
+            trainer.restore(state)
+        except CheckpointError as error:
+            set_aside(path, str(error), note)
+            trainer = make_trainer()
+            continue
+        within = f", step {trainer.begun['meter']['steps']} of the next" if trainer.begun else ""
+        note(f"goes on after epoch {len(trainer.rows)}{within}")
+        return trainer
+    if tried:
+        note("starts anew: no checkpoint can be used")
+    return trainer
 
 
 def train_and_evaluate(
@@ -323,21 +387,31 @@ def train_and_evaluate(
     folder: Path,
     device: torch.device,
     progress: Progress | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Train one model on one task with one seed, then read the test split, once. Returns result.json.
 
     Writes metrics.jsonl and the checkpoints after each epoch, test_predictions.npz and
-    attention_patterns.npz at the end. Raises DivergedError where a loss is not finite.
+    attention_patterns.npz at the end. Raises DivergedError where losses are not finite, and StoppedError, a
+    checkpoint being written, where `check`, which is called after each step, does.
     """
-    started = time.perf_counter()
+    progress = progress or Progress()
     memory = PeakMemory(device)
-    model = TransformerClassifier(make_attention, task.vocab_size, task.num_classes, model_settings, seed)
-    trainer = Trainer(model, task, training, seed, device, progress or Progress())
+
+    def make_trainer() -> Trainer:
+        sizes = task.vocab_size, task.num_classes
+        model = TransformerClassifier(make_attention, *sizes, model_settings, seed)
+        trainer = Trainer(model, task, training, seed, device, progress, check)
+        trainer.fingerprint["model"] = as_json(asdict(model_settings))
+        return trainer
+
+    trainer = start_or_go_on(make_trainer, folder, progress.note)
     trainer.fit(folder, memory)
 
-    best = trainer.best_model(folder)
-    models = [model] if best is model else [best, model]
+    best = trainer.best_model()
+    models = [trainer.model] if best is trainer.model else [best, trainer.model]
     evaluations = trainer.evaluate(models, task.test)
+    check()
     labels = np.asarray(task.test.labels)
     _save_arrays(
         folder / "test_predictions.npz", {"predictions": evaluations[0].predictions, "labels": labels}
@@ -350,7 +424,7 @@ def train_and_evaluate(
         result |= {"attention_patterns": "attention_patterns.npz", "attention_patterns_reason": ""}
     except NoAttentionMapsError as error:
         result |= {"attention_patterns": None, "attention_patterns_reason": str(error)}
-    return result | {"wall_seconds": time.perf_counter() - started}
+    return result | {"wall_seconds": trainer.earlier_seconds + time.perf_counter() - trainer.started}
 
 
 def summary(trainer: Trainer, best: Evaluation, last: Evaluation) -> dict[str, Any]:
@@ -384,57 +458,6 @@ def summary(trainer: Trainer, best: Evaluation, last: Evaluation) -> dict[str, A
         "precision": "bf16" if trainer.bf16 else "fp32",
         "test_predictions_best": "test_predictions.npz",
     }
-
-
-def run_cell(
-    make_attention: AttentionFactory,
-    task: TaskData,
-    model_settings: ModelSettings,
-    training: TrainingSettings,
-    seed: int,
-    folder: Path,
-    device: torch.device,
-    progress: Progress | None = None,
-) -> tuple[str, str]:
-    """`train_and_evaluate` with its fate in status.json. Returns the state and, where it has one, the reason.
-
-    An error in a cell, lack of memory included, ends that cell only: state "failed", and its traceback is
-    in error.txt. KeyboardInterrupt is noted and passed on.
-    """
-    write_status(folder, "running")
-    try:
-        result = train_and_evaluate(
-            make_attention, task, model_settings, training, seed, folder, device, progress
-        )
-        write_json(folder / "result.json", as_json(result))
-        state, reason = "done", ""
-    except DivergedError as error:
-        state, reason = "diverged", str(error)
-    except KeyboardInterrupt:
-        write_status(folder, "interrupted", "interrupted by the user or the system")
-        raise
-    except Exception as error:
-        state, reason = "failed", _describe(error)
-        write_text(folder / "error.txt", traceback.format_exc())
-    write_status(folder, state, reason)
-    return state, reason
-
-
-def _describe(error: Exception) -> str:
-    """One line: kind, message and where it was raised."""
-    message = str(error).strip().splitlines()
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"({Path(place.filename).name}:{place.lineno} in {place.name})"
-    return f"{type(error).__name__}: {message[0] if message else 'no message'} {where}"
-
-
-def as_json(value: Any) -> Any:
-    """The value with null for each number that JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: as_json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

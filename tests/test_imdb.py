@@ -4,14 +4,10 @@ import gzip
 import hashlib
 import io
 import os
-import socket
 import tarfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -33,7 +29,9 @@ Members = dict[str, bytes]
 def small_and_offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Three reviews a folder, a cache of the test's own, and an address that nobody answers at."""
     monkeypatch.setattr(imdb, "REVIEWS_PER_FOLDER", PER_FOLDER)
-    monkeypatch.setattr(imdb_download, "URL", "http://127.0.0.1:9/aclImdb_v1.tar.gz")
+    for name in ("URL", "SECOND_URL"):
+        monkeypatch.setattr(imdb_download, name, "http://127.0.0.1:9/aclImdb_v1.tar.gz")
+    monkeypatch.setattr(imdb_download, "BACK_OFF", 0.01)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache_home")))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
@@ -300,144 +298,6 @@ def test_the_task_has_a_stratified_tenth_for_validation_and_raw_bytes(
     for part, found in zip((task.train, task.val, task.test), texts, strict=True):
         assert [int(b"pos" in text) for text in found] == part.labels.tolist()
     assert (task.vocab_size, task.num_classes, task.name) == (257, 2, "imdb")
-
-
-# The network: a server of our own.
-
-
-class Server(BaseHTTPRequestHandler):
-    """Serves `content`; `cuts` are the numbers of bytes after which successive answers break off."""
-
-    content: ClassVar[bytes] = b""
-    cuts: ClassVar[list[int]] = []
-    ranges: ClassVar[bool] = True
-    status: ClassVar[int] = 200
-    asked: ClassVar[list[str | None]] = []
-
-    def do_GET(self) -> None:
-        wanted = self.headers.get("Range")
-        Server.asked.append(wanted)
-        start = int(wanted.split("=")[1].rstrip("-")) if wanted and self.ranges else 0
-        self.send_response(206 if start and self.status == 200 else self.status)
-        self.send_header("Content-Length", str(len(self.content) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
-        self.end_headers()
-        stop = start + Server.cuts.pop(0) if Server.cuts else len(self.content)
-        self.wfile.write(self.content[start:stop])
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
-    content = gzip.compress(tar_bytes(members()), compresslevel=1, mtime=0)
-    digest = hashlib.sha256(content).hexdigest()
-    Server.content, Server.cuts, Server.ranges, Server.status, Server.asked = content, [], True, 200, []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
-        monkeypatch.setattr(imdb_download, "URL", f"http://127.0.0.1:{running.server_port}/aclImdb_v1.tar.gz")
-        monkeypatch.setattr(imdb_download, "SIZE", len(content))
-        for module in (imdb_download, imdb):
-            monkeypatch.setattr(module, "SHA256", digest)
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield Server
-        running.shutdown()
-        thread.join()
-
-
-def test_what_is_nowhere_is_downloaded_once(server: type[Server], tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for _ in range(2):
-        reviews = load_reviews(tmp_path / "empty", tmp_path / "cache")
-        assert contents(reviews) == expected_contents() and reviews.official
-    assert server.asked == [None]
-    names = sorted(path.name for path in (tmp_path / "cache").iterdir())
-    assert names[0] == "aclImdb_v1.tar.gz" and len(names) == 2
-    (tmp_path / "cache" / "aclImdb_v1.tar.gz").unlink()  # what was read of it is enough
-    assert contents(load_reviews(None, tmp_path / "cache")) == expected_contents()
-    assert server.asked == [None]
-
-
-def test_a_broken_download_is_resumed_within_the_run_and_by_the_next(
-    server: type[Server], tmp_path: Path
-) -> None:
-    server.cuts = [100, 50, 30]
-    with pytest.raises(MissingData, match="run again to resume"):
-        load_reviews(None, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["aclImdb_v1.tar.gz.part"]
-    assert (tmp_path / "aclImdb_v1.tar.gz.part").read_bytes() == server.content[:180]
-    assert contents(load_reviews(None, tmp_path)) == expected_contents()
-    assert server.asked == [None, "bytes=100-", "bytes=150-", "bytes=180-"]
-    assert (tmp_path / "aclImdb_v1.tar.gz").read_bytes() == server.content
-    assert not (tmp_path / "aclImdb_v1.tar.gz.part").exists()
-
-
-def test_a_server_that_cannot_resume_is_asked_for_the_whole(server: type[Server], tmp_path: Path) -> None:
-    (tmp_path / "aclImdb_v1.tar.gz.part").write_bytes(server.content[:77])
-    server.ranges = False
-    assert main(["imdb", "--data-dir", str(tmp_path)]) == 0
-    assert (tmp_path / "aclImdb_v1.tar.gz").read_bytes() == server.content
-
-
-@pytest.mark.parametrize("fault", ["content", "part", "longer part"])
-def test_a_download_with_a_wrong_checksum_is_thrown_away(
-    server: type[Server], tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if fault == "content":
-        server.content = bytes(len(server.content))
-    else:
-        length = 50 if fault == "part" else len(server.content) + 5
-        (tmp_path / "aclImdb_v1.tar.gz.part").write_bytes(bytes(length))
-    assert main(["imdb", "--data-dir", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert "sha256" in error and error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("status", [404, 503])
-def test_an_error_of_the_server_leaves_nothing(server: type[Server], tmp_path: Path, status: int) -> None:
-    server.status = status
-    with pytest.raises(MissingData, match=f"answers {status}"):
-        load_reviews(None, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_without_a_network_the_command_to_run_is_named_at_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    started = time.monotonic()
-    (tmp_path / "my data").mkdir()
-    settings = DataSettings(data_dir=str(tmp_path / "my data"), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(MissingData) as caught:
-        load_task("imdb", settings)
-    target = tmp_path / "my data" / "aclImdb_v1.tar.gz"
-    assert f"curl -L --create-dirs --output '{target}' {imdb_download.URL}" in str(caught.value)
-    assert "--data-dir" in str(caught.value) and "\n" not in str(caught.value)
-    assert main(["imdb", "--data-dir", str(tmp_path / "new")]) == 2
-    assert "curl -L" in capsys.readouterr().err
-    assert not any(path.is_file() for path in tmp_path.rglob("*")) and not (tmp_path / "new").exists()
-    assert time.monotonic() - started < 3
-
-
-def test_a_server_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imdb_download, "TIMEOUT", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}/aclImdb_v1.tar.gz"
-        monkeypatch.setattr(imdb_download, "URL", url)
-        with pytest.raises(MissingData, match="timed out"):
-            load_reviews(None, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_download_into_a_folder_that_cannot_be_written_is_missing_data(
-    server: type[Server], tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(MissingData):
-        load_reviews(None, tmp_path / "file" / "cache")
-    assert server.asked == []
 
 
 def real_archive() -> Path | None:

@@ -315,6 +315,22 @@ def test_a_malformed_line_is_named_by_file_and_line(tmp_path: Path, line: bytes,
     assert "\n" not in str(caught.value) and "\0" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"Source\tTarget\n" + GOOD_LINE + b"\xff\xfe\0\n", b"\0" * 100],
+    ids=["empty", "line 3", "NUL"],
+)
+def test_a_run_on_damaged_files_names_file_and_line_and_ends_with_exit_code_2(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val", "test"):
+        (tmp_path / f"basic_{split}.tsv").write_bytes(content)
+    argv = ["stats", "--task", "listops", "--data-dir", str(tmp_path)]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "basic_train.tsv, line " in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("content", [b"", b"Source,Target\n", GOOD_LINE, b"Source\tTarget\n"])
 def test_a_file_without_header_or_lines_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "basic_train.tsv"

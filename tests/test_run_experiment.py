@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import experiment_plan
+import plan_files
 import run_experiment
+from cell_runner import run_cell
 from command_line import InputError
 from data_pipeline import TASKS, MissingData, TaskData, load_task
 from experiment_plan import MODELS, PRESETS, Plan, attention_factory, find_model, load_tasks, make_plan
@@ -19,7 +21,6 @@ from experiment_progress import TerminalProgress, duration, make_progress
 from multi_timescale_attention import MultiTimescaleAttention
 from results_folder import Cell, read_results
 from run_experiment import make_parser
-from train_and_evaluate import run_cell
 from transformer_classifier import ModelSettings
 
 USER_MODELS = '''
@@ -337,7 +338,7 @@ def test_quick_without_imdb_says_that_synthetic_reviews_stand_in_under_their_own
     assert plan.stand_in_for == {"synthetic_reviews": "imdb"}
     assert {cell.task for cell in plan.cells} == {"synthetic_reviews", "listops"}
     assert "imdb is not to be had: synthetic_reviews stands in for it" in capsys.readouterr().out
-    info = run_experiment.task_info(tasks["synthetic_reviews"], plan.stand_in_for["synthetic_reviews"])
+    info = plan_files.task_info(tasks["synthetic_reviews"], plan.stand_in_for["synthetic_reviews"])
     assert info["stand_in_for"] == info["provenance"]["stand_in_for"] == "imdb"
 
 
@@ -454,7 +455,7 @@ def test_on_a_terminal_there_are_bars_with_loss_and_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setattr("train_and_evaluate.READ_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("training_progress.READ_EVERY_SECONDS", 0.0)
     cells = [Cell("listops", "conventional", 0)]
     progress = make_progress(cells, max_epochs=2)
     assert isinstance(progress, TerminalProgress)

@@ -11,28 +11,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cell_cases import (
+    CLASSES,
+    CONVENTIONAL,
+    CPU,
+    SETTINGS,
+    TRAINING,
+    VOCABULARY,
+    make_split,
+    make_task,
+    metrics_of,
+)
 from torch import Tensor, nn
 
 import train_and_evaluate
-from conventional_attention import ConventionalAttention
+import training_progress
+from cell_runner import run_cell
 from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches
 from experiment_plan import MODELS, attention_factory
 from train_and_evaluate import (
     ModelSettings,
-    Progress,
     Trainer,
     TrainingSettings,
     TransformerClassifier,
     evaluate,
-    run_cell,
 )
+from training_progress import Progress
 from transformer_classifier import random_stream, sinusoidal_positions
-
-VOCABULARY, CLASSES = 11, 3
-SETTINGS = ModelSettings(embed_dim=8, num_heads=2, num_layers=2, feed_forward_dim=12)
-TRAINING = TrainingSettings(batch_size=8, learning_rate=1e-2, max_epochs=3)
-CPU = torch.device("cpu")
-CONVENTIONAL = partial(ConventionalAttention, 8, 2)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,29 +46,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def make_split(size: int, seed: int) -> TokenDataset:
-    generator = np.random.default_rng(seed)
-    lengths = generator.integers(2, 10, size)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = generator.integers(1, VOCABULARY, offsets[-1]).astype(np.uint8)
-    return TokenDataset(tokens=tokens, offsets=offsets, labels=generator.integers(0, CLASSES, size))
-
-
-def make_task(train: int = 37) -> TaskData:
-    return TaskData(
-        name="tiny",
-        title="Tiny",
-        vocab_size=VOCABULARY,
-        num_classes=CLASSES,
-        class_names=("a", "b", "c"),
-        train=make_split(train, 1),
-        val=make_split(19, 2),
-        test=make_split(23, 3),
-        symbols=str,
-        provenance={},
-    )
 
 
 def make_classifier(
@@ -86,10 +68,6 @@ def train_cell(
     assert outcome == ("done", "")
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result
-
-
-def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def scripted_validation(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
@@ -261,7 +239,7 @@ def test_reading_the_losses_more_often_changes_no_sum(monkeypatch: pytest.Monkey
         return row["train_loss"], row["train_accuracy"]
 
     seldom = epoch()
-    monkeypatch.setattr(train_and_evaluate, "READ_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(training_progress, "READ_EVERY_SECONDS", 0.0)
     assert epoch() == seldom
 
 

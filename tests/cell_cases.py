@@ -1,0 +1,84 @@
+"""A tiny task, cells trained on it, and what two equal runs of a cell have in common."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cell_runner import run_cell
+from conventional_attention import ConventionalAttention
+from data_pipeline import TaskData, TokenDataset
+from train_and_evaluate import ModelSettings, TrainingSettings
+
+VOCABULARY, CLASSES = 11, 3
+SETTINGS = ModelSettings(embed_dim=8, num_heads=2, num_layers=2, feed_forward_dim=12)
+TRAINING = TrainingSettings(batch_size=8, learning_rate=1e-2, max_epochs=3)
+CPU = torch.device("cpu")
+CONVENTIONAL = partial(ConventionalAttention, 8, 2)
+TIMES = ("train_seconds", "eval_seconds", "tokens_per_second", "seconds_per_epoch", "wall_seconds")
+MEMORY = ("peak_memory_bytes", "memory_kind", "memory_reason")
+
+
+def make_split(size: int, seed: int) -> TokenDataset:
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(2, 10, size)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = generator.integers(1, VOCABULARY, offsets[-1]).astype(np.uint8)
+    return TokenDataset(tokens=tokens, offsets=offsets, labels=generator.integers(0, CLASSES, size))
+
+
+def make_task(train: int = 37) -> TaskData:
+    """37 training examples: 5 steps an epoch. 19 validation and 23 test examples: 3 batches each."""
+    return TaskData(
+        name="tiny",
+        title="Tiny",
+        vocab_size=VOCABULARY,
+        num_classes=CLASSES,
+        class_names=("a", "b", "c"),
+        train=make_split(train, 1),
+        val=make_split(19, 2),
+        test=make_split(23, 3),
+        symbols=str,
+        provenance={},
+    )
+
+
+def run_tiny(
+    folder: Path,
+    attention: Callable[[], nn.Module] = CONVENTIONAL,
+    training: TrainingSettings = TRAINING,
+    **options: Any,
+) -> tuple[str, str]:
+    folder.mkdir(exist_ok=True)
+    return run_cell(attention, make_task(), SETTINGS, training, 0, folder, CPU, **options)
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def state_of(folder: Path) -> tuple[str, str]:
+    status = json.loads((folder / "status.json").read_text())
+    return status["state"], status["reason"]
+
+
+def _timeless(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in TIMES + MEMORY}
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a finished cell holds but times and memory, comparable with ==: arrays as their bytes."""
+    found: dict[str, Any] = {"metrics": [_timeless(row) for row in metrics_of(folder)]}
+    found["result"] = _timeless(json.loads((folder / "result.json").read_text()))
+    for name in ("last", "best"):
+        saved = torch.load(folder / f"checkpoint_{name}.pt", weights_only=True)
+        found[name] = {key: value.numpy().tobytes() for key, value in saved["model"].items()}
+    for name in ("test_predictions", "attention_patterns"):
+        with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
+            found[name] = {key: arrays[key].tobytes() for key in arrays.files}
+    return found

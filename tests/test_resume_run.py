@@ -1,0 +1,425 @@
+"""A results folder that is gone on with: what is run, what is refused, what is said, how it ends."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cell_cases import outcome
+from test_cell_lock import write_lock
+
+import run_experiment
+from cell_lock import LOCK, CellLock, LockLostError
+from results_folder import Cell, read_results, write_json, write_status
+
+ANALYZE_RUN = run_experiment.analyze_run
+RUN = ["--preset", "smoke", "--tasks", "listops", "--device", "cpu"]
+CELLS = [*RUN, "--models", "conventional", "discounted", "--seeds", "0", "1"]
+USER_MODEL = """
+import pathlib
+from torch import nn
+
+class Moody(nn.MultiheadAttention):
+    '''Fails on real text as long as there is a file of this name beside it.'''
+    def forward(self, query, *rest, **options):
+        if query.shape[1] > 3 and pathlib.Path(__file__).with_name("bad_mood").exists():
+            raise RuntimeError("not today")
+        return super().forward(query, *rest, **options)
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_analysis(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Which folders were to be compared."""
+    analysed: list[Path] = []
+
+    def analyze_run(root: Path) -> bool:
+        analysed.append(root)
+        return True
+
+    monkeypatch.setattr(run_experiment, "analyze_run", analyze_run)
+    return analysed
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder of two models and two seeds, done."""
+    parent = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_experiment, "analyze_run", lambda root: True)
+        assert run_experiment.main([*CELLS, "--output-dir", str(parent)]) == 0
+    return only(parent)
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "results"))
+
+
+@pytest.fixture
+def moody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that makes `moody_model:Moody` fail."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (folder / "moody_model.py").write_text(USER_MODEL)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "moody_model", raising=False)
+    return folder / "bad_mood"
+
+
+def only(parent: Path) -> Path:
+    [root] = parent.glob("results_*")
+    return root
+
+
+def resume(root: Path, *argv: str) -> int:
+    return run_experiment.main(["--resume", str(root), *argv])
+
+
+def states(root: Path) -> list[str]:
+    return [record.state for record in read_results(root).cells]
+
+
+def cells(root: Path) -> list[Path]:
+    return [record.folder for record in read_results(root).cells]
+
+
+def changed(path: Path, **values: Any) -> None:
+    write_json(path, json.loads(path.read_text()) | values)
+
+
+def mtimes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+# What is run
+
+
+def test_a_finished_folder_is_compared_again_and_no_cell_is_touched(
+    copy: Path, no_analysis: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [mtimes(folder) for folder in cells(copy)]
+    assert resume(copy) == 0
+    assert [mtimes(folder) for folder in cells(copy)] == before
+    assert no_analysis == [copy]
+    assert "0 of 4 cells to run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["status", "result", "schema", "accuracy", "epochs", "gone", "killed"])
+def test_a_cell_that_only_seems_done_is_run_again_to_the_same_bits_and_the_others_are_not(
+    damage: str, copy: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell, *others = cells(copy)
+    before = [mtimes(folder) for folder in others]
+    if damage == "status":
+        (cell / "status.json").write_text("{")
+    elif damage == "result":
+        (cell / "result.json").write_bytes((cell / "result.json").read_bytes()[:50])
+    elif damage == "schema":
+        changed(cell / "result.json", schema_version=7)
+    elif damage == "accuracy":
+        changed(cell / "result.json", test_accuracy_best=1.5)
+    elif damage == "epochs":
+        (cell / "metrics.jsonl").write_text((cell / "metrics.jsonl").read_text().splitlines()[0] + "\n")
+    elif damage == "gone":
+        shutil.rmtree(cell)
+    else:
+        write_status(cell, "running")
+    assert resume(copy) == 0
+    shown = capsys.readouterr().out
+    assert "1 of 4 cells to run" in shown
+    assert ("run again: " in shown) == (damage not in ("gone", "killed"))
+    assert states(copy) == ["done"] * 4
+    assert outcome(cell) == outcome(cells(finished)[0])
+    assert [mtimes(folder) for folder in others] == before
+
+
+def test_a_cells_settings_that_are_damaged_are_written_anew(copy: Path) -> None:
+    cell = cells(copy)[0]
+    before = (cell / "config.json").read_bytes()
+    (cell / "config.json").write_text("{")
+    assert resume(copy) == 0
+    assert (cell / "config.json").read_bytes() == before
+
+
+def test_a_time_limit_ends_with_75_and_the_same_command_with_resume_finishes(
+    tmp_path: Path, finished: Path, no_analysis: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    limited = [*CELLS, "--max-minutes", "1e-5"]
+    assert run_experiment.main([*limited, "--output-dir", str(tmp_path)]) == 75
+    root = only(tmp_path)
+    assert states(root) == ["interrupted", *["pending"] * 3]
+    said = capsys.readouterr().err
+    assert "the time limit of 1e-05 minutes was reached" in said and f"--resume {root}" in said
+    assert run_experiment.main([*limited, "--resume", str(root)]) == 75
+    assert "goes on after epoch 0, step 1 of the next" in capsys.readouterr().out
+    assert no_analysis == []
+    assert run_experiment.main([*CELLS, "--resume", str(root)]) == 0
+    assert no_analysis == [root]
+    assert [outcome(folder) for folder in cells(root)] == [outcome(folder) for folder in cells(finished)]
+
+
+def test_failed_cells_are_told_and_run_again_only_when_that_is_asked_for(
+    tmp_path: Path, moody: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moody.touch()
+    argv = [*RUN, "--models", "moody_model:Moody", "conventional", "--output-dir", str(tmp_path)]
+    assert run_experiment.main(argv) == 1
+    root = only(tmp_path)
+    shown = capsys.readouterr().out
+    assert "failed: listops/moody_model:Moody/seed0: RuntimeError: not today (moody_model.py:" in shown
+    error = cells(root)[0] / "error.txt"
+    assert f"traceback: {error}" in shown and "not today" in error.read_text()
+    assert f"--resume {root} --retry-failed" in shown
+    moody.unlink()
+    assert resume(root) == 1
+    assert states(root) == ["failed", "done"]
+    assert resume(root, "--retry-failed") == 0
+    assert states(root) == ["done", "done"]
+    assert not error.exists()
+
+
+def test_fail_fast_starts_no_cell_after_one_that_failed(
+    tmp_path: Path, moody: Path, no_analysis: list[Path]
+) -> None:
+    moody.touch()
+    argv = [
+        *RUN,
+        "--models",
+        "moody_model:Moody",
+        "conventional",
+        "--output-dir",
+        str(tmp_path),
+        "--fail-fast",
+    ]
+    assert run_experiment.main(argv) == 1
+    assert states(only(tmp_path)) == ["failed", "pending"]
+    assert no_analysis == []
+
+
+# One folder, many processes
+
+
+def test_a_prepared_folder_is_finished_cell_by_cell_by_number_and_the_last_one_compares(
+    tmp_path: Path, finished: Path, no_analysis: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_experiment.main([*CELLS, "--prepare", "--output-dir", str(tmp_path)]) == 0
+    root = only(tmp_path)
+    assert states(root) == ["pending"] * 4
+    for index in (2, 0, 3, 1):
+        assert no_analysis == []
+        assert resume(root, "--cell-index", str(index)) == 0
+    assert no_analysis == [root]
+    capsys.readouterr()
+    assert run_experiment.main(["--list", "--resume", str(root)]) == 0
+    shown = capsys.readouterr().out
+    assert "     2  listops/conventional/seed1  done" in shown
+    assert [outcome(folder) for folder in cells(root)] == [outcome(folder) for folder in cells(finished)]
+
+
+def test_a_cell_by_number_without_a_folder_makes_one_with_the_whole_plan(tmp_path: Path) -> None:
+    assert run_experiment.main([*CELLS, "--cell-index", "3", "--output-dir", str(tmp_path)]) == 0
+    assert states(only(tmp_path)) == ["pending", "pending", "pending", "done"]
+
+
+def test_a_cell_of_another_process_is_left_to_it_and_told_with_exit_code_75(
+    copy: Path, no_analysis: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, *_ = cells(copy)
+    for folder in (first, second):
+        write_status(folder, "running")
+    write_lock(first, machine="another", host="gpu7", pid=11)
+    assert resume(copy) == 75
+    assert states(copy) == ["running", "done", "done", "done"]
+    assert (
+        "left to another process: listops/conventional/seed0 (process 11 on gpu7" in capsys.readouterr().out
+    )
+    assert no_analysis == []
+    write_lock(first, machine="another", host="gpu7", pid=11, age=1000)
+    assert resume(copy, "--cell-index", "0") == 0
+    assert "taken over: process 11 on gpu7 had it, and has not been heard of" in capsys.readouterr().out
+    assert not (first / LOCK).exists()
+
+
+def test_a_cell_that_another_process_finished_in_the_meantime_is_not_run_again(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = cells(copy)[0]
+    write_status(cell, "pending")
+    take = CellLock.take
+
+    def take_late(folder: Path) -> Any:
+        write_status(folder, "done")
+        return take(folder)
+
+    monkeypatch.setattr(CellLock, "take", take_late)
+    before = mtimes(cell)["result.json"]
+    assert resume(copy) == 0
+    assert "done: another process ran it" in capsys.readouterr().out
+    assert mtimes(cell)["result.json"] == before
+
+
+def test_a_cell_whose_lock_is_lost_is_left_as_it_is(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = cells(copy)[0]
+    (cell / "checkpoint_last.pt").unlink()
+    write_status(cell, "pending")
+
+    def lost(lock: CellLock) -> None:
+        raise LockLostError("it is another's")
+
+    monkeypatch.setattr(CellLock, "check", lost)
+    assert resume(copy) == 75
+    assert states(copy)[0] == "running"
+    assert not (cell / "checkpoint_last.pt").exists()
+    assert "left: it is another's" in capsys.readouterr().out
+
+
+def test_of_two_processes_that_find_all_done_one_compares(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lock(copy, machine="another", host="gpu7", pid=11)
+    assert ANALYZE_RUN(copy)
+    assert "analysis: left to another process (process 11 on gpu7" in capsys.readouterr().out
+    assert not (copy / "analysis").exists()
+
+
+def test_a_log_that_cannot_be_written_fails_no_cell(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_status(cells(copy)[0], "pending")
+
+    def broken(*_: object, **__: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("experiment_progress.print", broken, raising=False)
+    assert resume(copy) == 0
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("argv", "difference"),
+    [
+        (["--embed-dim", "32"], "--embed-dim is 16 there and 32 here"),
+        (["--learning-rate", "0.5"], "--learning-rate is 0.001 there and 0.5 here"),
+        (["--max-length", "77"], "--max-length is 40 there and 77 here"),
+        (["--seeds", "0"], "--seeds is 0 1 there and 0 here"),
+        (["--models", "conventional"], "--models is conventional discounted there and conventional here"),
+        (["--preset", "full"], "--preset is smoke there and full here"),
+        (["--gammas", "0.5"], "--gammas is None there and 0.5 here"),
+        (
+            ["--embed-dim", "32", "--dropout", "0"],
+            "--embed-dim is 16 there and 32 here; --dropout is 0.1 there",
+        ),
+    ],
+)
+def test_changed_settings_are_refused_with_their_difference(
+    argv: list[str], difference: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert resume(finished, *argv) == 2
+    error = capsys.readouterr().err
+    assert difference in error and error.count("\n") == 1
+
+
+def test_the_same_settings_may_be_given_again(finished: Path, tmp_path: Path) -> None:
+    again = [*CELLS, "--embed-dim", "16", "--max-length", "40", "--cache-dir", str(tmp_path)]
+    assert resume(finished, *again) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 9}, "schema version 9, this program reads 1"),
+        ({"settings": {}}, "its config.json is another's"),
+        ({"cells": []}, "its cells are not those of its tasks, models and seeds"),
+        ({"models": ["conventional", "newtonian"]}, "its cells are not those"),
+        ({"seeds": ["x"]}, "its config.json is another's"),
+        ({"task_info": {}}, "the data of listops are not those"),
+    ],
+)
+def test_a_folder_of_another_kind_is_refused_in_one_line(
+    change: dict[str, Any], message: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed(copy / "config.json", **change)
+    assert resume(copy) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("embed_dim", "16"), ("embed_dim", True), ("gammas", [1]), ("colour", 1), ("dropout", 2)],
+)
+def test_settings_of_a_wrong_type_or_name_are_refused(
+    name: str, value: Any, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = json.loads((copy / "config.json").read_text())["settings"]
+    settings["model"][name] = value
+    changed(copy / "config.json", settings=settings)
+    assert resume(copy) == 2
+    error = capsys.readouterr().err
+    assert "cannot be gone on with" in error and error.count("\n") == 1
+
+
+def test_a_folder_made_before_a_setting_existed_has_its_default(copy: Path) -> None:
+    settings = json.loads((copy / "config.json").read_text())["settings"]
+    del settings["training"]["divergence_steps"]
+    changed(copy / "config.json", settings=settings)
+    assert resume(copy) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--cell-index", "4"], "--cell-index must be 0 to 3, got 4"),
+        (["--cell-index", "-1"], "--cell-index must be 0 to 3, got -1"),
+        (["--max-minutes", "0"], "--max-minutes must be above 0"),
+        (["--max-minutes", "nan"], "--max-minutes must be above 0"),
+        (["--retry-failed"], "--retry-failed needs --resume"),
+        (["--resume", "absent"], "absent is not a results folder"),
+    ],
+)
+def test_a_mistake_in_the_new_options_is_one_line_before_any_work(
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_experiment.main([*CELLS, "--output-dir", str(tmp_path), *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cell_folder_that_leads_out_is_not_written_through(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = Cell("listops", "conventional", 0).folder(copy)
+    shutil.rmtree(cell)
+    (tmp_path / "outside").mkdir()
+    cell.symlink_to(tmp_path / "outside")
+    assert resume(copy) == 2
+    assert "a link that leads out of" in capsys.readouterr().err
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_too_little_space_is_told_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20)
+    )
+    assert run_experiment.main([*CELLS, "--output-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "too little space" in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

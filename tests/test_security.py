@@ -1,0 +1,241 @@
+"""Nothing that is read is executed, no link is followed out, nothing is written where it should not be."""
+
+import ast
+import gzip
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import results_fixture
+
+import imdb
+from command_line import InputError
+from evaluate_performance import main as evaluate_main
+from evaluate_performance import read_attention_patterns
+from imdb import read_source
+from results_folder import LARGEST_JSON, Cell, read_cell, read_json, read_results
+
+REPOSITORY = Path(imdb.__file__).parent
+PROGRAMS = sorted([*REPOSITORY.glob("*.py"), *(REPOSITORY / "benchmarks").rglob("*.py")])
+# What must stand at each call of a function by that name, however it was imported.
+REQUIRED = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}
+FORBIDDEN = {
+    *("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.jit.load", "torch.package.PackageImporter"),
+    *("marshal.load", "marshal.loads", "shelve.open", "joblib.load", "pandas.read_pickle"),
+    *("eval", "exec", "os.system", "shutil.unpack_archive", "yaml.load"),
+}
+FORBIDDEN_METHODS = {"extractall", "extract"}
+
+
+def names_of(tree: ast.AST) -> dict[str, str]:
+    """What each imported name stands for: `np` for numpy, `load` for torch.load."""
+    found: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {
+                entry.asname or entry.name.split(".")[0]: entry.name for entry in node.names if entry.asname
+            }
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {entry.asname or entry.name: f"{node.module}.{entry.name}" for entry in node.names}
+    return found
+
+
+def full_name(node: ast.expr, names: dict[str, str]) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{full_name(node.value, names)}.{node.attr}"
+    return names.get(node.id, node.id) if isinstance(node, ast.Name) else "?"
+
+
+def faults(source: str) -> list[str]:
+    """The calls of a program that could execute what they read, or write where an archive says."""
+    tree = ast.parse(source)
+    names, found = names_of(tree), []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = full_name(node.func, names)
+        if name in FORBIDDEN or name.rpartition(".")[2] in FORBIDDEN_METHODS:
+            found.append(f"line {node.lineno}: {name}")
+        if name in REQUIRED:
+            keyword, value = REQUIRED[name]
+            given = {entry.arg: entry.value for entry in node.keywords}.get(keyword)
+            if not isinstance(given, ast.Constant) or given.value is not value:
+                found.append(f"line {node.lineno}: {name} without {keyword}={value}")
+    return found
+
+
+def test_every_load_in_the_programs_refuses_pickles_and_no_archive_is_extracted() -> None:
+    assert len(PROGRAMS) > 40
+    found = {path.name: faults(path.read_text(encoding="utf-8")) for path in PROGRAMS}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.load('x')",
+        "import torch as t\nt.load('x', weights_only=False)",
+        "from torch import load\nload('x')",
+        "import numpy as np\nnp.load('x')",
+        "from numpy import load as read\nread('x', allow_pickle=True)",
+        "import numpy\nnumpy.load('x', allow_pickle=maybe)",
+        "import pickle\npickle.loads(b'')",
+        "import tarfile\ntarfile.open('x').extractall()",
+        "eval('1')",
+    ],
+)
+def test_the_walk_finds_what_it_looks_for(source: str) -> None:
+    assert len(faults(source)) == 1
+
+
+# Links, pipes, sizes
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    root = tmp_path / "results"
+    models = ("conventional", "gravitational")
+    return results_fixture.make_results(root, tasks=("listops",), models=models, seeds=(0,))
+
+
+def folder_of(root: Path, model: str = "gravitational") -> Path:
+    return Cell("listops", model, 0).folder(root)
+
+
+@pytest.mark.parametrize("name", ["status.json", "config.json", "metrics.jsonl", "result.json"])
+@pytest.mark.parametrize("target", ["file", "nothing", "device"])
+def test_a_file_that_is_a_link_out_of_the_folder_is_named_and_not_read(
+    name: str, target: str, results: Path, tmp_path: Path
+) -> None:
+    place = {"file": tmp_path / name, "nothing": tmp_path / "absent", "device": Path("/dev/zero")}[target]
+    path = folder_of(results) / name
+    if target == "file":
+        path.replace(place)
+    else:
+        path.unlink()
+    path.symlink_to(place)
+    broken, whole = read_results(results).cells[1], read_results(results).cells[0]
+    assert (broken.state, broken.damaged, whole.state) == ("failed", True, "done")
+    assert "a link that leads out of the folder" in broken.reason
+
+
+def test_a_link_within_the_folder_is_followed(results: Path) -> None:
+    path = folder_of(results) / "result.json"
+    path.replace(results / "elsewhere.json")
+    path.symlink_to(results / "elsewhere.json")
+    assert read_results(results).cells[1].state == "done"
+
+
+def test_a_cell_that_is_a_link_out_of_the_folder_is_not_read(results: Path, tmp_path: Path) -> None:
+    folder_of(results).rename(tmp_path / "outside")
+    folder_of(results).symlink_to(tmp_path / "outside")
+    record = read_results(results).cells[1]
+    assert (record.state, record.result) == ("failed", None)
+
+
+def test_a_run_config_that_is_a_link_out_of_the_folder_is_refused(results: Path, tmp_path: Path) -> None:
+    (results / "config.json").replace(tmp_path / "config.json")
+    (results / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(InputError, match="leads out of the folder"):
+        read_results(results)
+
+
+@pytest.mark.parametrize("name", ["status.json", "config.json", "metrics.jsonl", "result.json"])
+def test_a_pipe_or_a_folder_in_the_place_of_a_file_keeps_nobody_waiting(name: str, results: Path) -> None:
+    path = folder_of(results) / name
+    path.unlink()
+    os.mkfifo(path)
+    assert "not a file" in read_results(results).cells[1].reason
+    path.unlink()
+    path.mkdir()
+    assert read_results(results).cells[1].state == "failed"
+
+
+def test_a_file_of_an_unlikely_size_is_not_read(results: Path) -> None:
+    path = folder_of(results) / "metrics.jsonl"
+    with path.open("r+b") as file:
+        file.truncate(LARGEST_JSON + 1)  # a hole: no such space is taken
+    assert "bytes, more than any of ours has" in read_results(results).cells[1].reason
+
+
+@pytest.mark.parametrize("text", ["1" * 30, "1e300", "-1e41", "1e999", "NaN", '"\\ud800"', "[" * 10_000])
+def test_values_that_no_run_writes_are_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
+        read_json(path)
+
+
+def test_a_reason_is_one_line_without_terminal_commands(results: Path) -> None:
+    status = {"state": "failed", "reason": "a\x1b[2J\nb\t\x07" + "c" * 5000}
+    results_fixture.write(folder_of(results) / "status.json", status)
+    reason = read_cell(results, Cell("listops", "gravitational", 0)).reason
+    assert reason.startswith("a [2J b c") and reason.isprintable() and len(reason) <= 1000
+
+
+def test_patterns_that_are_a_link_or_a_pipe_are_refused(results: Path, tmp_path: Path) -> None:
+    path = folder_of(results) / "attention_patterns.npz"
+    path.replace(tmp_path / "outside.npz")
+    path.symlink_to(tmp_path / "outside.npz")
+    with pytest.raises(ValueError, match="a link"):
+        read_attention_patterns(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="not a file"):
+        read_attention_patterns(path)
+
+
+def test_a_bomb_of_patterns_is_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "attention_patterns.npz"
+    np.savez_compressed(path, allow_pickle=False, maps=np.zeros(2**27 + 100))
+    assert path.stat().st_size < 2**21
+    with pytest.raises(ValueError, match="it would unpack to"):
+        read_attention_patterns(path)
+
+
+def test_an_analysis_folder_that_is_a_link_is_not_written_through(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "outside").mkdir()
+    (results / "analysis").symlink_to(tmp_path / "outside")
+    assert evaluate_main([str(folder_of(results))]) == 2
+    assert "is a link" in capsys.readouterr().err
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+# Archives
+
+
+@pytest.fixture
+def three_reviews(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(imdb, "REVIEWS_PER_FOLDER", 3)
+    yield
+
+
+@pytest.mark.usefixtures("three_reviews")
+def test_an_archive_that_unpacks_to_far_too_much_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imdb, "LARGEST_UNPACKED", 2**22)
+    path = tmp_path / "aclImdb_v1.tar.gz"
+    with gzip.open(path, "wb") as file, tarfile.open(fileobj=file, mode="w|") as archive:
+        info = tarfile.TarInfo("aclImdb/notes.txt")
+        info.size = 2**26
+        archive.addfile(info, io.BytesIO(bytes(2**26)))
+    assert path.stat().st_size < 2**17
+    with pytest.raises(InputError, match="unpacks to more than"):
+        read_source(path, None)
+
+
+def test_an_archive_of_very_many_members_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imdb, "MOST_MEMBERS", 50)
+    path = tmp_path / "aclImdb_v1.tar.gz"
+    with gzip.open(path, "wb") as file, tarfile.open(fileobj=file, mode="w|") as archive:
+        for number in range(60):
+            archive.addfile(tarfile.TarInfo(f"aclImdb/train/unsup/{number}_0.txt"))
+    with pytest.raises(InputError, match="more than 50 members"):
+        read_source(path, None)

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from accuracy_against_cost import progress_metrics, progress_table, target_accuracies
-from analysis_report import report
 from command_line import EXIT_DONE, InputError, Parser, exit_code
-from comparison_tables import (
+from reporting.accuracy_against_cost import progress_metrics, progress_table, target_accuracies
+from reporting.analysis_report import report
+from reporting.comparison_tables import (
     compare,
     epoch_table,
     learned_table,
@@ -33,16 +33,16 @@ from comparison_tables import (
     task_facts,
     tasks_of,
 )
-from figure_style import figure_style, model_styles, save_figure
-from joined_results import MIXED, JoinedResults, read_joined
-from paired_predictions import compare_predictions, read_predictions
-from report_blocks import FigureNote
-from report_html import html_report
-from report_markdown import markdown_report
+from reporting.figure_style import figure_style, model_styles, save_figure
+from reporting.joined_results import MIXED, JoinedResults, read_joined
+from reporting.paired_predictions import compare_predictions, read_predictions
+from reporting.report_blocks import FigureNote
+from reporting.report_html import html_report
+from reporting.report_markdown import markdown_report
+from reporting.summary_tables import Analysis, tables
+from reporting.task_figures import TaskFigures, task_stems
+from reporting.text_tables import latex_table, markdown_table
 from results_folder import ANALYSIS, Cell, replaced_folder, write_text
-from summary_tables import Analysis, tables
-from task_figures import TaskFigures, task_stems
-from text_tables import latex_table, markdown_table
 
 PROG = "analyze_results.py"
 JOINED = "analysis_joined"

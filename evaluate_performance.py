@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from array_files import read_arrays
 from command_line import EXIT_DONE, InputError, Parser, exit_code
+from reporting.array_files import read_arrays
 from results_folder import ANALYSIS, CellRecord, Results, file_name, read_results, replaced_folder
 
 PROG = "evaluate_performance.py"
@@ -176,12 +176,10 @@ def draw_run(
 ) -> list[str]:
     """Draw the run's learning curves, learned scalars and attention into `folder`; returns the file names."""
     # Not at the top: the trainer imports this file, and trains without the libraries that draw.
-    import attention_figures
-    import distance_figures
-    import mass_figures
-    from comparison_tables import distance_table, epoch_table, learned_table, models_of, task_facts
-    from figure_style import figure_style, model_styles, save_figure
-    from figures import curves_figure
+    from reporting import attention_figures, distance_figures, mass_figures
+    from reporting.comparison_tables import distance_table, epoch_table, learned_table, models_of, task_facts
+    from reporting.figure_style import figure_style, model_styles, save_figure
+    from reporting.figures import curves_figure
 
     styles = model_styles(models_of(results))
     facts = task_facts(results, record.cell.task)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from reporting.task_figures import TaskFigures
 from results_folder import Cell
-from task_figures import TaskFigures
 
 MODELS = ("conventional", "gravitational", "multi_timescale", "gravitational_multi_timescale")
 TITLES = {"listops": "ListOps (LRA)", "imdb": "IMDb bytes (LRA Text)"}

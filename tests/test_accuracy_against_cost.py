@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from accuracy_against_cost import (
+from reporting.accuracy_against_cost import (
     pareto_front,
     progress_metrics,
     progress_table,

@@ -15,16 +15,16 @@ import pytest
 from results_fixture import HOLES, MODELS, make_results, without_figures, write
 
 import analyze_results
-from analysis_report import report
 from analyze_results import analyze, main
-from comparison_tables import (
+from reporting.analysis_report import report
+from reporting.comparison_tables import (
     ACCURACY,
     learned_table,
     read_patterns,
     usable,
 )
+from reporting.text_tables import latex, markdown, short
 from results_folder import Cell, read_results
-from text_tables import latex, markdown, short
 
 REPOSITORY = Path(analyze_results.__file__).parent
 HOSTILE = "my_pkg.x:A$|*_<b>&%#{\\`[n](u)\u0001\u6f22" + "y" * 60

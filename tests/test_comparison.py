@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
 from results_fixture import MODELS, make_results
 
-from comparison_tables import (
+from reporting.comparison_tables import (
     ACCURACY,
     compare,
     epoch_table,
@@ -18,10 +18,26 @@ from comparison_tables import (
     summarize,
     usable,
 )
-from figure_style import MODEL_STYLES, drawable, figure_style, model_styles, new_figure
-from figures import plot_accuracy, plot_bars, plot_curves, plot_improvement, plot_radar, reference_levels
+from reporting.figure_style import MODEL_STYLES, drawable, figure_style, model_styles, new_figure
+from reporting.figures import (
+    plot_accuracy,
+    plot_bars,
+    plot_curves,
+    plot_improvement,
+    plot_radar,
+    reference_levels,
+)
+from reporting.text_tables import (
+    TextTable,
+    code_block,
+    latex,
+    latex_table,
+    markdown,
+    markdown_table,
+    short,
+    short_p,
+)
 from results_folder import Cell, Results, read_results
-from text_tables import TextTable, code_block, latex, latex_table, markdown, markdown_table, short, short_p
 
 STATES = {Cell("listops", "multi_timescale", 1): "diverged"} | {
     Cell("listops", "gravitational", seed): "failed" for seed in range(3)

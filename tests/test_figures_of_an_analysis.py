@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from results_fixture import MODELS
 
-from accuracy_against_cost import progress_table
 from analyze_results import make_analysis
-from comparison_tables import ACCURACY, epoch_table, metric_table, read_patterns
-from distance_figures import distance_figure
-from figure_style import figure_style, model_styles, save_figure
-from joined_results import read_joined
-from mass_figures import shaded_figure
-from task_figures import CONVERGENCE_PANELS, COST_PANELS, TaskFigures
+from reporting.accuracy_against_cost import progress_table
+from reporting.comparison_tables import ACCURACY, epoch_table, metric_table, read_patterns
+from reporting.distance_figures import distance_figure
+from reporting.figure_style import figure_style, model_styles, save_figure
+from reporting.joined_results import read_joined
+from reporting.mass_figures import shaded_figure
+from reporting.task_figures import CONVERGENCE_PANELS, COST_PANELS, TaskFigures
 
 STYLES = model_styles(MODELS)
 

@@ -8,7 +8,7 @@ import nbclient
 import nbformat
 import pytest
 
-import attention_module
+from attention_engine import attention_module
 
 REPOSITORY = Path(attention_module.__file__).parent
 NOTEBOOK = REPOSITORY / "notebooks" / "attention_in_a_notebook.ipynb"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from results_fixture import make_results
 
-from comparison_tables import usable
-from paired_predictions import PREDICTIONS, Predictions, compare_predictions, read_predictions
+from reporting.comparison_tables import usable
+from reporting.paired_predictions import PREDICTIONS, Predictions, compare_predictions, read_predictions
 from results_folder import Cell, read_results
 
 LABELS = np.array([0, 1, 1, 0, 1, 0, 1, 1])

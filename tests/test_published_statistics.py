@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from seed_statistics import estimate, holm, mcnemar_p, sign_flip_p
+from reporting.seed_statistics import estimate, holm, mcnemar_p, sign_flip_p
 
 # Darwin's maize, cross- minus self-fertilised heights in eighths of an inch; Fisher 1935, section 17.
 DARWIN = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]

@@ -10,13 +10,13 @@ import pytest
 from results_fixture import MODELS, make_results, without_figures, write
 
 from analyze_results import analyze
-from comparison_tables import ACCURACY
-from published_results import comparable
-from report_blocks import Block, Bullets, Code, Facts, Heading, Notice, Paragraph
-from report_html import html_report
-from report_markdown import markdown_report
+from reporting.comparison_tables import ACCURACY
+from reporting.published_results import comparable
+from reporting.report_blocks import Block, Bullets, Code, Facts, Heading, Notice, Paragraph
+from reporting.report_html import html_report
+from reporting.report_markdown import markdown_report
+from reporting.text_tables import TextTable, markdown, short
 from results_folder import Cell, read_results
-from text_tables import TextTable, markdown, short
 
 
 @pytest.fixture(autouse=True)

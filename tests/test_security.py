@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import results_fixture
 
-import imdb
 from command_line import InputError
 from evaluate_performance import main as evaluate_main
 from evaluate_performance import read_attention_patterns
-from imdb import read_source
 from results_folder import LARGEST_JSON, Cell, read_cell, read_json, read_results
+from tasks import imdb
+from tasks.imdb import read_source
 
 REPOSITORY = Path(imdb.__file__).parent
 PROGRAMS = sorted([*REPOSITORY.glob("*.py"), *(REPOSITORY / "benchmarks").rglob("*.py")])

@@ -8,9 +8,9 @@ import nbclient
 import nbformat
 import pytest
 
-from attention_engine import attention_module
+import attention_kernels
 
-REPOSITORY = Path(attention_module.__file__).parent
+REPOSITORY = Path(attention_kernels.__file__).parent
 NOTEBOOK = REPOSITORY / "notebooks" / "attention_in_a_notebook.ipynb"
 
 
@@ -37,6 +37,7 @@ def test_the_notebook_runs_and_shows_what_is_committed(
     (tmp_path / "notebooks").mkdir()
     for source in REPOSITORY.glob("*.py"):
         shutil.copy(source, tmp_path)
+    shutil.copytree(REPOSITORY / "attention_engine", tmp_path / "attention_engine")
     fresh = copy.deepcopy(committed)
     for cell in fresh.cells:
         if cell.cell_type == "code":

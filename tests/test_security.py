@@ -19,8 +19,10 @@ from results_folder import LARGEST_JSON, Cell, read_cell, read_json, read_result
 from tasks import imdb
 from tasks.imdb import read_source
 
-REPOSITORY = Path(imdb.__file__).parent
-PROGRAMS = sorted([*REPOSITORY.glob("*.py"), *(REPOSITORY / "benchmarks").rglob("*.py")])
+REPOSITORY = Path(imdb.__file__).parent.parent
+PROGRAMS = sorted(
+    [*REPOSITORY.glob("*.py"), *(path for path in REPOSITORY.glob("*/*.py") if path.parent.name != "tests")]
+)
 # What must stand at each call of a function by that name, however it was imported.
 REQUIRED = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}
 FORBIDDEN = {

@@ -33,7 +33,7 @@ from benchmarks.benchmarking import (
     Seconds,
     chosen_device,
     clock,
-    in_fresh_process,
+    peak_process,
     results_stem,
     take_turns,
     write_results,
@@ -169,16 +169,17 @@ def make_attention(
     if mechanism.normalization is None:
         score = DotProduct(width**-0.5, log_decay)
     else:
-        masses = [leaf(F.softplus(drawn(mechanism.timescales, heads, case.length))) for _ in range(2)]
+        shape = (mechanism.timescales, heads, case.length)
+        key_mass, query_mass = (leaf(F.softplus(drawn(*shape))) for _ in range(2))
         gravity = leaf(torch.zeros(mechanism.timescales, heads))
         if mechanism.normalization == "force":
-            score = Gravity(masses[0], None, None, SOFTENING, 2.0, "force", log_decay)
-            inputs.append(masses[0])
+            score = Gravity(key_mass, None, None, SOFTENING, 2.0, "force", log_decay)
+            inputs.append(key_mass)
         else:
-            score = Gravity(masses[0], masses[1], gravity, SOFTENING, 2.0, "softmax", log_decay)
-            inputs += [*masses, gravity]
+            score = Gravity(key_mass, query_mass, gravity, SOFTENING, 2.0, "softmax", log_decay)
+            inputs += [key_mass, query_mass, gravity]
             if case.backend == DIFFERENCES:
-                return inputs, lambda: plain_gravity(q, k, v, *masses, gravity)
+                return inputs, lambda: plain_gravity(q, k, v, key_mass, query_mass, gravity)
     skip, backend = mechanism.skip_far_keys, case.backend
     return inputs, lambda: attend(q, k, v, score, Mask(), backend=backend, skip_far_keys=skip)[0]
 
@@ -238,15 +239,10 @@ def measure(settings: SpeedSettings, device: torch.device) -> list[dict[str, Any
             if case.backend != ANCHOR:
                 row["score_matrices"] = MECHANISMS[case.mechanism].timescales
             if settings.memory:
-                peak = in_fresh_process if device.type == "cpu" else _here
-                row["peak_bytes"] = peak(peak_bytes, case, settings, str(device))
+                row["peak_bytes"] = peak_process(device)(peak_bytes, case, settings, str(device))
             rows.append(row)
             print(f"N = {length:,}: {case.name}: {times['both']['ratio']:.2f}", file=sys.stderr, flush=True)
     return rows
-
-
-def _here(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
 
 
 def table_of(rows: Sequence[dict[str, Any]], settings: SpeedSettings, device: torch.device) -> TextTable:
@@ -292,6 +288,7 @@ def draw(
     ax.set_yscale("log")
     ax.set_xticks(sorted({row["length"] for row in rows}))
     ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.set_xlabel("sequence length N")
     ax.grid(True)
     return ax

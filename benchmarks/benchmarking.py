@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -21,7 +21,6 @@ from experiment_plan import find_device
 from results_folder import write_json
 from run_environment import describe_environment
 
-Result = TypeVar("Result")
 Seconds = dict[str, float]  # by phase
 Step = Callable[[], Seconds]  # does the work once, timed
 
@@ -69,10 +68,19 @@ def take_turns(anchor: Step, cases: Mapping[str, Step], repeats: int) -> dict[st
     }
 
 
-def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """What the function returns, called in a new process: no earlier case's memory is in its resident set."""
+def peak_process(device: torch.device) -> Callable[..., Any]:
+    """`peak_process(device)(function, *arguments)` calls the function where peak memory can be told: on the
+    CPU in a new process, whose resident set has nothing of earlier cases."""
+    return _in_fresh_process if device.type == "cpu" else _here
+
+
+def _in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def _here(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def results_stem(folder: str, benchmark: str, device: torch.device) -> Path:

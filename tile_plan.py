@@ -141,8 +141,8 @@ class Side(NamedTuple):
 
     row_steps: Tensor  # (L,) steps from a row to the end of its block that is nearer to the keys
     key_steps: Tensor  # (S,) the same for keys
-    row_factor: Tensor  # (problems, L, C), gamma to that power
-    key_factor: Tensor  # (problems, S, C)
+    row_factor: Tensor  # (problems, L, C or 1), gamma to that power
+    key_factor: Tensor  # (problems, S, C or 1)
 
 
 class Problems:
@@ -164,6 +164,7 @@ class Problems:
         self.sides = () if self.rate is None else (self._side(before=True), self._side(before=False))
         self.side_values = [self.u * side.key_factor for side in self.sides] or [self.u]
         self.slowest = [0.0] * self.weightings if self.rate is None else self.rate.amax(0).tolist()
+        self.fastest, self.none_vanish = min(self.slowest), [False] * self.weightings
         self.gap_factors: dict[int, Tensor] = {}
         self.diagonal_factors: dict[tuple[int, int], list[Tensor]] = {}
 
@@ -178,10 +179,10 @@ class Problems:
         return Side(rows, keys, self.factor(rows), self.factor(keys))
 
     def factor(self, distance: Tensor) -> Tensor:
-        """gamma^distance: distance (n,) -> (problems, n, C)."""
+        """gamma^distance: distance (n,) -> (problems, n, C), or (problems, n, 1) of a single weighting."""
         assert self.rate is not None
-        powers = (self.rate[:, None, :] * distance[:, None]).exp()
-        return powers.repeat_interleave(self.width, dim=2)
+        powers = (self.rate[:, None, :] * distance[:, None]).exp_()
+        return powers if self.weightings == 1 else powers.repeat_interleave(self.width, dim=2)
 
     def shifted(self, rows: Block) -> bool:
         return (self.span.start, rows.start) in self.plan.shifts
@@ -206,9 +207,10 @@ class Problems:
 
     def vanishing(self, rows: Block, keys: Block) -> list[bool]:
         """For each weighting whether decay alone makes the tile so light that it is bounded, not summed."""
-        if self.explicit(rows) or rows.start == keys.start:
-            return [False] * self.weightings
-        return [self.gap(rows, keys) * slowest < LOG_VANISHED for slowest in self.slowest]
+        gap = self.gap(rows, keys)
+        if gap * self.fastest >= LOG_VANISHED or self.explicit(rows):
+            return self.none_vanish
+        return [gap * slowest < LOG_VANISHED for slowest in self.slowest]
 
     def side(self, rows: Block, keys: Block) -> int:
         """Which side of the rows the keys lie on: 0 before, 1 after; 0 for all without decay."""
@@ -227,7 +229,7 @@ class Problems:
         return rows.start - keys.stop + 1 if keys.start < rows.start else keys.start - rows.stop + 1
 
     def gap_factor(self, rows: Block, keys: Block) -> Tensor:
-        """gamma^gap (problems, 1, C), 0 for weightings that vanish."""
+        """gamma^gap (problems, 1, C or 1), 0 for weightings that vanish where others do not."""
         gap = self.gap(rows, keys)
         if gap not in self.gap_factors:
             factor = self.factor(self.a.new_tensor([gap]))

@@ -163,15 +163,10 @@ def table_of(rows: Sequence[dict[str, Any]], settings: StepSettings, device: tor
     lines = []
     for row in rows:
         step, peak = row["step"], row.get("peak_bytes")
-        lines.append(
-            [row["model"], row["backend"], f"{row['length']:,}", short(step["seconds"])]
-            + [
-                short(round(row["tokens_per_second"])),
-                f"{step['ratio']:.2f}",
-                f"{step['ratio_of_least']:.2f}",
-            ]
-            + [NONE if peak is None else f"{peak / 1e9:.2f}"]
-        )
+        found = [step["ratio"], step["ratio_of_least"]]
+        texts = [f"{row['length']:,}", short(step["seconds"]), short(round(row["tokens_per_second"]))]
+        texts += [*(f"{ratio:.2f}" for ratio in found), NONE if peak is None else f"{peak / 1e9:.2f}"]
+        lines.append([row["model"], row["backend"], *texts])
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     note = f"batch {settings.batch_size}, {device.type}{threads}, {settings.repeats} measured steps; "
     return TextTable("Training step", header, lines, note + "ratios are to conventional, auto", names=2)

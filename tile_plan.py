@@ -93,8 +93,8 @@ class Plan:
 
     causal: keys after a row's own position are blocked.
     lengths, windows: for each problem the number of leading keys to look at, and the largest |i - j|.
-    blocks: for each problem the rows and keys of a tile; so few that gamma^(2 block) is far from underflow,
-        since arithmetic on denormal numbers is a hundred times slower.
+    blocks: for each problem the rows and keys of a tile; so few that gamma^(2 block), or gamma^(2 window) if
+        that is less, is far from underflow, since arithmetic on denormal numbers is a hundred times slower.
     least_sum: (B, U), sums of weights below it are not trusted.
     tolerance: the share of a row's sum of weights that may be left out.
     padding: (B, S) bool, True = blocked (u is zero there), or None.
@@ -158,6 +158,7 @@ class Problems:
         self.weightings = plan.least_sum.shape[1]
         self.width = u.shape[2] // self.weightings
         self.window = max(plan.windows[span])
+        self.reach = a.new_tensor(plan.windows[span])[:, None, None]
         self.block = plan.blocks[span.start]
         self.keys = blocks_of(max(plan.lengths[span]), self.block)
         self.rows = blocks_of(self.length, self.block)
@@ -165,6 +166,7 @@ class Problems:
         self.side_values = [self.u * side.key_factor for side in self.sides] or [self.u]
         self.slowest = [0.0] * self.weightings if self.rate is None else self.rate.amax(0).tolist()
         self.fastest, self.none_vanish = min(self.slowest), [False] * self.weightings
+        self.distances: dict[tuple[int, int, int], Tensor] = {}
         self.gap_factors: dict[int, Tensor] = {}
         self.diagonal_factors: dict[tuple[int, int], list[Tensor]] = {}
 
@@ -180,9 +182,14 @@ class Problems:
 
     def factor(self, distance: Tensor) -> Tensor:
         """gamma^distance: distance (n,) -> (problems, n, C), or (problems, n, 1) of a single weighting."""
-        assert self.rate is not None
-        powers = (self.rate[:, None, :] * distance[:, None]).exp_()
+        powers = self.powers(distance)
         return powers if self.weightings == 1 else powers.repeat_interleave(self.width, dim=2)
+
+    def powers(self, distance: Tensor) -> Tensor:
+        """gamma^distance, 0 beyond a problem's window: distance (n,) -> (problems, n, U)."""
+        assert self.rate is not None
+        distance = distance[:, None]
+        return (self.rate[:, None, :] * distance).exp_().masked_fill_(distance > self.reach, 0.0)
 
     def shifted(self, rows: Block) -> bool:
         return (self.span.start, rows.start) in self.plan.shifts
@@ -199,9 +206,13 @@ class Problems:
         """gamma^|i-j|, and 0 where j > i is blocked: for each weighting (problems or 1, rows, keys)."""
         shape = (rows.size, keys.size)
         if shape not in self.diagonal_factors:
-            distance = self.distance(rows, keys)
-            rates = [distance.new_zeros(1)] * self.weightings if self.rate is None else self.rate.unbind(1)
-            factors = [(rate[:, None, None] * distance).exp_() for rate in rates]
+            if self.rate is None:
+                factors = [self.a.new_ones(1, *shape)] * self.weightings
+            else:
+                # The factor depends on i - j only: row i of the tile is a part of gamma^|i - j|, backwards.
+                steps = torch.arange(1 - keys.size, rows.size, device=self.a.device, dtype=self.a.dtype)
+                powers = self.powers(steps.abs_()).unfold(1, keys.size, 1)  # (problems, rows, U, keys)
+                factors = [part.flip(-1) for part in powers.unbind(2)]
             self.diagonal_factors[shape] = [part.tril_() if self.plan.causal else part for part in factors]
         return self.diagonal_factors[shape]
 
@@ -247,9 +258,12 @@ class Problems:
 
     def distance(self, rows: Block, keys: Block) -> Tensor:
         """|i - j| (rows, keys)."""
-        i = torch.arange(*rows, device=self.a.device, dtype=self.a.dtype)
-        j = torch.arange(*keys, device=self.a.device, dtype=self.a.dtype)
-        return (i[:, None] - j).abs_()
+        shape = rows.size, keys.size, rows.start - keys.start
+        if shape not in self.distances:
+            i = torch.arange(*rows, device=self.a.device, dtype=self.a.dtype)
+            j = torch.arange(*keys, device=self.a.device, dtype=self.a.dtype)
+            self.distances = {shape: (i[:, None] - j).abs_()}  # the last one only: it is as large as a tile
+        return self.distances[shape]
 
     def mask(self, rows: Block, keys: Block) -> Tensor | None:
         """What masks add to the logits of a tile, broadcastable to (problems, rows, keys), or None."""

@@ -130,19 +130,22 @@ class BackwardSums:
         self.side_dy = [[part[:, rows.slice] for rows in p.rows] for part in side_dy]
         self.a = [p.a[:, rows.slice] for rows in p.rows]
         self.b = [p.b[:, keys.slice] for keys in p.keys]
-        self.b_columns = by_block(p.b.mT.contiguous(), p.keys)
+        b_columns = p.b.mT.contiguous()
+        self.b_columns = by_block(b_columns, p.keys)
         self.values = [by_block(values.mT.contiguous(), p.keys) for values in p.side_values]
-        self.da, self.db = torch.empty_like(p.a), torch.zeros_like(p.b)
+        self.da, self.db_columns = torch.zeros_like(p.a), torch.zeros_like(b_columns)
         self.du = torch.zeros_like(p.u)
+        # Gradients of the values of each side (problems, C, S), yet without the factor of the keys.
+        self.side_du = [p.u.new_zeros(p.count, p.u.shape[2], p.u.shape[1]) for _ in self.values]
         self.drate = None if p.rate is None else torch.zeros_like(p.rate)
 
     def run(self) -> None:
         """Fill da, db, du and drate, but for what drate has from the moments of the forward."""
         p = self.problems
-        da = [p.a.new_zeros(p.count, rows.size, p.a.shape[2]) for rows in p.rows]
+        da = [self.da[:, rows.slice] for rows in p.rows]
         for m, keys in enumerate(p.keys):
-            db = p.b.new_zeros(p.count, p.b.shape[2], keys.size)
-            du = [p.u.new_zeros(p.count, p.u.shape[2], keys.size) for _ in self.values]
+            db = self.db_columns[:, :, keys.slice]
+            du = [part[:, :, keys.slice] for part in self.side_du]
             for n, rows in enumerate(p.rows):
                 if not p.visible(rows, keys) or all(p.vanishing(rows, keys)):
                     continue
@@ -154,12 +157,10 @@ class BackwardSums:
                     dx = self._plain(n, m, du[p.side(rows, keys)])
                 da[n].baddbmm_(dx, self.b[m])
                 db.baddbmm_(self.a[n].mT, dx)
-            self.db[:, keys.slice] = db.mT
-            for side, part in enumerate(du):
-                self._add_side(keys, side, part.mT)
-        torch.cat(da, 1, out=self.da)
+        for n, part in enumerate(self.side_du):
+            self._add_side(n, part.mT)
         self.da *= p.plan.weight.slope_factor
-        self.db *= p.plan.weight.slope_factor
+        self.db = self.db_columns.mT * p.plan.weight.slope_factor
 
     def _plain(self, n: int, m: int, du: Tensor) -> Tensor:
         """The gradient of the x of a tile, rows n and keys m; adds to du (problems, C, keys), yet without the
@@ -182,16 +183,16 @@ class BackwardSums:
         x, dx = (tile(p.count, p.rows[n].size, p.keys[m].size) for tile in self.tiles)
         return torch.bmm(self.a[n], self.b_columns[m], out=x), dx
 
-    def _add_side(self, keys: Block, n: int, du: Tensor) -> None:
+    def _add_side(self, n: int, du: Tensor) -> None:
+        """Add what the values of a side contribute to the gradients by u and log gamma."""
         p = self.problems
         if p.rate is None:
-            self.du[:, keys.slice] += du
+            self.du += du
             return
-        side = p.sides[n]
-        du = du * side.key_factor[:, keys.slice]
-        self.du[:, keys.slice] += du
+        du = du * p.sides[n].key_factor
+        self.du += du
         if self.want_rate:
-            self.add_rate((du * p.u[:, keys.slice] * side.key_steps[keys.slice, None]).sum(1))
+            self.add_rate(p.sides[n].key_steps @ du.mul_(p.u))
 
     def add_rate(self, columns: Tensor) -> None:
         """Add (problems, C), summed over the columns of each weighting, to the gradient of log gamma."""

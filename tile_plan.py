@@ -163,7 +163,8 @@ class Problems:
         self.keys = blocks_of(max(plan.lengths[span]), self.block)
         self.rows = blocks_of(self.length, self.block)
         self.sides = () if self.rate is None else (self._side(before=True), self._side(before=False))
-        self.side_values = [self.u * side.key_factor for side in self.sides] or [self.u]
+        u_columns = self.u.mT.contiguous()  # (problems, C, S)
+        self.side_values = [u_columns * side.key_factor.mT for side in self.sides] or [u_columns]
         self.slowest = [0.0] * self.weightings if self.rate is None else self.rate.amax(0).tolist()
         self.fastest, self.none_vanish = min(self.slowest), [False] * self.weightings
         self.distances: dict[tuple[int, int, int], Tensor] = {}
@@ -209,10 +210,8 @@ class Problems:
             if self.rate is None:
                 factors = [self.a.new_ones(1, *shape)] * self.weightings
             else:
-                # The factor depends on i - j only: row i of the tile is a part of gamma^|i - j|, backwards.
-                steps = torch.arange(1 - keys.size, rows.size, device=self.a.device, dtype=self.a.dtype)
-                powers = self.powers(steps.abs_()).unfold(1, keys.size, 1)  # (problems, rows, U, keys)
-                factors = [part.flip(-1) for part in powers.unbind(2)]
+                steps = self.distance(rows, keys).flatten()
+                factors = [part.contiguous() for part in self.powers(steps).unflatten(1, shape).unbind(-1)]
             self.diagonal_factors[shape] = [part.tril_() if self.plan.causal else part for part in factors]
         return self.diagonal_factors[shape]
 

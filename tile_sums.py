@@ -38,7 +38,7 @@ class ForwardSums:
         # Views are made once: making one costs a hundredth of a tile.
         self.a_columns = by_block(problems.a.mT.contiguous(), problems.rows)
         self.b = [problems.b[:, keys.slice] for keys in problems.keys]
-        self.values = [by_block(part.mT.contiguous(), problems.keys) for part in problems.side_values]
+        self.values = [by_block(part, problems.keys) for part in problems.side_values]
         self.left_out: dict[Block, Tensor] = {}  # (problems, U) log of what vanishing tiles add at most
 
     def rows(self, rows: Block) -> tuple[Tensor, Tensor | None]:
@@ -55,10 +55,10 @@ class ForwardSums:
             if is_explicit:
                 self._add_explicit(explicit, rows, keys)
                 continue
-            x = torch.bmm(self.b[m], a, out=self.tile(p.count, keys.size, rows.size))
             if p.on_diagonal(rows, keys):
-                self._add_diagonal(explicit, x, rows, keys)
+                self._add_diagonal(explicit, rows, keys)
                 continue
+            x = torch.bmm(self.b[m], a, out=self.tile(p.count, keys.size, rows.size))
             vanishing = p.vanishing(rows, keys)
             if any(vanishing):
                 bound = p.log_bound(x, rows, keys)
@@ -86,15 +86,13 @@ class ForwardSums:
                 moment = torch.addcmul(moment, row_factor, moments[n].addcmul_(steps, sums[n]).mT)
         return y, moment if self.want_moment else None
 
-    def _add_diagonal(self, y: Tensor, x: Tensor, rows: Block, keys: Block) -> None:
-        """Add the sums over a tile on the diagonal; its x is (problems, keys, rows)."""
+    def _add_diagonal(self, y: Tensor, rows: Block, keys: Block) -> None:
         p = self.problems
-        weights = p.plan.weight.weigh_(x)
-        factors = p.diagonal_factor(rows, keys)
+        x = torch.bmm(p.a[:, rows.slice], p.b[:, keys.slice].mT, out=self.tile(p.count, rows.size, keys.size))
+        weights, factors = p.plan.weight.weigh_(x), p.diagonal_factor(rows, keys)
         for n, factor in enumerate(factors):
-            last = n == len(factors) - 1
-            of_weighting = weights.mul_(factor.mT) if last else weights * factor.mT
-            y[:, p.columns(n)].baddbmm_(p.u[:, keys.slice, p.columns(n)].mT, of_weighting)
+            of_weighting = weights.mul_(factor) if n == len(factors) - 1 else weights * factor
+            y[:, p.columns(n)].baddbmm_(p.u[:, keys.slice, p.columns(n)].mT, of_weighting.mT)
 
     def _add_explicit(self, y: Tensor, rows: Block, keys: Block) -> None:
         p = self.problems
@@ -130,22 +128,22 @@ class BackwardSums:
         self.side_dy = [[part[:, rows.slice] for rows in p.rows] for part in side_dy]
         self.a = [p.a[:, rows.slice] for rows in p.rows]
         self.b = [p.b[:, keys.slice] for keys in p.keys]
-        b_columns = p.b.mT.contiguous()
-        self.b_columns = by_block(b_columns, p.keys)
-        self.values = [by_block(values.mT.contiguous(), p.keys) for values in p.side_values]
-        self.da, self.db_columns = torch.zeros_like(p.a), torch.zeros_like(b_columns)
+        self.b_columns = by_block(p.b.mT.contiguous(), p.keys)
+        self.values = [by_block(part, p.keys) for part in p.side_values]
+        self.da, self.db = torch.empty_like(p.a), torch.zeros_like(p.b)
         self.du = torch.zeros_like(p.u)
         # Gradients of the values of each side (problems, C, S), yet without the factor of the keys.
-        self.side_du = [p.u.new_zeros(p.count, p.u.shape[2], p.u.shape[1]) for _ in self.values]
+        self.side_du = [torch.zeros_like(p.u.mT) for _ in self.values]
         self.drate = None if p.rate is None else torch.zeros_like(p.rate)
 
     def run(self) -> None:
         """Fill da, db, du and drate, but for what drate has from the moments of the forward."""
         p = self.problems
-        da = [self.da[:, rows.slice] for rows in p.rows]
+        # Sums of their own for each block: a batched product cannot add to a part of a tensor at full speed.
+        da = [p.a.new_zeros(p.count, rows.size, p.a.shape[2]) for rows in p.rows]
         for m, keys in enumerate(p.keys):
-            db = self.db_columns[:, :, keys.slice]
-            du = [part[:, :, keys.slice] for part in self.side_du]
+            db = p.b.new_zeros(p.count, p.b.shape[2], keys.size)
+            du = [p.u.new_zeros(p.count, p.u.shape[2], keys.size) for _ in self.values]
             for n, rows in enumerate(p.rows):
                 if not p.visible(rows, keys) or all(p.vanishing(rows, keys)):
                     continue
@@ -157,10 +155,14 @@ class BackwardSums:
                     dx = self._plain(n, m, du[p.side(rows, keys)])
                 da[n].baddbmm_(dx, self.b[m])
                 db.baddbmm_(self.a[n].mT, dx)
-        for n, part in enumerate(self.side_du):
-            self._add_side(n, part.mT)
+            self.db[:, keys.slice] = db.mT
+            for whole, part in zip(self.side_du, du, strict=True):
+                whole[:, :, keys.slice] = part
+        for side, whole in enumerate(self.side_du):
+            self._add_side(side, whole.mT)
+        torch.cat(da, 1, out=self.da)
         self.da *= p.plan.weight.slope_factor
-        self.db = self.db_columns.mT * p.plan.weight.slope_factor
+        self.db *= p.plan.weight.slope_factor
 
     def _plain(self, n: int, m: int, du: Tensor) -> Tensor:
         """The gradient of the x of a tile, rows n and keys m; adds to du (problems, C, keys), yet without the
@@ -216,7 +218,11 @@ class BackwardSums:
         for w, (factor, (dy, u)) in enumerate(zip(factors, parts, strict=True)):
             weights = x.mul_(factor) if w == len(factors) - 1 else x * factor
             self.du[:, keys.slice, p.columns(w)] += (dy.mT @ weights).mT
-            if self.want_rate and self.drate is not None:
+            if not self.want_rate or self.drate is None:
+                continue
+            if p.plan.weight.power is None:  # dx is the gradient of the logits
+                self.drate[:, w] += dx.flatten(1) @ p.distance(rows, keys).flatten()
+            else:
                 weights *= p.distance(rows, keys)
                 self.drate[:, w] += ((dy.mT @ weights) * u).sum((1, 2))
         return dx

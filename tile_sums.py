@@ -118,22 +118,26 @@ class ForwardSums:
 
 
 class BackwardSums:
-    """The gradients of some problems, from that of y."""
+    """The gradients of some problems, from that of y: fills `into`, those by a, b and u."""
 
-    def __init__(self, problems: Problems, dy: Tensor, tiles: tuple[Buffer, Buffer], want_rate: bool) -> None:
+    def __init__(
+        self,
+        problems: Problems,
+        dy: Tensor,
+        into: tuple[Tensor, Tensor, Tensor],
+        tiles: tuple[Buffer, Buffer],
+        want_rate: bool,
+    ) -> None:
         self.problems, self.tiles, self.want_rate = problems, tiles, want_rate
+        self.da, self.db, self.du = into
+        self.du.zero_()
         p = problems
-        self.dy = dy
-        side_dy = [dy * side.row_factor for side in p.sides] or [dy]
-        self.side_dy = [[part[:, rows.slice] for rows in p.rows] for part in side_dy]
+        self.dy = [dy[:, rows.slice] for rows in p.rows]
+        self.row_factor = [[side.row_factor[:, rows.slice] for rows in p.rows] for side in p.sides]
         self.a = [p.a[:, rows.slice] for rows in p.rows]
         self.b = [p.b[:, keys.slice] for keys in p.keys]
         self.b_columns = by_block(p.b.mT.contiguous(), p.keys)
         self.values = [by_block(part, p.keys) for part in p.side_values]
-        self.da, self.db = torch.empty_like(p.a), torch.zeros_like(p.b)
-        self.du = torch.zeros_like(p.u)
-        # Gradients of the values of each side (problems, C, S), yet without the factor of the keys.
-        self.side_du = [torch.zeros_like(p.u.mT) for _ in self.values]
         self.drate = None if p.rate is None else torch.zeros_like(p.rate)
 
     def run(self) -> None:
@@ -156,10 +160,9 @@ class BackwardSums:
                 da[n].baddbmm_(dx, self.b[m])
                 db.baddbmm_(self.a[n].mT, dx)
             self.db[:, keys.slice] = db.mT
-            for whole, part in zip(self.side_du, du, strict=True):
-                whole[:, :, keys.slice] = part
-        for side, whole in enumerate(self.side_du):
-            self._add_side(side, whole.mT)
+            for side, part in enumerate(du):
+                self._add_side(keys, side, part.mT)
+        self.db[:, max((keys.stop for keys in p.keys), default=0) :] = 0.0
         torch.cat(da, 1, out=self.da)
         self.da *= p.plan.weight.slope_factor
         self.db *= p.plan.weight.slope_factor
@@ -170,9 +173,9 @@ class BackwardSums:
         p = self.problems
         rows, keys = p.rows[n], p.keys[m]
         side = p.side(rows, keys)
-        dy = self.side_dy[side][n]
+        dy = self.dy[n]
         if p.rate is not None:
-            dy = dy * p.gap_factor(rows, keys)
+            dy = dy * (self.row_factor[side][n] * p.gap_factor(rows, keys))
         x, dx = self._tiles(n, m)
         torch.bmm(dy, self.values[side][m], out=dx)
         p.plan.weight.weigh_with_slope_(x, dx)
@@ -185,16 +188,17 @@ class BackwardSums:
         x, dx = (tile(p.count, p.rows[n].size, p.keys[m].size) for tile in self.tiles)
         return torch.bmm(self.a[n], self.b_columns[m], out=x), dx
 
-    def _add_side(self, n: int, du: Tensor) -> None:
+    def _add_side(self, keys: Block, n: int, du: Tensor) -> None:
         """Add what the values of a side contribute to the gradients by u and log gamma."""
         p = self.problems
         if p.rate is None:
-            self.du += du
+            self.du[:, keys.slice] += du
             return
-        du = du * p.sides[n].key_factor
-        self.du += du
+        side = p.sides[n]
+        du = du * side.key_factor[:, keys.slice]
+        self.du[:, keys.slice] += du
         if self.want_rate:
-            self.add_rate(p.sides[n].key_steps @ du.mul_(p.u))
+            self.add_rate(side.key_steps[keys.slice] @ du.mul_(p.u[:, keys.slice]))
 
     def add_rate(self, columns: Tensor) -> None:
         """Add (problems, C), summed over the columns of each weighting, to the gradient of log gamma."""
@@ -208,8 +212,7 @@ class BackwardSums:
         x, dx = self._tiles(n, m)
         factors = p.diagonal_factor(rows, keys)
         parts = [
-            (self.dy[:, rows.slice, p.columns(w)], p.u[:, keys.slice, p.columns(w)].mT)
-            for w in range(len(factors))
+            (self.dy[n][:, :, p.columns(w)], p.u[:, keys.slice, p.columns(w)].mT) for w in range(len(factors))
         ]
         torch.bmm(*parts[0], out=dx).mul_(factors[0])
         for factor, (dy, u) in zip(factors[1:], parts[1:], strict=True):
@@ -234,7 +237,7 @@ class BackwardSums:
         dlogits = torch.zeros_like(x)
         for n, weights in enumerate(all_weights):
             columns = p.columns(n)
-            dy, u = self.dy[:, rows.slice, columns], p.u[:, keys.slice, columns]
+            dy, u = self.dy[rows.start // p.block][:, :, columns], p.u[:, keys.slice, columns]
             if kept is None:
                 self.du[:, keys.slice, columns] += weights.mT @ dy
                 dweights = dy @ u.mT
@@ -292,9 +295,8 @@ class TileSums(torch.autograd.Function):
         dy = dy.contiguous()
         for span in spans_of(ctx.plan, a.shape[1], b.shape[1]):
             problems = Problems(ctx.plan, span, a, b, u, log_decay)
-            sums = BackwardSums(problems, dy[span], tiles, moment is not None)
+            sums = BackwardSums(problems, dy[span], (da[span], db[span], du[span]), tiles, moment is not None)
             sums.run()
-            da[span], db[span], du[span] = sums.da, sums.db, sums.du
             if drate is not None and sums.drate is not None:
                 sums.add_rate((dy[span] * moment[span]).sum(1))
                 drate[span] = sums.drate

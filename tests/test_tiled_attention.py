@@ -90,8 +90,8 @@ def evaluate(
 
 
 def check(inputs: Inputs, mask: Mask | None = None, *, ill_conditioned: bool = False, **kwargs: Any) -> None:
-    """Equal to the dense formula in float64; where rounding of the inputs alone errs more, within five times what
-    the dense formula errs in float32."""
+    """Equal to the dense formula in float64; where rounding of the inputs alone errs more, within five times
+    what the dense formula errs in float32."""
     found = evaluate(inputs, "tiled", mask=mask, **kwargs)
     exact = evaluate(inputs, "dense", torch.float64, mask)
     single = evaluate(inputs, "dense", torch.float32, mask) if ill_conditioned else exact

@@ -93,8 +93,8 @@ class Plan:
 
     causal: keys after a row's own position are blocked.
     lengths, windows: for each problem the number of leading keys to look at, and the largest |i - j|.
-    blocks: for each problem the rows and keys of a tile; so few that gamma^(2 block) is far from underflow,
-        since arithmetic on denormal numbers is a hundred times slower.
+    blocks: for each problem the rows and keys of a tile; so few that gamma^(2 block), or gamma^(2 window) if
+        that is less, is far from underflow, since arithmetic on denormal numbers is a hundred times slower.
     least_sum: (B, U), sums of weights below it are not trusted.
     tolerance: the share of a row's sum of weights that may be left out.
     padding: (B, S) bool, True = blocked (u is zero there), or None.
@@ -141,8 +141,8 @@ class Side(NamedTuple):
 
     row_steps: Tensor  # (L,) steps from a row to the end of its block that is nearer to the keys
     key_steps: Tensor  # (S,) the same for keys
-    row_factor: Tensor  # (problems, L, C), gamma to that power
-    key_factor: Tensor  # (problems, S, C)
+    row_factor: Tensor  # (problems, L, C or 1), gamma to that power
+    key_factor: Tensor  # (problems, S, C or 1)
 
 
 class Problems:
@@ -158,12 +158,16 @@ class Problems:
         self.weightings = plan.least_sum.shape[1]
         self.width = u.shape[2] // self.weightings
         self.window = max(plan.windows[span])
+        self.reach = a.new_tensor(plan.windows[span])[:, None, None]
         self.block = plan.blocks[span.start]
         self.keys = blocks_of(max(plan.lengths[span]), self.block)
         self.rows = blocks_of(self.length, self.block)
         self.sides = () if self.rate is None else (self._side(before=True), self._side(before=False))
-        self.side_values = [self.u * side.key_factor for side in self.sides] or [self.u]
+        u_columns = self.u.mT.contiguous()  # (problems, C, S)
+        self.side_values = [u_columns * side.key_factor.mT for side in self.sides] or [u_columns]
         self.slowest = [0.0] * self.weightings if self.rate is None else self.rate.amax(0).tolist()
+        self.fastest, self.none_vanish = min(self.slowest), [False] * self.weightings
+        self.distances: dict[tuple[int, int, int], Tensor] = {}
         self.gap_factors: dict[int, Tensor] = {}
         self.diagonal_factors: dict[tuple[int, int], list[Tensor]] = {}
 
@@ -178,10 +182,15 @@ class Problems:
         return Side(rows, keys, self.factor(rows), self.factor(keys))
 
     def factor(self, distance: Tensor) -> Tensor:
-        """gamma^distance: distance (n,) -> (problems, n, C)."""
+        """gamma^distance: distance (n,) -> (problems, n, C), or (problems, n, 1) of a single weighting."""
+        powers = self.powers(distance)
+        return powers if self.weightings == 1 else powers.repeat_interleave(self.width, dim=2)
+
+    def powers(self, distance: Tensor) -> Tensor:
+        """gamma^distance, 0 beyond a problem's window: distance (n,) -> (problems, n, U)."""
         assert self.rate is not None
-        powers = (self.rate[:, None, :] * distance[:, None]).exp()
-        return powers.repeat_interleave(self.width, dim=2)
+        distance = distance[:, None]
+        return (self.rate[:, None, :] * distance).exp_().masked_fill_(distance > self.reach, 0.0)
 
     def shifted(self, rows: Block) -> bool:
         return (self.span.start, rows.start) in self.plan.shifts
@@ -198,17 +207,20 @@ class Problems:
         """gamma^|i-j|, and 0 where j > i is blocked: for each weighting (problems or 1, rows, keys)."""
         shape = (rows.size, keys.size)
         if shape not in self.diagonal_factors:
-            distance = self.distance(rows, keys)
-            rates = [distance.new_zeros(1)] * self.weightings if self.rate is None else self.rate.unbind(1)
-            factors = [(rate[:, None, None] * distance).exp_() for rate in rates]
+            if self.rate is None:
+                factors = [self.a.new_ones(1, *shape)] * self.weightings
+            else:
+                steps = self.distance(rows, keys).flatten()
+                factors = [part.contiguous() for part in self.powers(steps).unflatten(1, shape).unbind(-1)]
             self.diagonal_factors[shape] = [part.tril_() if self.plan.causal else part for part in factors]
         return self.diagonal_factors[shape]
 
     def vanishing(self, rows: Block, keys: Block) -> list[bool]:
         """For each weighting whether decay alone makes the tile so light that it is bounded, not summed."""
-        if self.explicit(rows) or rows.start == keys.start:
-            return [False] * self.weightings
-        return [self.gap(rows, keys) * slowest < LOG_VANISHED for slowest in self.slowest]
+        gap = self.gap(rows, keys)
+        if gap * self.fastest >= LOG_VANISHED or self.explicit(rows):
+            return self.none_vanish
+        return [gap * slowest < LOG_VANISHED for slowest in self.slowest]
 
     def side(self, rows: Block, keys: Block) -> int:
         """Which side of the rows the keys lie on: 0 before, 1 after; 0 for all without decay."""
@@ -227,7 +239,7 @@ class Problems:
         return rows.start - keys.stop + 1 if keys.start < rows.start else keys.start - rows.stop + 1
 
     def gap_factor(self, rows: Block, keys: Block) -> Tensor:
-        """gamma^gap (problems, 1, C), 0 for weightings that vanish."""
+        """gamma^gap (problems, 1, C or 1), 0 for weightings that vanish where others do not."""
         gap = self.gap(rows, keys)
         if gap not in self.gap_factors:
             factor = self.factor(self.a.new_tensor([gap]))
@@ -245,9 +257,12 @@ class Problems:
 
     def distance(self, rows: Block, keys: Block) -> Tensor:
         """|i - j| (rows, keys)."""
-        i = torch.arange(*rows, device=self.a.device, dtype=self.a.dtype)
-        j = torch.arange(*keys, device=self.a.device, dtype=self.a.dtype)
-        return (i[:, None] - j).abs_()
+        shape = rows.size, keys.size, rows.start - keys.start
+        if shape not in self.distances:
+            i = torch.arange(*rows, device=self.a.device, dtype=self.a.dtype)
+            j = torch.arange(*keys, device=self.a.device, dtype=self.a.dtype)
+            self.distances = {shape: (i[:, None] - j).abs_()}  # the last one only: it is as large as a tile
+        return self.distances[shape]
 
     def mask(self, rows: Block, keys: Block) -> Tensor | None:
         """What masks add to the logits of a tile, broadcastable to (problems, rows, keys), or None."""

@@ -35,8 +35,10 @@ class ForwardSums:
 
     def __init__(self, problems: Problems, tile: Buffer, want_moment: bool) -> None:
         self.problems, self.tile, self.want_moment = problems, tile, want_moment
-        self.a_columns = problems.a.mT.contiguous()
-        self.values = [values.mT.contiguous() for values in problems.side_values]
+        # Views are made once: making one costs a hundredth of a tile.
+        self.a_columns = by_block(problems.a.mT.contiguous(), problems.rows)
+        self.b = [problems.b[:, keys.slice] for keys in problems.keys]
+        self.values = [by_block(part, problems.keys) for part in problems.side_values]
         self.left_out: dict[Block, Tensor] = {}  # (problems, U) log of what vanishing tiles add at most
 
     def rows(self, rows: Block) -> tuple[Tensor, Tensor | None]:
@@ -46,49 +48,51 @@ class ForwardSums:
         sums = [p.a.new_zeros(p.count, p.u.shape[2], rows.size) for _ in self.values]
         moments = [torch.zeros_like(part) for part in sums] if self.want_moment else []
         explicit = torch.zeros_like(sums[0])
-        for keys in p.keys:
+        a, is_explicit = self.a_columns[rows.start // p.block], p.explicit(rows)
+        for m, keys in enumerate(p.keys):
             if not p.visible(rows, keys):
                 continue
-            if p.explicit(rows):
+            if is_explicit:
                 self._add_explicit(explicit, rows, keys)
                 continue
             if p.on_diagonal(rows, keys):
                 self._add_diagonal(explicit, rows, keys)
                 continue
-            tile = self.tile(p.count, keys.size, rows.size)
-            x = torch.bmm(p.b[:, keys.slice], self.a_columns[:, :, rows.slice], out=tile)
+            x = torch.bmm(self.b[m], a, out=self.tile(p.count, keys.size, rows.size))
             vanishing = p.vanishing(rows, keys)
             if any(vanishing):
                 bound = p.log_bound(x, rows, keys)
                 bound[:, [not vanishes for vanishes in vanishing]] = -math.inf
                 self.left_out[rows] = torch.logaddexp(self.left_out.get(rows, bound), bound)
-            if all(vanishing):
-                continue
+                if all(vanishing):
+                    continue
             side = p.side(rows, keys)
-            part = torch.bmm(self.values[side][:, :, keys.slice], p.plan.weight.weigh_(x))
-            if p.rate is not None:
-                part.mul_(p.gap_factor(rows, keys).mT)
-                if self.want_moment:
-                    moments[side].add_(part, alpha=p.gap(rows, keys))
+            weights = p.plan.weight.weigh_(x)
+            if p.rate is None:
+                sums[side].baddbmm_(self.values[side][m], weights)
+                continue
+            part = torch.bmm(self.values[side][m], weights).mul_(p.gap_factor(rows, keys).mT)
+            if self.want_moment:
+                moments[side].add_(part, alpha=p.gap(rows, keys))
             sums[side].add_(part)
         if p.rate is None:
-            return (sums[0] + explicit).mT, None
+            return sums[0].add_(explicit).mT, None
         y, moment = explicit.mT, torch.zeros_like(explicit).mT
         for n, side_ in enumerate(p.sides):
             row_factor = side_.row_factor[:, rows.slice]
-            y = y + row_factor * sums[n].mT
+            y = torch.addcmul(y, row_factor, sums[n].mT)
             if self.want_moment:
-                steps = side_.row_steps[rows.slice, None]
-                moment = moment + row_factor * (moments[n].mT + steps * sums[n].mT)
+                steps = side_.row_steps[rows.slice]
+                moment = torch.addcmul(moment, row_factor, moments[n].addcmul_(steps, sums[n]).mT)
         return y, moment if self.want_moment else None
 
     def _add_diagonal(self, y: Tensor, rows: Block, keys: Block) -> None:
         p = self.problems
         x = torch.bmm(p.a[:, rows.slice], p.b[:, keys.slice].mT, out=self.tile(p.count, rows.size, keys.size))
-        weights = p.plan.weight.weigh_(x)
-        for n, factor in enumerate(p.diagonal_factor(rows, keys)):
-            columns = p.columns(n)
-            y[:, columns] += ((weights * factor) @ p.u[:, keys.slice, columns]).mT
+        weights, factors = p.plan.weight.weigh_(x), p.diagonal_factor(rows, keys)
+        for n, factor in enumerate(factors):
+            of_weighting = weights.mul_(factor) if n == len(factors) - 1 else weights * factor
+            y[:, p.columns(n)].baddbmm_(p.u[:, keys.slice, p.columns(n)].mT, of_weighting.mT)
 
     def _add_explicit(self, y: Tensor, rows: Block, keys: Block) -> None:
         p = self.problems
@@ -114,24 +118,34 @@ class ForwardSums:
 
 
 class BackwardSums:
-    """The gradients of some problems, from that of y."""
+    """The gradients of some problems, from that of y: fills `into`, those by a, b and u."""
 
-    def __init__(self, problems: Problems, dy: Tensor, tiles: tuple[Buffer, Buffer], want_rate: bool) -> None:
+    def __init__(
+        self,
+        problems: Problems,
+        dy: Tensor,
+        into: tuple[Tensor, Tensor, Tensor],
+        tiles: tuple[Buffer, Buffer],
+        want_rate: bool,
+    ) -> None:
         self.problems, self.tiles, self.want_rate = problems, tiles, want_rate
+        self.da, self.db, self.du = into
+        self.du.zero_()
         p = problems
-        self.dy = dy
-        self.side_dy = [dy * side.row_factor for side in p.sides] or [dy]
-        self.b_columns = p.b.mT.contiguous()
-        self.values = [values.mT.contiguous() for values in p.side_values]
-        self.da, self.db = torch.empty_like(p.a), torch.zeros_like(p.b)
-        self.du = torch.zeros_like(p.u)
+        self.dy = [dy[:, rows.slice] for rows in p.rows]
+        self.row_factor = [[side.row_factor[:, rows.slice] for rows in p.rows] for side in p.sides]
+        self.a = [p.a[:, rows.slice] for rows in p.rows]
+        self.b = [p.b[:, keys.slice] for keys in p.keys]
+        self.b_columns = by_block(p.b.mT.contiguous(), p.keys)
+        self.values = [by_block(part, p.keys) for part in p.side_values]
         self.drate = None if p.rate is None else torch.zeros_like(p.rate)
 
     def run(self) -> None:
         """Fill da, db, du and drate, but for what drate has from the moments of the forward."""
         p = self.problems
+        # Sums of their own for each block: a batched product cannot add to a part of a tensor at full speed.
         da = [p.a.new_zeros(p.count, rows.size, p.a.shape[2]) for rows in p.rows]
-        for keys in p.keys:
+        for m, keys in enumerate(p.keys):
             db = p.b.new_zeros(p.count, p.b.shape[2], keys.size)
             du = [p.u.new_zeros(p.count, p.u.shape[2], keys.size) for _ in self.values]
             for n, rows in enumerate(p.rows):
@@ -140,38 +154,42 @@ class BackwardSums:
                 if p.explicit(rows):
                     dx = self._explicit(rows, keys)
                 elif p.on_diagonal(rows, keys):
-                    dx = self._diagonal(rows, keys)
+                    dx = self._diagonal(n, m)
                 else:
-                    dx = self._plain(rows, keys, du[p.side(rows, keys)])
-                da[n].baddbmm_(dx, p.b[:, keys.slice])
-                db.baddbmm_(p.a[:, rows.slice].mT, dx)
+                    dx = self._plain(n, m, du[p.side(rows, keys)])
+                da[n].baddbmm_(dx, self.b[m])
+                db.baddbmm_(self.a[n].mT, dx)
             self.db[:, keys.slice] = db.mT
             for side, part in enumerate(du):
                 self._add_side(keys, side, part.mT)
+        self.db[:, max((keys.stop for keys in p.keys), default=0) :] = 0.0
         torch.cat(da, 1, out=self.da)
         self.da *= p.plan.weight.slope_factor
         self.db *= p.plan.weight.slope_factor
 
-    def _plain(self, rows: Block, keys: Block, du: Tensor) -> Tensor:
-        """The gradient of a tile's x; adds to du (problems, C, keys), yet without the factor of the keys."""
+    def _plain(self, n: int, m: int, du: Tensor) -> Tensor:
+        """The gradient of the x of a tile, rows n and keys m; adds to du (problems, C, keys), yet without the
+        factor of the keys."""
         p = self.problems
+        rows, keys = p.rows[n], p.keys[m]
         side = p.side(rows, keys)
-        dy = self.side_dy[side][:, rows.slice]
+        dy = self.dy[n]
         if p.rate is not None:
-            dy = dy * p.gap_factor(rows, keys)
-        x, dx = self._tiles(rows, keys)
-        torch.bmm(dy, self.values[side][:, :, keys.slice], out=dx)
+            dy = dy * (self.row_factor[side][n] * p.gap_factor(rows, keys))
+        x, dx = self._tiles(n, m)
+        torch.bmm(dy, self.values[side][m], out=dx)
         p.plan.weight.weigh_with_slope_(x, dx)
         du.baddbmm_(dy.mT, x)
         return dx
 
-    def _tiles(self, rows: Block, keys: Block) -> tuple[Tensor, Tensor]:
+    def _tiles(self, n: int, m: int) -> tuple[Tensor, Tensor]:
         """x (problems, rows, keys), and room for its gradient."""
         p = self.problems
-        x, dx = (tile(p.count, rows.size, keys.size) for tile in self.tiles)
-        return torch.bmm(p.a[:, rows.slice], self.b_columns[:, :, keys.slice], out=x), dx
+        x, dx = (tile(p.count, p.rows[n].size, p.keys[m].size) for tile in self.tiles)
+        return torch.bmm(self.a[n], self.b_columns[m], out=x), dx
 
     def _add_side(self, keys: Block, n: int, du: Tensor) -> None:
+        """Add what the values of a side contribute to the gradients by u and log gamma."""
         p = self.problems
         if p.rate is None:
             self.du[:, keys.slice] += du
@@ -180,7 +198,7 @@ class BackwardSums:
         du = du * side.key_factor[:, keys.slice]
         self.du[:, keys.slice] += du
         if self.want_rate:
-            self.add_rate((du * p.u[:, keys.slice] * side.key_steps[keys.slice, None]).sum(1))
+            self.add_rate(side.key_steps[keys.slice] @ du.mul_(p.u[:, keys.slice]))
 
     def add_rate(self, columns: Tensor) -> None:
         """Add (problems, C), summed over the columns of each weighting, to the gradient of log gamma."""
@@ -188,22 +206,28 @@ class BackwardSums:
         assert self.drate is not None
         self.drate.add_(columns.unflatten(-1, (p.weightings, p.width)).sum(-1))
 
-    def _diagonal(self, rows: Block, keys: Block) -> Tensor:
+    def _diagonal(self, n: int, m: int) -> Tensor:
         p = self.problems
-        x, dx = self._tiles(rows, keys)
-        dx.zero_()
+        rows, keys = p.rows[n], p.keys[m]
+        x, dx = self._tiles(n, m)
         factors = p.diagonal_factor(rows, keys)
-        for n, factor in enumerate(factors):
-            columns = p.columns(n)
-            dx += (self.dy[:, rows.slice, columns] @ p.u[:, keys.slice, columns].mT).mul_(factor)
+        parts = [
+            (self.dy[n][:, :, p.columns(w)], p.u[:, keys.slice, p.columns(w)].mT) for w in range(len(factors))
+        ]
+        torch.bmm(*parts[0], out=dx).mul_(factors[0])
+        for factor, (dy, u) in zip(factors[1:], parts[1:], strict=True):
+            dx += torch.bmm(dy, u).mul_(factor)
         p.plan.weight.weigh_with_slope_(x, dx)
-        for n, factor in enumerate(factors):
-            columns = p.columns(n)
-            weights, dy = x * factor, self.dy[:, rows.slice, columns]
-            self.du[:, keys.slice, columns] += (dy.mT @ weights).mT
-            if self.want_rate and self.drate is not None:
+        for w, (factor, (dy, u)) in enumerate(zip(factors, parts, strict=True)):
+            weights = x.mul_(factor) if w == len(factors) - 1 else x * factor
+            self.du[:, keys.slice, p.columns(w)] += (dy.mT @ weights).mT
+            if not self.want_rate or self.drate is None:
+                continue
+            if p.plan.weight.power is None:  # dx is the gradient of the logits
+                self.drate[:, w] += dx.flatten(1) @ p.distance(rows, keys).flatten()
+            else:
                 weights *= p.distance(rows, keys)
-                self.drate[:, n] += ((dy.mT @ weights) * p.u[:, keys.slice, columns].mT).sum((1, 2))
+                self.drate[:, w] += ((dy.mT @ weights) * u).sum((1, 2))
         return dx
 
     def _explicit(self, rows: Block, keys: Block) -> Tensor:
@@ -213,7 +237,7 @@ class BackwardSums:
         dlogits = torch.zeros_like(x)
         for n, weights in enumerate(all_weights):
             columns = p.columns(n)
-            dy, u = self.dy[:, rows.slice, columns], p.u[:, keys.slice, columns]
+            dy, u = self.dy[rows.start // p.block][:, :, columns], p.u[:, keys.slice, columns]
             if kept is None:
                 self.du[:, keys.slice, columns] += weights.mT @ dy
                 dweights = dy @ u.mT
@@ -271,13 +295,17 @@ class TileSums(torch.autograd.Function):
         dy = dy.contiguous()
         for span in spans_of(ctx.plan, a.shape[1], b.shape[1]):
             problems = Problems(ctx.plan, span, a, b, u, log_decay)
-            sums = BackwardSums(problems, dy[span], tiles, moment is not None)
+            sums = BackwardSums(problems, dy[span], (da[span], db[span], du[span]), tiles, moment is not None)
             sums.run()
-            da[span], db[span], du[span] = sums.da, sums.db, sums.du
             if drate is not None and sums.drate is not None:
                 sums.add_rate((dy[span] * moment[span]).sum(1))
                 drate[span] = sums.drate
         return da, db, du, drate, None
+
+
+def by_block(columns: Tensor, blocks: list[Block]) -> list[Tensor]:
+    """The parts of (problems, X, L) that belong to blocks of L."""
+    return [columns[:, :, block.slice] for block in blocks]
 
 
 def untrusted(plan: Plan, sums: ForwardSums, y: Tensor) -> list[Block]:

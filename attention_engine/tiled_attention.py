@@ -29,7 +29,7 @@ from attention_engine.tile_sums import TileSums
 
 SMALLEST_SUM = 1e-30
 TOLERANCE, TOLERANCE_LEARNED_DECAY = 2.0**-24, 2.0**-34  # a gradient by log gamma weighs far keys by |i - j|
-LOG_BLOCK_DECAY = math.log(1e-15)
+LOG_BLOCK_DECAY, LOG_WINDOW_DECAY = math.log(1e-15), math.log(1e-20)
 ROUNDING = 1e-4  # the most that float32 may err in the softened distance, relative to the softening
 LARGEST_FORCE = 1e30
 LARGEST_LOG_32, LARGEST_LOG = 40.0, 300.0  # of the masses' roots, in float32 and at all
@@ -81,7 +81,7 @@ def tiled_attention(
         mask.causal,
         _lengths(padding, len(a), k.shape[3]),
         windows,
-        _blocks(log_decay, timescales // weightings, len(a)),
+        _blocks(log_decay, windows, timescales // weightings),
         least_sum,
         tolerance,
         padding,
@@ -244,10 +244,18 @@ def _windows(
     return windows, least_sum
 
 
-def _blocks(log_decay: Tensor | None, timescales: int, problems: int) -> list[int]:
-    """For each problem its block: a power of two, with gamma^block at least 1e-15 where that leaves 32."""
+def _blocks(log_decay: Tensor | None, windows: list[int], timescales: int) -> list[int]:
+    """For each problem its block: a power of two, with gamma^block at least 1e-15 where that leaves 32; or
+    the largest, where the window is less, since factors beyond a window are 0."""
     if log_decay is None:
-        return [BLOCK] * problems
+        return [BLOCK] * len(windows)
     fastest = log_decay.detach().reshape(timescales, -1).amin(1).tolist()
-    sizes = [min(BLOCK, max(32, 2 ** int(math.log2(LOG_BLOCK_DECAY / rate)))) for rate in fastest]
-    return [size for size in sizes for _ in range(problems // timescales)]
+    of_each, blocks = len(windows) // timescales, []
+    for n, rate in enumerate(fastest):
+        window = max(windows[n * of_each : (n + 1) * of_each])
+        if window < BLOCK and window * rate > LOG_WINDOW_DECAY:
+            block = BLOCK
+        else:
+            block = min(BLOCK, max(32, 2 ** int(math.log2(LOG_BLOCK_DECAY / rate))))
+        blocks += [block] * of_each
+    return blocks

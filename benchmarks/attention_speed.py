@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score
 from attention_kernels import BACKENDS, attend
-from attention_scores import DotProduct, Gravity, Mask, Score
 from benchmarks.benchmarking import (
     Seconds,
     chosen_device,
@@ -48,9 +48,19 @@ from command_line import (
     given_settings,
     setting,
 )
-from device_memory import PeakMemory
-from figure_style import BLACK, BLUE, GREEN, ORANGE, SKY, VERMILLION, figure_style, new_figure, save_figure
-from text_tables import NONE, TextTable, markdown_table, short
+from experiment.device_memory import PeakMemory
+from reporting.figure_style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    SKY,
+    VERMILLION,
+    figure_style,
+    new_figure,
+    save_figure,
+)
+from reporting.text_tables import NONE, TextTable, markdown_table, short
 
 SHORT_HORIZONS, DEFAULT_GAMMAS = (0.6, 0.9, 0.99), (0.9, 0.99, 0.999)
 SOFTENING = 0.1  # the modules' default

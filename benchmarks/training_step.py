@@ -46,11 +46,11 @@ from command_line import (
     given_settings,
     setting,
 )
-from device_memory import PeakMemory
-from experiment_plan import COMPARED, MODELS, attention_factory
-from text_tables import NONE, TextTable, markdown_table, short
+from experiment.device_memory import PeakMemory
+from experiment.experiment_plan import COMPARED, MODELS, attention_factory
+from experiment.transformer_classifier import ModelSettings, TransformerClassifier
+from reporting.text_tables import NONE, TextTable, markdown_table, short
 from train_and_evaluate import TrainingSettings
-from transformer_classifier import ModelSettings, TransformerClassifier
 
 VOCAB_SIZE, NUM_CLASSES = 257, 2  # of the byte-level text task
 

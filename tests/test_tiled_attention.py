@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from attention_cases import assert_same
 from torch import Tensor
 
-import tiled_attention
+from attention_engine import tiled_attention
+from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score, merge_masks
+from attention_engine.tile_plan import Plan
 from attention_kernels import attend
-from attention_scores import DotProduct, Gravity, Mask, Score, merge_masks
 from benchmarks.attention_speed import MECHANISMS, Case, SpeedSettings, peak_bytes
 from benchmarks.benchmarking import peak_process
-from device_memory import PeakMemory
-from tile_plan import Plan
+from experiment.device_memory import PeakMemory
 
 N, H, D, L, S = 2, 3, 8, 270, 301  # a batch with more queries and keys than a tile has
 OUTPUT, GRADIENT = 2e-6, 2e-5  # what float32 may err, relative to the norm

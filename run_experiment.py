@@ -48,6 +48,7 @@ from experiment.experiment_plan import (
     load_tasks,
     make_plan,
     model_class,
+    settings_by_cell,
 )
 from experiment.experiment_progress import duration
 from experiment.plan_files import (
@@ -165,9 +166,10 @@ def dry_run(plan: Plan, tasks: dict[str, TaskData]) -> int:
     print(f"{'task/model':48}{'parameters':>12}{'step':>11}{'epoch':>9}{'cell, at most':>15}")
     total, failed = 0.0, False
     for (task, name), count in parameters.items():
-        factory = attention_factory(name, plan.model)
+        settings = settings_by_cell(plan, tasks)[task, name]
+        factory = attention_factory(name, settings)
         try:
-            estimate = estimate_time(factory, tasks[task], plan.model, plan.training, plan.device)
+            estimate = estimate_time(factory, tasks[task], settings, plan.training, plan.device)
         except Exception as error:
             failed = True
             print(

@@ -43,6 +43,7 @@ from experiment.checkpoints import (
     write_weights,
 )
 from experiment.device_memory import PeakMemory
+from experiment.model_cost import count_parameters, forward_flops
 from experiment.stop_request import StoppedError
 from experiment.training_progress import DivergedError, Progress, StepMeter
 from experiment.transformer_classifier import (
@@ -422,6 +423,7 @@ def train_and_evaluate(
         folder / "test_predictions.npz", {"predictions": evaluations[0].predictions, "labels": labels}
     )
     result = summary(trainer, evaluations[0], evaluations[-1])
+    result |= _flops(trainer.model, task)
     result |= {"memory_kind": memory.kind, "memory_reason": memory.reason}
     try:
         patterns = attention_patterns(best, best.attentions, task, seed, device)
@@ -430,6 +432,14 @@ def train_and_evaluate(
     except NoAttentionMapsError as error:
         result |= {"attention_patterns": None, "attention_patterns_reason": str(error)}
     return result | {"wall_seconds": trainer.earlier_seconds + time.perf_counter() - trainer.started}
+
+
+def _flops(model: TransformerClassifier, task: TaskData) -> dict[str, Any]:
+    """Of the matrix products of a forward pass, the mean over the test examples; or why it is not known."""
+    try:
+        return {"forward_flops": forward_flops(model, task.test.lengths), "forward_flops_reason": ""}
+    except Exception as error:  # a model of the user's may not be countable, and is trained by now
+        return {"forward_flops": None, "forward_flops_reason": f"{type(error).__name__}: {error}"}
 
 
 def summary(trainer: Trainer, best: Evaluation, last: Evaluation) -> dict[str, Any]:
@@ -458,7 +468,7 @@ def summary(trainer: Trainer, best: Evaluation, last: Evaluation) -> dict[str, A
         "seconds_per_epoch": float(np.mean(seconds)) if seconds else None,
         "tokens_per_second": float(np.mean(rates)) if rates else None,
         "peak_memory_bytes": rows[-1]["peak_memory_bytes"],
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_parameters(model),
         "attention_parameters": sum(attention_parameters.values()),
         "precision": "bf16" if trainer.bf16 else "fp32",
         "test_predictions_best": "test_predictions.npz",

@@ -17,7 +17,7 @@ from command_line import EXIT_DONE, EXIT_FAILED
 from data_pipeline import TaskData
 from experiment.cell_lock import CellLock, LockedError, LockLostError
 from experiment.cell_runner import ERROR, run_cell, why_not_done
-from experiment.experiment_plan import Plan, attention_factory
+from experiment.experiment_plan import Plan, attention_factory, settings_by_cell
 from experiment.experiment_progress import make_progress
 from experiment.stop_request import EXIT_RUN_AGAIN, StopRequest
 from experiment.training_progress import Progress
@@ -142,10 +142,11 @@ class Grid:
             lock.check()  # first: nothing is written into a folder that is another's
             self.stop.check()
 
+        settings = settings_by_cell(self.plan, self.tasks)[cell.task, cell.model]
         state, reason = run_cell(
-            attention_factory(cell.model, self.plan.model),
+            attention_factory(cell.model, settings),
             self.tasks[cell.task],
-            self.plan.model,
+            settings,
             self.plan.training,
             cell.seed,
             cell.folder(self.root),

@@ -24,6 +24,7 @@ from torch import nn
 from command_line import InputError, choose, given_settings, nearest
 from conventional_attention import ConventionalAttention
 from data_pipeline import TASKS, DataSettings, MissingData, TaskData, load_task
+from experiment.model_cost import matched_settings
 from experiment.transformer_classifier import ModelSettings, random_stream
 from gravitational_attention import GravitationalAttention
 from gravitational_multi_timescale_attention import GravitationalMultiTimescaleAttention
@@ -218,6 +219,25 @@ def attention_arguments(name: str, settings: ModelSettings) -> dict[str, Any]:
 
 def attention_factory(name: str, settings: ModelSettings) -> functools.partial[nn.Module]:
     return functools.partial(find_model(name), **attention_arguments(name, settings))
+
+
+def settings_by_cell(plan: Plan, tasks: dict[str, TaskData]) -> dict[tuple[str, str], ModelSettings]:
+    """The model settings by (task, model): the plan's, with --match-parameters widened for each model.
+
+    The largest is that of the models compared by default and the plan's own, so that a control that is run
+    alone has the size of what it is a control for."""
+    if not plan.model.match_parameters:
+        return {(task, model): plan.model for task in plan.tasks for model in plan.models}
+    models = tuple(dict.fromkeys((*plan.models, *COMPARED)))
+    found: dict[tuple[str, str], ModelSettings] = {}
+    for task in plan.tasks:
+        sizes = tasks[task].vocab_size, tasks[task].num_classes
+        try:
+            matched = matched_settings(attention_factory, models, *sizes, plan.model)
+        except ValueError as error:
+            raise InputError(f"--match-parameters on {task}: {error}; choose a larger model") from error
+        found |= {(task, model): matched[model] for model in plan.models}
+    return found
 
 
 def model_class(name: str) -> str:

@@ -29,7 +29,9 @@ from experiment.experiment_plan import (
     check_model,
     find_device,
     model_class,
+    settings_by_cell,
 )
+from experiment.model_cost import count_parameters
 from experiment.run_environment import describe_environment
 from experiment.transformer_classifier import ModelSettings, TransformerClassifier
 from results_folder import (
@@ -57,11 +59,10 @@ SPARE_BYTES = 2**26  # for the analysis, and for whoever else writes
 def parameter_counts(plan: Plan, tasks: dict[str, TaskData]) -> dict[tuple[str, str], int]:
     """The number of parameters by (task, model)."""
     counts = {}
-    for task in plan.tasks:
-        for name in plan.models:
-            sizes = tasks[task].vocab_size, tasks[task].num_classes
-            model = TransformerClassifier(attention_factory(name, plan.model), *sizes, plan.model)
-            counts[task, name] = sum(parameter.numel() for parameter in model.parameters())
+    for (task, name), settings in settings_by_cell(plan, tasks).items():
+        sizes = tasks[task].vocab_size, tasks[task].num_classes
+        model = TransformerClassifier(attention_factory(name, settings), *sizes, settings)
+        counts[task, name] = count_parameters(model)
     return counts
 
 
@@ -126,7 +127,7 @@ def write_cells(root: Path, plan: Plan, tasks: dict[str, TaskData]) -> None:
     """Each cell's config.json with the state "pending", where there is none yet; a damaged one is mended.
 
     Raises InputError where a cell's folder is a link that leads out of the results folder."""
-    parameters = parameter_counts(plan, tasks)
+    parameters, settings = parameter_counts(plan, tasks), settings_by_cell(plan, tasks)
     arguments = {name: attention_factory(name, plan.model).keywords for name in plan.models}
     for cell in plan.cells:
         folder = cell.folder(root)
@@ -138,7 +139,7 @@ def write_cells(root: Path, plan: Plan, tasks: dict[str, TaskData]) -> None:
             **asdict(cell),
             "model_class": model_class(cell.model),
             "attention_arguments": arguments[cell.model],
-            "model_settings": asdict(plan.model),
+            "model_settings": asdict(settings[cell.task, cell.model]),
             "training_settings": asdict(plan.training),
             "data_settings": asdict(plan.data[cell.task]),
             "parameters": parameters[cell.task, cell.model],

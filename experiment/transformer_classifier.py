@@ -32,6 +32,9 @@ class ModelSettings:
     num_heads: int = setting(4, "attention heads", minimum=1)
     num_layers: int = setting(2, "encoder layers", minimum=1)
     feed_forward_dim: int = setting(512, "hidden width of the feed-forward blocks", minimum=1)
+    match_parameters: bool = setting(
+        False, "widen the feed-forward blocks until each model has the parameters of the largest"
+    )
     dropout: float = setting(
         0.1, "dropout on embedding, residual branches and feed-forward", minimum=0, below=1
     )

@@ -25,6 +25,8 @@ DEFINITIONS = (
     "Epochs to 90 % of best: the first epoch whose validation accuracy reaches 90 % of its maximum; "
     "above chance: the first with (accuracy - chance) / (maximum - chance) of at least 0.9.",
     "Time per epoch is that of the training steps, without evaluation and without the first step.",
+    "FLOPs are those of the matrix products (2 for a multiplication and an addition) of one forward pass by "
+    "the dense formula, mean over the test examples; exponentials and divisions are not counted.",
     f"Target accuracy: a validation accuracy {TARGET_SHARE:.0%} of the way from chance to the best of the "
     "conventional model (mean over its seeds), one for all models; a run that does not reach it is in no "
     "mean of the time to it.",

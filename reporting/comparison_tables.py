@@ -52,6 +52,7 @@ RESULT_METRICS = (
     "peak_memory_bytes",
     "parameters",
     "attention_parameters",
+    "forward_flops",
     "wall_seconds",
 )
 EPOCH_COLUMNS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")

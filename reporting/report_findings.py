@@ -156,6 +156,7 @@ def _cost_findings(analysis: Analysis, task: str) -> list[str]:
         ("seconds_per_epoch", "Time per training epoch"),
         ("peak_memory_bytes", "Peak memory"),
         ("parameters", "Parameters"),
+        ("forward_flops", "Matrix products of a forward pass"),
     ):
         base = by_seed(analysis.table, task, BASELINE, metric)
         ratios = []
@@ -166,12 +167,13 @@ def _cost_findings(analysis: Analysis, task: str) -> list[str]:
                 ratio = sum(values[seed] / base[seed] for seed in shared) / len(shared)
                 ratios.append(f"{name} {short(ratio)}")
         if ratios:
-            mean = " (mean of the seeds' ratios)" if len(base) > 1 and metric != "parameters" else ""
+            measured = metric in ("seconds_per_epoch", "peak_memory_bytes")
+            mean = " (mean of the seeds' ratios)" if len(base) > 1 and measured else ""
+            caveat = " A difference in accuracy may also come from a difference in size."
             sentences.append(
                 f"{what} as a multiple of {analysis.names[BASELINE]}'s{mean}: {'; '.join(ratios)}."
+                + (caveat if metric == "parameters" else "")
             )
-    if sentences and sentences[-1].startswith("Parameters"):
-        sentences[-1] += " A difference in accuracy may also come from a difference in size."
     return sentences
 
 

@@ -44,6 +44,7 @@ TABLES: tuple[tuple[str, tuple[Column, ...]], ...] = (
             ("peak_memory_bytes", "peak memory (MiB)", 1 / MIB),
             ("parameters", "parameters", 1.0),
             ("attention_parameters", "of them in attention", 1.0),
+            ("forward_flops", "forward MFLOPs / example", 1e-6),
         ),
     ),
     (

@@ -96,7 +96,7 @@ SHOWN_TOKENS = 200
 
 
 def load_imdb(settings: DataSettings) -> TaskData:
-    """IMDb reviews, 0 negative, 1 positive. Raises MissingData where they cannot be had."""
+    """Film reviews of IMDb, 0 negative, 1 positive. Raises MissingData where they cannot be had."""
     _refuse_min_length(settings, "imdb")
     folder = Path(settings.data_dir).expanduser() if settings.data_dir else None
     reviews = imdb.load_reviews(folder, settings.cache_folder)
@@ -205,7 +205,7 @@ def _text_task(
 
 
 def load_listops(settings: DataSettings) -> TaskData:
-    """ListOps: the files basic_{train,val,test}.tsv of --data-dir where they are there, else made here.
+    """Nested list operations and their value 0 to 9, from LRA's files in --data-dir where they are, else made.
 
     Of files, the expressions of a length between --min-length and --max-length are kept."""
     defaults = listops.ListOpsSettings()

@@ -43,14 +43,15 @@ from experiment.experiment_plan import (
     MODELS,
     PRESETS,
     Plan,
+    attention_arguments,
     attention_factory,
     check_output_folder,
     load_tasks,
     make_plan,
-    model_class,
     settings_by_cell,
 )
 from experiment.experiment_progress import duration
+from experiment.model_cost import count_parameters
 from experiment.plan_files import (
     PROG,
     check_data,
@@ -143,16 +144,29 @@ def _add_resilience(parser: Parser) -> None:
     )
 
 
+def _described(name: str, settings: ModelSettings) -> str:
+    """A model's size and what can be set of it."""
+    own = attention_arguments(name, settings)
+    parameters = count_parameters(attention_factory(name, settings)())
+    shared = ("embed_dim", "num_heads", "dropout", "batch_first")
+    shown = [f"{key}={value}" for key, value in own.items() if key not in shared]
+    return f"{parameters:>9,}  {' '.join(shown)}".rstrip()
+
+
 def listing(arguments: argparse.Namespace) -> str:
-    lines = ["presets:"]
-    lines += [f"  {name:32}{preset.summary}" for name, preset in PRESETS.items()]
-    lines += ["models (* compared by default):"]
-    for name in MODELS:
-        lines.append(f"{'*' if name in COMPARED else ' ':>2}{name:32}{model_class(name)}".rstrip())
-    lines += ["  package.module:Class".ljust(34) + "any class with the interface of nn.MultiheadAttention"]
-    lines += ["tasks:", *(f"  {name}" for name in TASKS)]
     root = arguments.resume
     plan = make_plan(arguments) if root is None else read_plan(root, arguments)
+    lines = ["presets:"]
+    lines += [f"  {name:32}{preset.summary}" for name, preset in PRESETS.items()]
+    lines += [
+        f"models (* compared by default), as of preset {plan.preset}: parameters in a layer, own settings:"
+    ]
+    for name in MODELS:
+        lines.append(f"{'*' if name in COMPARED else ' ':>2}{name:32}{_described(name, plan.model)}")
+    lines += ["  package.module:Class".ljust(34) + "any class with the interface of nn.MultiheadAttention"]
+    lines += ["tasks:"]
+    for task, load in TASKS.items():
+        lines.append(f"  {task:32}{' '.join((load.__doc__ or '').split('.')[0].split())}")
     lines += [f"cells of {root or f'preset {plan.preset}'}, by the number that --cell-index takes:"]
     for index, cell in enumerate(plan.cells):
         lines.append(f"{index:6}  {cell}" + (f"  {verified_cell(root, cell).state}" if root else ""))

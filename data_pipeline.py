@@ -205,7 +205,7 @@ def _text_task(
 
 
 def load_listops(settings: DataSettings) -> TaskData:
-    """Nested list operations and their value 0 to 9, from LRA's files in --data-dir where they are, else made.
+    """Nested list operations and their value 0 to 9: LRA's files in --data-dir, or made here.
 
     Of files, the expressions of a length between --min-length and --max-length are kept."""
     defaults = listops.ListOpsSettings()

@@ -1,20 +1,28 @@
-"""Compare the models of a results folder: tables, figures and a report, from its files alone.
+"""Compare the models of one or several results folders: tables, figures and a report, from their files alone.
 
     python analyze_results.py results_20260101_120000
+    python analyze_results.py results_20260101_120000 results_20260102_120000 --output-dir comparison
 
-makes results_20260101_120000/analysis/ anew (report.md, summary.csv, summary.md, summary.tex, figures/*.png
-and *.pdf). The same results give the same bytes. Deleting it loses nothing, and a failure leaves the old one.
-Cells that are missing, failed or diverged are named, not dropped. Needs neither torch nor a checkpoint.
+The first makes results_20260101_120000/analysis/ anew (report.html, report.md, summary.csv, summary.md,
+summary.tex, figures/*.png and *.pdf). The second takes several folders as one run: more seeds, more models,
+another machine. It refuses, naming the first difference, to mix presets, settings, data or arithmetic.
+Without --output-dir the analysis of several folders goes to analysis_joined/ in the first of them. The same
+results give the same bytes. Deleting an analysis loses nothing, and a failure leaves the old one. Cells that
+are missing, failed or diverged are named, not dropped. Needs neither torch nor a checkpoint.
+
+Exit codes: 0 the analysis is made; 2 bad arguments, no results folder, or a place that cannot be written.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from analysis_report import FigureNote, report
 from command_line import EXIT_DONE, InputError, Parser, exit_code
-from comparison_tables import (
+from reporting.accuracy_against_cost import progress_metrics, progress_table, target_accuracies
+from reporting.analysis_report import report
+from reporting.comparison_tables import (
     compare,
     epoch_table,
     learned_table,
@@ -24,52 +32,89 @@ from comparison_tables import (
     summarize,
     task_facts,
     tasks_of,
-    usable,
 )
-from figure_style import figure_style, model_styles, save_figure
-from results_folder import ANALYSIS, read_results, replaced_folder, write_text
-from summary_tables import Analysis, tables
-from task_figures import TaskFigures, task_stems
-from text_tables import latex_table, markdown_table
+from reporting.figure_style import figure_style, model_styles, save_figure
+from reporting.joined_results import MIXED, JoinedResults, read_joined
+from reporting.paired_predictions import compare_predictions, read_predictions
+from reporting.report_blocks import FigureNote
+from reporting.report_html import html_report
+from reporting.report_markdown import markdown_report
+from reporting.summary_tables import Analysis, tables
+from reporting.task_figures import TaskFigures, task_stems
+from reporting.text_tables import latex_table, markdown_table
+from results_folder import ANALYSIS, Cell, replaced_folder, write_text
 
 PROG = "analyze_results.py"
-LATEX_HEAD = r"% Needs \usepackage{booktabs}."
+JOINED = "analysis_joined"
+LATEX_HEAD = r"% Needs \usepackage{booktabs,graphicx}."
 
 
-def analyze(folder: Path) -> Path:
-    """Make `folder`/analysis anew and return it.
+def analyze(folder: Path, *others: Path, output: Path | None = None, allow_differences: bool = False) -> Path:
+    """Make the analysis of one or several folders anew and return its folder.
 
-    Raises InputError where `folder` is no results folder or cannot be written."""
-    results = usable(read_results(folder))
+    It goes to `output`; by default to analysis/ in `folder`, or analysis_joined/ where there are `others`.
+    Raises InputError where one is no results folder, two must not be mixed, or nothing can be written."""
+    joined = read_joined([folder, *others], allow_differences=allow_differences)
+    target = output or folder / (JOINED if others else ANALYSIS)
+    if output:
+        check_replaceable(output)
+    results = joined.results
     styles = model_styles(models_of(results))
     patterns, no_patterns = read_patterns(results)
-    table = metric_table(results, patterns)
-    analysis = Analysis(
-        results=results,
-        facts={task: task_facts(results, task) for task in tasks_of(results)},
+    epochs, progress = epoch_table(results), progress_table(results)
+    analysis = make_analysis(joined, metric_table(results, patterns), progress, no_patterns)
+    stems = task_stems(list(analysis.facts))
+    with replaced_folder(target) as fresh, figure_style():
+        (fresh / "figures").mkdir()
+        notes: dict[str, list[FigureNote]] = {task: [] for task in stems}
+        for task, stem in stems.items():
+            for note, figure in TaskFigures(analysis, task, stem, epochs, progress, patterns, styles).draw():
+                save_figure(figure, fresh / "figures", note.stem)
+                notes[task].append(note)
+        shown = tables(analysis)
+        write_text(fresh / "summary.csv", summary_csv(analysis))
+        write_text(fresh / "summary.md", "\n\n".join(map(markdown_table, shown)) + "\n")
+        write_text(fresh / "summary.tex", "\n\n".join([LATEX_HEAD, *map(latex_table, shown)]) + "\n")
+        blocks = report(analysis, notes)
+        write_text(fresh / "report.md", markdown_report(blocks))
+        write_text(fresh / "report.html", html_report(blocks, fresh / "figures"))
+    return target
+
+
+def make_analysis(
+    joined: JoinedResults, measured: pd.DataFrame, progress: pd.DataFrame, no_patterns: dict[Cell, str]
+) -> Analysis:
+    """All numbers of the report. `measured`: the tidy table so far; see comparison_tables.metric_table."""
+    results = joined.results
+    facts = {task: task_facts(results, task) for task in tasks_of(results)}
+    targets = target_accuracies(progress, {task: one.chance for task, one in facts.items()})
+    more = progress_metrics(progress, targets)
+    table = pd.concat([measured, more], ignore_index=True) if len(more) else measured
+    predictions, no_predictions = read_predictions(results)
+    return Analysis(
+        joined=joined,
+        facts=facts,
         table=table,
         summary=summarize(table),
         differences=compare(table),
         learned=learned_table(results),
-        names={model: style.name for model, style in styles.items()},
+        names={model: style.name for model, style in model_styles(models_of(results)).items()},
         no_patterns=no_patterns,
+        targets=targets,
+        predictions=compare_predictions(predictions),
+        no_predictions=no_predictions,
     )
-    epochs = epoch_table(results)
-    stems = task_stems(list(analysis.facts))
-    with replaced_folder(folder / ANALYSIS) as fresh, figure_style():
-        (fresh / "figures").mkdir()
-        notes: dict[str, list[FigureNote]] = {task: [] for task in stems}
-        for task, stem in stems.items():
-            for note, figure in TaskFigures(analysis, task, stem, epochs, patterns, styles).draw():
-                save_figure(figure, fresh / "figures", note.stem)
-                notes[task].append(note)
-        write_text(fresh / "summary.csv", summary_csv(analysis))
-        write_text(fresh / "summary.md", "\n\n".join(map(markdown_table, tables(analysis))) + "\n")
-        write_text(
-            fresh / "summary.tex", "\n\n".join([LATEX_HEAD, *map(latex_table, tables(analysis))]) + "\n"
-        )
-        write_text(fresh / "report.md", report(analysis, notes))
-    return folder / ANALYSIS
+
+
+def check_replaceable(target: Path) -> None:
+    """InputError where `target` holds something else than an analysis, which would be lost."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target} is no folder; choose another --output-dir")
+    names = {path.name for path in target.iterdir()}
+    if names and not {"report.md", "summary.csv"} <= names:
+        raise InputError(f"{target} holds something else than an analysis; choose another --output-dir")
 
 
 def summary_csv(analysis: Analysis) -> str:
@@ -80,19 +125,34 @@ def summary_csv(analysis: Analysis) -> str:
 
 
 def make_parser() -> Parser:
-    intro, example, rest = (__doc__ or "").split("\n\n", 2)
-    parser = Parser(prog=PROG, description=f"{intro}\n\n{rest}", epilog=f"example:\n{example}")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a results folder made by run_experiment.py")
+    intro, examples, rest = (__doc__ or "").split("\n\n", 2)
+    parser = Parser(prog=PROG, description=f"{intro}\n\n{rest}", epilog=f"examples:\n{examples}")
+    parser.add_argument(
+        "folders", type=Path, nargs="+", metavar="DIR", help="results folders made by run_experiment.py"
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help=f"where the analysis goes; an older analysis there is replaced (default: {ANALYSIS}/ in the "
+        f"folder, {JOINED}/ in the first of several)",
+    )
+    parser.add_argument(
+        MIXED,
+        action="store_true",
+        help="compare folders although settings, data or arithmetic differ; the report says so first",
+    )
     return parser
 
 
 def run(argv: list[str]) -> int:
-    folder = make_parser().parse_args(argv).folder
+    arguments = make_parser().parse_args(argv)
+    folders: Sequence[Path] = arguments.folders
     try:
-        made = analyze(folder)
+        made = analyze(*folders, output=arguments.output_dir, allow_differences=arguments.allow_differences)
     except OSError as error:
-        raise InputError(f"the analysis of {folder} cannot be written: {error}") from error
-    print(f"report: {made / 'report.md'}")
+        raise InputError(f"the analysis of {folders[0]} cannot be written: {error}") from error
+    print(f"report: {made / 'report.html'}")
     return EXIT_DONE
 
 

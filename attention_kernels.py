@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention_scores import DotProduct, Mask, Score
-from tiled_attention import tiled_attention
+from attention_engine.attention_scores import DotProduct, Mask, Score
+from attention_engine.tiled_attention import tiled_attention
 
 BACKENDS = ("auto", "dense", "tiled", "sdpa", "triton")
 # What "auto" chooses from, fastest first. "triton" takes its place before "tiled" once `pytest -m gpu` has
@@ -87,7 +87,9 @@ def attend(
         if backend == "sdpa":
             return sdpa_attention(q, k, v, score, mask), None
         if backend == "triton":
-            from triton_attention import triton_attention  # needs Triton, which nothing else does
+            from attention_engine.triton_attention import (
+                triton_attention,  # needs Triton, which nothing else does
+            )
 
             return triton_attention(q, k, v, score, mask, skip_far_keys), None
         dtype = torch.promote_types(q.dtype, torch.float32)

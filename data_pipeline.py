@@ -6,9 +6,9 @@
 
 | task | examples | tokens |
 |---|---|---|
-| imdb | 22,500 / 2,500 / 25,000 film reviews (imdb.py), 2 classes | bytes or words |
-| listops | 96,000 / 2,000 / 2,000 expressions (listops.py), 10 classes | 15 symbols |
-| synthetic_reviews | made-up documents (synthetic_reviews.py), 2 classes | bytes or words |
+| imdb | 22,500 / 2,500 / 25,000 film reviews (tasks/imdb.py), 2 classes | bytes or words |
+| listops | 96,000 / 2,000 / 2,000 expressions (tasks/listops.py), 10 classes | 15 symbols |
+| synthetic_reviews | made-up documents (tasks/synthetic_reviews.py), 2 classes | bytes or words |
 
 IMDb's validation split is a stratified tenth of its training set, drawn by --data-seed before any subset is
 taken; the test set is never used for it. A new task is a function from DataSettings to TaskData in TASKS.
@@ -26,10 +26,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import imdb
-import listops
-import listops_tsv
-from array_cache import Arrays, cached_arrays
 from command_line import (
     EXIT_DONE,
     InputError,
@@ -40,10 +36,12 @@ from command_line import (
     given_settings,
     option_name,
 )
-from imdb_download import MissingData, download_archive
-from synthetic_reviews import generate_reviews
-from task_data import DataSettings, TaskData
-from text_tokenizers import (
+from tasks import imdb, listops, listops_tsv
+from tasks.array_cache import Arrays, cached_arrays
+from tasks.imdb_download import MissingData, download_archive
+from tasks.synthetic_reviews import generate_reviews
+from tasks.task_data import DataSettings, TaskData
+from tasks.text_tokenizers import (
     WORD_VERSION,
     ByteTokenizer,
     ListOpsTokenizer,
@@ -51,7 +49,7 @@ from text_tokenizers import (
     count_words,
     make_vocabulary,
 )
-from token_dataset import (
+from tasks.token_dataset import (
     Batch,
     TokenDataset,
     concatenate,

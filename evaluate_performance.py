@@ -13,8 +13,6 @@ import functools
 import itertools
 import math
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -23,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from command_line import EXIT_DONE, InputError, Parser, exit_code
+from reporting.array_files import read_arrays
 from results_folder import ANALYSIS, CellRecord, Results, file_name, read_results, replaced_folder
 
 PROG = "evaluate_performance.py"
 PATTERNS = "attention_patterns.npz"
-LARGEST_PATTERNS = 2**30  # bytes when unpacked: a larger file is not one of ours
 
 
 def convergence_epoch(accuracies: Sequence[float], chance: float = 0.0) -> int | None:
@@ -96,27 +94,10 @@ class AttentionPatterns:
 
 def read_attention_patterns(path: Path) -> AttentionPatterns:
     """The patterns in a file; ValueError says why it holds none. Nothing in it is executed."""
+    arrays = read_arrays(path, (field.name for field in fields(AttentionPatterns)))
     try:
-        if path.is_symlink():
-            raise ValueError("it is a link, which may lead out of the folder")
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a file")
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > LARGEST_PATTERNS:
-            raise ValueError(f"it would unpack to {size:,} bytes")
-        names = {field.name for field in fields(AttentionPatterns)}
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in names & set(arrays.files)}
-        if not all(isinstance(array, np.ndarray) for array in found.values()):
-            raise ValueError("it holds something that is no array")
-        return AttentionPatterns(**found)
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no {path.name}") from error
-    except (
-        *(OSError, ValueError, TypeError, EOFError, RuntimeError, MemoryError),
-        *(zipfile.BadZipFile, zlib.error),
-    ) as error:
+        return AttentionPatterns(**arrays)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path.name} cannot be used: {error}") from error
 
 
@@ -141,6 +122,14 @@ def share_within(patterns: AttentionPatterns, distance: float) -> np.ndarray:
     return patterns.distance_share[..., patterns.distance_edges[1:] <= distance].sum(-1)
 
 
+def relative_masses(masses: np.ndarray) -> np.ndarray:
+    """Masses of an example (layers, T, H, M) over their mean in each layer, timescale and head; then the mean
+    over these: (M,). 1 where all masses are 0."""
+    mass = masses.astype(np.float64)
+    mean = mass.mean(-1, keepdims=True)
+    return np.divide(mass, mean, out=np.ones_like(mass), where=mean > 0).mean((0, 1, 2))
+
+
 def token_masses(patterns: Sequence[AttentionPatterns], role: str = "key") -> list[tuple[str, float, int]]:
     """(symbol, relative mass, occurrences) by falling mass; empty where the mechanism has no masses.
 
@@ -153,9 +142,7 @@ def token_masses(patterns: Sequence[AttentionPatterns], role: str = "key") -> li
         if masses is None:
             continue
         for example, length in enumerate(one.lengths):
-            mass = masses[:, example, ..., :length].astype(np.float64)
-            mean = mass.mean(-1, keepdims=True)
-            relative = np.divide(mass, mean, out=np.ones_like(mass), where=mean > 0).mean((0, 1, 2))
+            relative = relative_masses(masses[:, example, ..., :length])
             for symbol, value in zip(one.symbols[example, :length], relative, strict=True):
                 found.setdefault(str(symbol), []).append(float(value))
     rows = [(symbol, math.fsum(values) / len(values), len(values)) for symbol, values in found.items()]
@@ -189,10 +176,10 @@ def draw_run(
 ) -> list[str]:
     """Draw the run's learning curves, learned scalars and attention into `folder`; returns the file names."""
     # Not at the top: the trainer imports this file, and trains without the libraries that draw.
-    import attention_figures
-    from comparison_tables import distance_table, epoch_table, learned_table, models_of, task_facts
-    from figure_style import figure_style, model_styles, save_figure
-    from figures import curves_figure
+    from reporting import attention_figures, distance_figures, mass_figures
+    from reporting.comparison_tables import distance_table, epoch_table, learned_table, models_of, task_facts
+    from reporting.figure_style import figure_style, model_styles, save_figure
+    from reporting.figures import curves_figure
 
     styles = model_styles(models_of(results))
     facts = task_facts(results, record.cell.task)
@@ -209,11 +196,13 @@ def draw_run(
         figures["learned"] = lambda: attention_figures.learned_figure(learned, styles, title)
     if patterns is not None:
         shares = distance_table({record.cell: patterns})
-        figures["attention_distance"] = lambda: attention_figures.distance_figure(shares, styles, title)
+        figures["attention_distance"] = lambda: distance_figures.distance_figure(
+            shares, learned, styles, title
+        )
         masses = token_masses([patterns])
         if masses:
             by_model = {record.cell.model: masses}
-            figures["masses"] = lambda: attention_figures.mass_figure(by_model, styles, title)
+            figures["masses"] = lambda: mass_figures.mass_figure(by_model, styles, title)
         layers, _, timescales = patterns.maps.shape[:3]
         for layer, timescale in itertools.product(range(layers), range(timescales)):
             place = f"layer {layer + 1}, timescale {timescale + 1}"

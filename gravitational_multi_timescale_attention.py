@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from attention_module import AttentionModule
-from attention_scores import Gravity
+from attention_engine.attention_module import AttentionModule
+from attention_engine.attention_scores import Gravity
 from gravitational_attention import GravitationalField
 from multi_timescale_attention import Discounts, TimescaleDecoder
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_module import AttentionModule
-from attention_scores import DotProduct
+from attention_engine.attention_module import AttentionModule
+from attention_engine.attention_scores import DotProduct
 
 DECODERS = ("laplace", "linear", "mlp")
 SHORTEST_HORIZON, LONGEST_HORIZON = 10.0, 1000.0

@@ -25,7 +25,6 @@ import shlex
 import sys
 from pathlib import Path
 
-from cell_lock import CellLock, LockedError
 from command_line import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -37,8 +36,9 @@ from command_line import (
     one_line,
 )
 from data_pipeline import TASKS, DataSettings, TaskData
-from experiment_grid import Choice, Grid, accuracy_table, failure_table, verified_cell
-from experiment_plan import (
+from experiment.cell_lock import CellLock, LockedError
+from experiment.experiment_grid import Choice, Grid, accuracy_table, failure_table, verified_cell
+from experiment.experiment_plan import (
     COMPARED,
     MODELS,
     PRESETS,
@@ -49,8 +49,8 @@ from experiment_plan import (
     make_plan,
     model_class,
 )
-from experiment_progress import duration
-from plan_files import (
+from experiment.experiment_progress import duration
+from experiment.plan_files import (
     PROG,
     check_data,
     check_space,
@@ -60,11 +60,11 @@ from plan_files import (
     write_cells,
     write_plan,
 )
+from experiment.stop_request import StoppedError, StopRequest
+from experiment.time_estimate import estimate_time
+from experiment.transformer_classifier import ModelSettings
 from results_folder import create_results_folder
-from stop_request import StoppedError, StopRequest
-from time_estimate import estimate_time
 from train_and_evaluate import TrainingSettings
-from transformer_classifier import ModelSettings
 
 __all__ = ["MODELS", "PRESETS", "main"]
 

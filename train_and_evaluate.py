@@ -27,8 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_patterns import NoAttentionMapsError, attention_patterns
-from checkpoints import (
+from command_line import check_settings, setting
+from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches, training_batches
+from evaluate_performance import convergence_epoch
+from experiment.attention_patterns import NoAttentionMapsError, attention_patterns
+from experiment.checkpoints import (
     BEST,
     CheckpointError,
     Note,
@@ -39,14 +42,16 @@ from checkpoints import (
     write_checkpoint,
     write_weights,
 )
-from command_line import check_settings, setting
-from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches, training_batches
-from device_memory import PeakMemory
-from evaluate_performance import convergence_epoch
+from experiment.device_memory import PeakMemory
+from experiment.stop_request import StoppedError
+from experiment.training_progress import DivergedError, Progress, StepMeter
+from experiment.transformer_classifier import (
+    AttentionFactory,
+    ModelSettings,
+    TransformerClassifier,
+    random_stream,
+)
 from results_folder import SCHEMA_VERSION, as_json, write_atomic, write_json_lines
-from stop_request import StoppedError
-from training_progress import DivergedError, Progress, StepMeter
-from transformer_classifier import AttentionFactory, ModelSettings, TransformerClassifier, random_stream
 
 __all__ = ["ModelSettings", "TrainingSettings", "TransformerClassifier", "train_and_evaluate"]
 

@@ -25,8 +25,8 @@ def measure(expressions: int, seed: int, write: bool) -> dict[str, Any]:
     """Make the expressions, and write them into a folder that is thrown away; the figures of both."""
     import numpy as np
 
-    from listops import ListOpsSettings, generate_splits
-    from listops_tsv import write_files
+    from tasks.listops import ListOpsSettings, generate_splits
+    from tasks.listops_tsv import write_files
 
     held_out = int(HELD_OUT * expressions)
     sizes = {"train": expressions - 2 * held_out, "val": held_out, "test": held_out}

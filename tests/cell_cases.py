@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from cell_runner import run_cell
 from conventional_attention import ConventionalAttention
 from data_pipeline import TaskData, TokenDataset
+from experiment.cell_runner import run_cell
 from train_and_evaluate import ModelSettings, TrainingSettings
 
 VOCABULARY, CLASSES = 11, 3

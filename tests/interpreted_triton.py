@@ -12,8 +12,8 @@ import pytest
 import torch
 from triton_cases import KINDS, MASKS, Case, Kind, beyond, errors, masks
 
-import triton_attention
-from attention_scores import Mask
+from attention_engine import triton_attention
+from attention_engine.attention_scores import Mask
 
 OUTPUT, GRADIENT = 2e-6, 2e-5
 

@@ -5,14 +5,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from reporting.task_figures import TaskFigures
 from results_folder import Cell
 
 MODELS = ("conventional", "gravitational", "multi_timescale", "gravitational_multi_timescale")
 TITLES = {"listops": "ListOps (LRA)", "imdb": "IMDb bytes (LRA Text)"}
 EDGES = np.concatenate([[0], 2 ** np.arange(11)])
 LAYERS, EXAMPLES, HEADS, TOKENS = 2, 3, 4, 40
+HOLES = {
+    Cell("listops", "multi_timescale", 1): "diverged",
+    Cell("listops", "gravitational", 0): "failed",
+    Cell("listops", "gravitational", 1): "missing",
+    Cell("listops", "gravitational", 2): "failed",
+}
 TEXT = "the film was not bad, but its end is a mess"
+
+
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an analysis draw nothing, for tests of its texts: drawing takes nearly all of its time."""
+    monkeypatch.setattr(TaskFigures, "draw", lambda self: iter(()))
 
 
 def task_info(task: str, stand_in_for: str | None = None) -> dict[str, Any]:
@@ -45,8 +58,10 @@ def make_results(
     stand_in_for: dict[str, str] | None = None,
     epochs: int = 6,
     patterns: bool = True,
+    data: dict[str, Any] | None = None,
 ) -> Path:
-    """A results folder at `root`. `states`: of cells that are not done; "missing" leaves no file behind."""
+    """A results folder at `root`. `states`: of cells that are not done; "missing" leaves no file behind.
+    data: settings of the data of every task, over those of the full preset."""
     cells = [Cell(task, model, seed) for seed in seeds for task in tasks for model in models]
     command = f"python run_experiment.py --preset {preset}"
     config = {
@@ -54,7 +69,11 @@ def make_results(
         "preset": preset,
         "argv": ["--preset", preset],
         "command": command,
-        "settings": {"model": {"embed_dim": 128, "gammas": None}, "training": {"learning_rate": 1e-4}},
+        "settings": {
+            "model": {"embed_dim": 128, "gammas": None},
+            "training": {"learning_rate": 1e-4},
+            "data": {task: {"tokenizer": "byte", "max_length": None} | (data or {}) for task in tasks},
+        },
         "models": list(models),
         "tasks": list(tasks),
         "seeds": list(seeds),
@@ -96,6 +115,7 @@ def make_cell(root: Path, cell: Cell, number: int, state: str, epochs: int, patt
     if state != "done":
         return
     write(folder / "result.json", cell_result(rows, number, float(top), draws))
+    save_predictions(folder / "test_predictions.npz", cell.task, float(top), draws)
     if patterns:
         save_patterns(folder / "attention_patterns.npz", cell.model, draws)
 
@@ -158,6 +178,14 @@ def cell_result(
         "test_predictions_best": "test_predictions.npz",
         "wall_seconds": 100.0,
     }
+
+
+def save_predictions(path: Path, task: str, accuracy: float, draws: np.random.Generator) -> None:
+    """Answers that are right with this probability; the labels are those of the task, equal for all cells."""
+    classes = task_info(task)["num_classes"]
+    labels = np.random.default_rng(len(task)).integers(0, classes, 2000)
+    right = draws.random(len(labels)) < accuracy
+    np.savez(path, predictions=np.where(right, labels, (labels + 1) % classes), labels=labels)
 
 
 def pattern_arrays(model: str, draws: np.random.Generator) -> dict[str, np.ndarray]:

@@ -12,41 +12,28 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 import pytest
-from results_fixture import MODELS, make_results, write
+from results_fixture import HOLES, MODELS, make_results, without_figures, write
 
 import analyze_results
 from analyze_results import analyze, main
-from comparison_tables import (
+from reporting.analysis_report import report
+from reporting.comparison_tables import (
     ACCURACY,
     learned_table,
     read_patterns,
     usable,
 )
+from reporting.text_tables import latex, markdown, short
 from results_folder import Cell, read_results
-from text_tables import latex, markdown, short
 
 REPOSITORY = Path(analyze_results.__file__).parent
 HOSTILE = "my_pkg.x:A$|*_<b>&%#{\\`[n](u)\u0001\u6f22" + "y" * 60
-STATES = {
-    Cell("listops", "multi_timescale", 1): "diverged",
-    Cell("listops", "gravitational", 0): "failed",
-    Cell("listops", "gravitational", 1): "missing",
-    Cell("listops", "gravitational", 2): "failed",
-}
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     """The content of every file below a folder, by its path."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-@pytest.fixture(scope="module")
-def holed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three seeds of four models; one cell diverged, and one model has none that is done. Analysed."""
-    root = make_results(tmp_path_factory.mktemp("holed"), tasks=("listops",), states=STATES)
-    analyze(root)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +56,9 @@ def report_of(root: Path) -> str:
 def test_an_analysis_has_a_report_three_tables_and_each_figure_as_png_and_pdf(holed: Path) -> None:
     analysis = holed / "analysis"
     names = {path.name for path in analysis.iterdir()}
-    assert names == {"report.md", "summary.csv", "summary.md", "summary.tex", "figures"}
-    kinds = ["accuracy", "learning_curves", "convergence", "cost", "improvement", "radar"]
-    kinds += ["attention_distance", "masses", "learned"]
+    assert names == {"report.html", "report.md", "summary.csv", "summary.md", "summary.tex", "figures"}
+    kinds = ["accuracy", "accuracy_time", "learning_curves", "convergence", "cost", "improvement", "radar"]
+    kinds += ["attention_distance", "masses", "mass_text", "learned"]
     kinds += [f"attention_{model}" for model in MODELS if model != "gravitational"]
     figures = {path.name for path in (analysis / "figures").iterdir()}
     assert figures == {f"{kind}_listops.{suffix}" for kind in kinds for suffix in ("png", "pdf")}
@@ -95,7 +82,7 @@ def test_another_analysis_in_another_process_gives_the_same_bytes_and_needs_no_t
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"report: {holed / 'analysis' / 'report.md'}\n"
+    assert done.stdout == f"report: {holed / 'analysis' / 'report.html'}\n"
     assert snapshot(holed) == before
 
 
@@ -128,6 +115,7 @@ def test_nothing_is_written_outside_analysis_and_matplotlib_is_left_as_it_was(tm
 def test_a_failure_leaves_the_old_analysis_and_no_scraps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    without_figures(monkeypatch)
     root = make_results(tmp_path, tasks=("listops",), models=MODELS[:1], seeds=(0,), patterns=False)
     (root / "analysis").mkdir()
     (root / "analysis" / "old.txt").write_text("old")
@@ -141,7 +129,7 @@ def test_a_failure_leaves_the_old_analysis_and_no_scraps(
         analyze(root)
     assert snapshot(root) == before
     assert not list(root.glob(".analysis*"))
-    monkeypatch.undo()
+    monkeypatch.setattr(analyze_results, "report", report)
     analyze(root)
     assert not (root / "analysis" / "old.txt").exists()
 
@@ -193,7 +181,7 @@ def test_a_folder_without_a_done_cell_still_gets_a_report_that_says_so(
 def test_missing_failed_and_diverged_cells_are_named_with_their_reasons(holed: Path) -> None:
     for name in ("report.md", "summary.md"):
         text = (holed / "analysis" / name).read_text(encoding="utf-8")
-        for cell, state in STATES.items():
+        for cell, state in HOLES.items():
             line = next(line for line in text.splitlines() if markdown(str(cell)) in line)
             assert state in line
         assert "out of memory" in text and "the loss is nan in epoch 3" in text
@@ -224,7 +212,10 @@ def test_one_seed_says_n_is_1_and_gives_no_interval(smoke: Path) -> None:
     assert not re.search(r"\b(better|worse|significant)\b", text)
 
 
-def test_enough_seeds_that_agree_are_called_better_or_worse(tmp_path: Path) -> None:
+def test_enough_seeds_that_agree_are_called_better_or_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_figures(monkeypatch)
     root = make_results(
         tmp_path, tasks=("listops",), models=MODELS[:2], seeds=tuple(range(6)), patterns=False, epochs=1
     )
@@ -249,10 +240,10 @@ def test_smoke_runs_and_stand_in_data_are_said_at_the_top_in_every_table_and_in_
     assert set(pd.read_csv(analysis / "summary.csv")["notice"]) == {notice}
     written = (analysis / "summary.md").read_text(encoding="utf-8")
     titles = [line for line in written.splitlines() if line.startswith("**")]
-    assert len(titles) == 4
-    assert all("synthetic\\_reviews" in line for line in titles[:3]) and written.count(markdown(notice)) == 4
+    assert len(titles) == 6  # the last two are of all tasks, and say it in each row
+    assert all("synthetic\\_reviews" in line for line in titles[:4]) and written.count(markdown(notice)) == 6
     tex = (analysis / "summary.tex").read_text(encoding="utf-8")
-    assert tex.count(latex(notice)) == tex.count(r"\begin{tabular}") == 4
+    assert tex.count(latex(notice)) == tex.count(r"\begin{tabular}") == 6
     assert all(path.stem.endswith("_synthetic_reviews") for path in (analysis / "figures").iterdir())
 
 
@@ -293,7 +284,7 @@ def test_hostile_names_are_escaped_in_every_file_and_stay_inside_analysis(tmp_pa
     assert "<script>" not in text and "<b>" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     widths = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
-    assert widths <= {5, 8, 9}  # no name adds a column
+    assert widths <= {5, 8, 9, 10}  # no name adds a column
     tex = (root / "analysis" / "summary.tex").read_text(encoding="utf-8")
     assert not re.search(r"(?<!\\)[$%#_]", tex.split("\n", 1)[1])
     assert "\u0001" not in text + tex
@@ -314,7 +305,8 @@ def test_a_done_cell_without_a_usable_result_or_pattern_is_named(tmp_path: Path)
     assert [cell.model for cell in reasons] == ["multi_timescale"]
 
 
-def test_strange_values_in_the_files_break_no_table(tmp_path: Path) -> None:
+def test_strange_values_in_the_files_break_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_figures(monkeypatch)
     root = make_results(tmp_path, tasks=("listops",), models=("conventional",), seeds=(0,), patterns=False)
     folder = Cell("listops", "conventional", 0).folder(root)
     row = {"epoch": 1, "val_accuracy": "high", "learned": {"layer0": {"gamma": [[1.0, "x"], 3]}, "y": 5}}

@@ -8,10 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attention_patterns import DISTANCE_EDGES, NoAttentionMapsError, attention_patterns, choose_examples
 from data_pipeline import TaskData, TokenDataset
-from experiment_plan import attention_factory
-from transformer_classifier import ModelSettings, TransformerClassifier
+from experiment.attention_patterns import (
+    DISTANCE_EDGES,
+    NoAttentionMapsError,
+    attention_patterns,
+    choose_examples,
+)
+from experiment.experiment_plan import attention_factory
+from experiment.transformer_classifier import ModelSettings, TransformerClassifier
 
 SETTINGS = ModelSettings(embed_dim=8, num_heads=2, num_layers=2, feed_forward_dim=12)
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-import cell_lock
-from cell_lock import LOCK, CellLock, LockedError, LockLostError, this_process
+from experiment import cell_lock
+from experiment.cell_lock import LOCK, CellLock, LockedError, LockLostError, this_process
 from results_folder import WriteError
 
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.projections.polar import PolarAxes
 from results_fixture import MODELS, make_results
 
-from comparison_tables import (
+from reporting.comparison_tables import (
     ACCURACY,
     compare,
     epoch_table,
@@ -18,10 +18,26 @@ from comparison_tables import (
     summarize,
     usable,
 )
-from figure_style import MODEL_STYLES, drawable, figure_style, model_styles, new_figure
-from figures import plot_accuracy, plot_bars, plot_curves, plot_improvement, plot_radar
+from reporting.figure_style import MODEL_STYLES, drawable, figure_style, model_styles, new_figure
+from reporting.figures import (
+    plot_accuracy,
+    plot_bars,
+    plot_curves,
+    plot_improvement,
+    plot_radar,
+    reference_levels,
+)
+from reporting.text_tables import (
+    TextTable,
+    code_block,
+    latex,
+    latex_table,
+    markdown,
+    markdown_table,
+    short,
+    short_p,
+)
 from results_folder import Cell, Results, read_results
-from text_tables import TextTable, code_block, latex, latex_table, markdown, markdown_table, short, short_p
 
 STATES = {Cell("listops", "multi_timescale", 1): "diverged"} | {
     Cell("listops", "gravitational", seed): "failed" for seed in range(3)
@@ -102,31 +118,31 @@ def test_radar_scores_are_relative_to_the_best_model() -> None:
         ]
     )
     scores = radar_scores(summarize(table), "listops")
-    assert scores["accuracy"].to_dict() == {"conventional": 1.0, "a": 0.5}
-    assert scores["time\nefficiency"].to_dict() == {"conventional": 0.5, "a": 1.0}
-    assert scores["memory\nefficiency"].isna().all()
+    assert scores["accuracy /\nhighest"].to_dict() == {"conventional": 1.0, "a": 0.5}
+    assert scores["shortest time\nper epoch / time"].to_dict() == {"conventional": 0.5, "a": 1.0}
+    assert scores["smallest peak\nmemory / memory"].isna().all()
 
 
 # Figures
 
 
-def test_the_accuracy_figure_draws_the_means_and_seeds_of_the_table_and_starts_at_0(results: Results) -> None:
+def test_the_accuracy_figure_draws_the_means_intervals_and_seeds_of_the_table(results: Results) -> None:
     table = metric_table(results, {})
     values, styles = table[table["metric"] == ACCURACY], model_styles(MODELS)
     with figure_style():
         ax = new_figure(1, 1, 6, 3)[1][0, 0]
-        assert plot_accuracy(values, styles, ax, chance=0.1, majority=0.175) is ax
+        assert plot_accuracy(values, styles, ax, reference_levels(0.1, 0.175)) is ax
     summary = summarize(values).set_index("model")["mean"]
     done = [model for model in MODELS if model in summary]
-    widths = [bar.get_width() for bar in ax.patches if isinstance(bar, Rectangle)]
-    assert widths == pytest.approx([100 * summary[model] for model in done])
-    assert ax.get_xlim()[0] == 0
-    drawn = {
-        line.get_color(): line.get_xdata() for line in ax.get_lines() if str(line.get_marker()) in "os^D"
-    }
     for model in done:
+        marks = [line for line in ax.get_lines() if line.get_marker() == styles[model].marker]
+        seeds, mean = (np.asarray(line.get_xdata(), float) for line in marks)
         expected = 100 * values[values["model"] == model].sort_values("seed")["value"]
-        np.testing.assert_allclose(np.asarray(drawn[styles[model].color]), expected)
+        np.testing.assert_allclose(seeds, expected)
+        np.testing.assert_allclose(mean, [100 * summary[model]])
+    ends = [bar.get_segments()[0][:, 0] for bar in ax.collections if isinstance(bar, LineCollection)]
+    intervals = summarize(values).set_index("model").loc[done, ["low", "high"]]
+    np.testing.assert_allclose(ends, 100 * intervals)
     levels = [str(line.get_label()) for line in ax.get_lines() if ":" in str(line.get_label())]
     assert levels == ["chance: 10.0 %", "largest class: 17.5 %"]
 
@@ -201,6 +217,8 @@ def test_a_table_reads_the_same_in_markdown_and_in_latex() -> None:
     assert markdown_table(table) == "**A\\_title**\n\n| model | n |\n| --- | ---: |\n| x\\_y | 3 |\n\n50 %"
     tex = latex_table(table)
     assert r"\caption{A\_title. 50 \%}" in tex and r"\begin{tabular}{lr}" in tex and r"    x\_y & 3 \\" in tex
+    wide = latex_table(TextTable("t", ["seconds to the best epoch", "n"], [["1", "2"]]))
+    assert r"    \shortstack{seconds to the \\ best epoch} & n \\" in wide and r"\linewidth" in wide
     assert tex.index(r"\toprule") < tex.index(r"\midrule") < tex.index(r"\bottomrule")
 
 

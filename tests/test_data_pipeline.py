@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_pipeline
-import synthetic_reviews
 from command_line import InputError
 from data_pipeline import (
     TASKS,
@@ -32,10 +31,11 @@ from data_pipeline import (
     main,
     training_batches,
 )
-from random_draws import RandomDraws
-from synthetic_reviews import PAIRS, generate_reviews
-from text_tokenizers import count_words, make_vocabulary, split_words
-from token_dataset import concatenate, offsets_of, stratified_choice
+from tasks import synthetic_reviews
+from tasks.random_draws import RandomDraws
+from tasks.synthetic_reviews import PAIRS, generate_reviews
+from tasks.text_tokenizers import count_words, make_vocabulary, split_words
+from tasks.token_dataset import concatenate, offsets_of, stratified_choice
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = DataSettings(train_size=60, val_size=12, test_size=13, max_length=150)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import device_memory
-from device_memory import PeakMemory
+from experiment import device_memory
+from experiment.device_memory import PeakMemory
 
 MIB = 2**20
 

@@ -21,8 +21,7 @@ from evaluate_performance import (
     share_within,
     token_masses,
 )
-from results_folder import Cell
-from seed_statistics import (
+from reporting.seed_statistics import (
     estimate,
     holm,
     paired_differences,
@@ -30,6 +29,7 @@ from seed_statistics import (
     smallest_sign_flip_p,
     t_quantile,
 )
+from results_folder import Cell
 
 # Convergence
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from results_fixture import make_results
 
 import analyze_results
-from comparison_tables import done_cells, metric_table, read_patterns, usable
+from reporting.comparison_tables import done_cells, metric_table, read_patterns, usable
 from results_folder import Cell, read_results
 
 MODELS = ("conventional", "gravitational", "multi_timescale")
@@ -186,7 +186,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def draw(figures: Any) -> Iterator[Any]:
         return iter(())
 
-    monkeypatch.setattr("task_figures.TaskFigures.draw", draw)
+    monkeypatch.setattr("reporting.task_figures.TaskFigures.draw", draw)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     yield
 

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import imdb
-import imdb_download
 from command_line import InputError
 from data_pipeline import DataSettings, MissingData, load_task, main
-from imdb import Reviews, load_reviews, read_source
+from tasks import imdb, imdb_download
+from tasks.imdb import Reviews, load_reviews, read_source
 
 PER_FOLDER = 3
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,10 +13,9 @@ from typing import ClassVar
 import pytest
 from test_imdb import contents, expected_contents, members, small_and_offline, tar_bytes
 
-import imdb
-import imdb_download
 from data_pipeline import DataSettings, MissingData, load_task, main
-from imdb import load_reviews
+from tasks import imdb, imdb_download
+from tasks.imdb import load_reviews
 
 __all__ = ["small_and_offline"]  # a fixture for every test here
 
@@ -217,7 +216,7 @@ def test_a_server_that_is_busy_is_asked_again_after_longer_and_longer_pauses(
     server: type[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("imdb_download.time.sleep", pauses.append)
+    monkeypatch.setattr("tasks.imdb_download.time.sleep", pauses.append)
     server.busy = 2
     assert main(["imdb", "--data-dir", str(tmp_path)]) == 0
     assert pauses == [0.01, 0.02]

@@ -311,7 +311,7 @@ def test_a_folder_that_vanishes_is_told_in_one_line_and_not_made_again(
     def vanish(*_: object) -> None:
         shutil.rmtree(only(tmp_path) if what == "root" else PLAIN_CELL.folder(only(tmp_path)))
 
-    monkeypatch.setattr("experiment_progress.RunProgress.epoch_ended", vanish)
+    monkeypatch.setattr("experiment.experiment_progress.RunProgress.epoch_ended", vanish)
     assert run_experiment.main([*PLAIN, "--output-dir", str(tmp_path)]) == 1
     assert "No such file or directory" in only_line(capsys.readouterr().err)
     assert bool(list(tmp_path.iterdir())) == (what == "cell")

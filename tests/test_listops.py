@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import listops
 from command_line import InputError
 from data_pipeline import DataSettings, load_task, main
-from listops import SYMBOLS, ListOpsSettings, generate_splits
-from listops_tsv import count_arguments, read_tsv
-from random_draws import RandomDraws
-from token_dataset import TokenDataset
+from tasks import listops
+from tasks.listops import SYMBOLS, ListOpsSettings, generate_splits
+from tasks.listops_tsv import count_arguments, read_tsv
+from tasks.random_draws import RandomDraws
+from tasks.token_dataset import TokenDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = ListOpsSettings()
@@ -403,7 +403,7 @@ def test_a_write_that_fails_midway_leaves_nothing(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("listops_tsv.write_tsv", fail)
+    monkeypatch.setattr("tasks.listops_tsv.write_tsv", fail)
     options = ["--train", "3", "--val", "1", "--test", "1", "--min-length", "5", "--max-length", "50"]
     assert main(["listops", "--output-dir", str(tmp_path), *options]) == 2
     assert "No space left" in capsys.readouterr().err

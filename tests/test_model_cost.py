@@ -5,9 +5,9 @@ import pytest
 from torch import nn
 
 from conventional_attention import ConventionalAttention
-from experiment_plan import COMPARED, attention_factory
-from model_cost import count_parameters, forward_flops, matched_settings
-from transformer_classifier import ModelSettings, TransformerClassifier
+from experiment.experiment_plan import COMPARED, attention_factory
+from experiment.model_cost import count_parameters, forward_flops, matched_settings
+from experiment.transformer_classifier import ModelSettings, TransformerClassifier
 
 E, H, D, F, C = 12, 3, 4, 20, 5
 SETTINGS = ModelSettings(embed_dim=E, num_heads=H, feed_forward_dim=F, num_layers=2, num_timescales=2)

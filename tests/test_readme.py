@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment_plan import MODELS, PRESETS
+from experiment.experiment_plan import MODELS, PRESETS
 from run_experiment import make_parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,9 @@ def test_every_file_of_the_top_level_is_in_the_file_map_and_every_named_file_exi
     file_map = README.split("## Files")[1].split("\n## ")[0]
     named = set(re.findall(r"`([\w/.]+\.py)`", file_map))
     assert files - named == set()
-    assert [name for name in named if not (ROOT / name).is_file()] == []
+    assert [name for name in named if not any(ROOT.rglob(name))] == []
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert folders - set(re.findall(r"`(\w+)/`", file_map)) == set()
 
 
 def test_every_link_of_the_readme_leads_to_a_file() -> None:

@@ -23,12 +23,19 @@ from cell_cases import (
 from torch import Tensor, nn
 
 import results_folder
-from checkpoints import LAST, PREVIOUS, CheckpointError, _serialized, read_checkpoint, write_checkpoint
-from experiment_plan import attention_factory
+from experiment.checkpoints import (
+    LAST,
+    PREVIOUS,
+    CheckpointError,
+    _serialized,
+    read_checkpoint,
+    write_checkpoint,
+)
+from experiment.experiment_plan import attention_factory
+from experiment.stop_request import StoppedError
+from experiment.training_progress import Progress
 from results_folder import WriteError
-from stop_request import StoppedError
 from train_and_evaluate import TrainingSettings
-from training_progress import Progress
 
 MECHANISMS: dict[str, Callable[[], nn.Module]] = {
     name: attention_factory(name, SETTINGS) for name in ("conventional", "gravitational_multi_timescale")
@@ -257,7 +264,7 @@ def test_a_checkpoint_that_cannot_be_read_back_never_replaces_one(
     run_until_stopped(tmp_path, 8 + 2)
     before = {name: (tmp_path / name).read_bytes() for name in (LAST, PREVIOUS)}
     state = read_checkpoint(tmp_path / LAST)
-    monkeypatch.setattr("checkpoints._serialized", lambda state: b"what a broken disk makes of it")
+    monkeypatch.setattr("experiment.checkpoints._serialized", lambda state: b"what a broken disk makes of it")
     with pytest.raises(WriteError, match="cannot be read back"):
         write_checkpoint(tmp_path, state)
     assert {name: (tmp_path / name).read_bytes() for name in (LAST, PREVIOUS)} == before

@@ -13,7 +13,7 @@ from cell_cases import outcome
 from test_cell_lock import write_lock
 
 import run_experiment
-from cell_lock import LOCK, CellLock, LockLostError
+from experiment.cell_lock import LOCK, CellLock, LockLostError
 from results_folder import Cell, read_results, write_json, write_status
 
 ANALYZE_RUN = run_experiment.analyze_run
@@ -299,7 +299,7 @@ def test_a_log_that_cannot_be_written_fails_no_cell(copy: Path, monkeypatch: pyt
     def broken(*_: object, **__: object) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("experiment_progress.print", broken, raising=False)
+    monkeypatch.setattr("experiment.experiment_progress.print", broken, raising=False)
     assert resume(copy) == 0
 
 

@@ -10,18 +10,25 @@ import numpy as np
 import pytest
 import torch
 
-import experiment_plan
-import plan_files
 import run_experiment
-from cell_runner import run_cell
 from command_line import InputError
 from data_pipeline import TASKS, MissingData, TaskData, load_task
-from experiment_plan import MODELS, PRESETS, Plan, attention_factory, find_model, load_tasks, make_plan
-from experiment_progress import TerminalProgress, duration, make_progress
+from experiment import experiment_plan, plan_files
+from experiment.cell_runner import run_cell
+from experiment.experiment_plan import (
+    MODELS,
+    PRESETS,
+    Plan,
+    attention_factory,
+    find_model,
+    load_tasks,
+    make_plan,
+)
+from experiment.experiment_progress import TerminalProgress, duration, make_progress
+from experiment.transformer_classifier import ModelSettings
 from multi_timescale_attention import MultiTimescaleAttention
 from results_folder import Cell, read_results
 from run_experiment import make_parser
-from transformer_classifier import ModelSettings
 
 USER_MODELS = '''
 import os, signal
@@ -455,7 +462,7 @@ def test_on_a_terminal_there_are_bars_with_loss_and_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setattr("training_progress.READ_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("experiment.training_progress.READ_EVERY_SECONDS", 0.0)
     cells = [Cell("listops", "conventional", 0)]
     progress = make_progress(cells, max_epochs=2)
     assert isinstance(progress, TerminalProgress)

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import results_fixture
 
-import imdb
 from command_line import InputError
 from evaluate_performance import main as evaluate_main
 from evaluate_performance import read_attention_patterns
-from imdb import read_source
 from results_folder import LARGEST_JSON, Cell, read_cell, read_json, read_results
+from tasks import imdb
+from tasks.imdb import read_source
 
-REPOSITORY = Path(imdb.__file__).parent
-PROGRAMS = sorted([*REPOSITORY.glob("*.py"), *(REPOSITORY / "benchmarks").rglob("*.py")])
+REPOSITORY = Path(imdb.__file__).parent.parent
+PROGRAMS = sorted(
+    [*REPOSITORY.glob("*.py"), *(path for path in REPOSITORY.glob("*/*.py") if path.parent.name != "tests")]
+)
 # What must stand at each call of a function by that name, however it was imported.
 REQUIRED = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}
 FORBIDDEN = {

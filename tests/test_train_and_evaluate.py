@@ -25,10 +25,12 @@ from cell_cases import (
 from torch import Tensor, nn
 
 import train_and_evaluate
-import training_progress
-from cell_runner import run_cell
 from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches
-from experiment_plan import MODELS, attention_factory
+from experiment import training_progress
+from experiment.cell_runner import run_cell
+from experiment.experiment_plan import MODELS, attention_factory
+from experiment.training_progress import Progress
+from experiment.transformer_classifier import random_stream, sinusoidal_positions
 from train_and_evaluate import (
     ModelSettings,
     Trainer,
@@ -36,8 +38,6 @@ from train_and_evaluate import (
     TransformerClassifier,
     evaluate,
 )
-from training_progress import Progress
-from transformer_classifier import random_stream, sinusoidal_positions
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,8 +13,8 @@ import torch
 from attention_cases import make
 from triton_cases import KINDS, MASKS, Case, Kind, beyond, errors, masks
 
+from attention_engine.attention_scores import DotProduct, Mask
 from attention_kernels import AUTO_BACKENDS, attend, cannot
-from attention_scores import DotProduct, Mask
 
 HERE = Path(__file__).resolve().parent
 LENGTHS = (1, 63, 64, 65, 127, 128, 129, 192, 704)
@@ -92,7 +92,7 @@ def test_kernels_compile_for_a_gpu(
 ) -> None:
     """The compiler refuses more than the interpreter does."""
     triton = need_triton()
-    import triton_kernels as kernels
+    from attention_engine import triton_kernels as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGpu(capability))

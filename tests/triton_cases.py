@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score
 from attention_kernels import attend
-from attention_scores import DotProduct, Gravity, Mask, Score
 
 Kind = Literal["dot product", "gravity", "force"]
 KINDS: tuple[Kind, ...] = ("dot product", "gravity", "force")

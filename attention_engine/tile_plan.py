@@ -1,0 +1,334 @@
+"""What a call of `tile_sums` needs to know besides its tensors, and the geometry of its tiles.
+
+A tile is a block of rows (queries) against a block of keys. Where keys lie beside the rows, gamma^|i-j|
+factors: with i0 the first row and j1 the last key before it, gamma^(i - i0) gamma^(i0 - j1) gamma^(j1 - j).
+Tiles on the diagonal of a decay, and tiles with masks or dropout, are explicit: weights are made in log
+space. So is every tile of a "shifted" block of rows, with the largest logit of each row subtracted.
+
+Symbols: B problems (a timescale of a head of an example), L rows, S keys, U weightings that share a tile, C
+columns of u, C / U for each weighting.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 256  # rows and keys of a tile, at most
+TILE_PAIRS = 2**18  # pairs worked on at once: 1 MiB in float32, two such buffers stay in a core's cache
+LARGEST_SUM = 1e30
+LOG_VANISHED = math.log(1e-22)
+
+
+@dataclass(frozen=True)
+class PairWeight:
+    """e(x). power: p / 2, or None for exp(x) itself. exponential: whether the exponential is taken.
+    floor: an x below it is taken for it, or None where rounding cannot make x too small."""
+
+    power: float | None
+    exponential: bool
+    floor: float | None = None
+
+    @property
+    def slope_factor(self) -> float:
+        """A constant factor of e'(x), left out below and multiplied in at the end."""
+        return 1.0 if self.power is None else -self.power
+
+    def weigh_(self, x: Tensor) -> Tensor:
+        """x -> e(x), in place."""
+        self._hold_(x)
+        if self.power is not None:
+            _inverse_power_(x, self.power)
+        return x.exp_() if self.exponential else x
+
+    def weigh_with_slope_(self, x: Tensor, upstream: Tensor) -> None:
+        """x -> e(x) and upstream -> upstream e'(x), both in place."""
+        self._hold_(x)
+        if self.power == 1.0:
+            x.reciprocal_()
+            upstream.mul_(x).mul_(x)
+        elif self.power is not None:
+            upstream.div_(x)
+            upstream.mul_(_inverse_power_(x, self.power))
+        if self.exponential:
+            x.exp_()
+            upstream.mul_(x)
+
+    def _hold_(self, x: Tensor) -> None:
+        if self.floor is not None:
+            x.clamp_(min=self.floor)
+
+    def log_weight(self, x: Tensor) -> Tensor:
+        self._hold_(x)
+        if self.power is None:
+            return x
+        return _inverse_power_(x.clone(), self.power) if self.exponential else x.log().mul_(-self.power)
+
+    def log_slope(self, x: Tensor) -> Tensor | None:
+        """The derivative of `log_weight`; None for 1."""
+        self._hold_(x)
+        if self.power is None:
+            return None
+        return _inverse_power_(x.clone(), self.power).div_(x) if self.exponential else x.reciprocal()
+
+
+def _inverse_power_(x: Tensor, power: float) -> Tensor:
+    """x -> x^(-power), in place."""
+    if power == 1.0:
+        return x.reciprocal_()
+    if power == 0.5:
+        return x.rsqrt_()
+    if power == 2.0:
+        return x.square_().reciprocal_()
+    return x.pow_(-power)
+
+
+@dataclass
+class Plan:
+    """What a call needs besides its tensors.
+
+    causal: keys after a row's own position are blocked.
+    lengths, windows: for each problem the number of leading keys to look at, and the largest |i - j|.
+    blocks: for each problem the rows and keys of a tile; so few that gamma^(2 block), or gamma^(2 window) if
+        that is less, is far from underflow, since arithmetic on denormal numbers is a hundred times slower.
+    least_sum: (B, U), sums of weights below it are not trusted.
+    tolerance: the share of a row's sum of weights that may be left out.
+    padding: (B, S) bool, True = blocked (u is zero there), or None.
+    pair_mask: from problems, rows and keys to what is added to the tile's logits, or None.
+    dropout, seed: probability of dropping a weight, and what its mask is drawn from.
+    shifts: filled by the forward: (first problem, first row) of a shifted block -> its (problems, U, rows).
+    """
+
+    weight: PairWeight
+    causal: bool
+    lengths: list[int]
+    windows: list[int]
+    blocks: list[int]
+    least_sum: Tensor
+    tolerance: float
+    padding: Tensor | None = None
+    pair_mask: Callable[[slice, slice, slice], Tensor] | None = None
+    dropout: float = 0.0
+    seed: int = 0
+    shifts: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+
+class Block(NamedTuple):
+    """A range of rows or of keys."""
+
+    start: int
+    stop: int
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+def blocks_of(length: int, block: int) -> list[Block]:
+    return [Block(start, min(start + block, length)) for start in range(0, length, block)]
+
+
+class Side(NamedTuple):
+    """Decay towards the gap between rows and keys, where the keys lie before the rows, or after them."""
+
+    row_steps: Tensor  # (L,) steps from a row to the end of its block that is nearer to the keys
+    key_steps: Tensor  # (S,) the same for keys
+    row_factor: Tensor  # (problems, L, C or 1), gamma to that power
+    key_factor: Tensor  # (problems, S, C or 1)
+
+
+class Problems:
+    """Some problems, worked on together: their tensors, their decay and the two reused tile buffers."""
+
+    def __init__(
+        self, plan: Plan, span: slice, a: Tensor, b: Tensor, u: Tensor, log_decay: Tensor | None
+    ) -> None:
+        self.plan, self.span = plan, span
+        self.a, self.b, self.u = a[span], b[span], u[span]
+        self.rate = None if log_decay is None else log_decay[span]
+        self.count, self.length, _ = self.a.shape
+        self.weightings = plan.least_sum.shape[1]
+        self.width = u.shape[2] // self.weightings
+        self.window = max(plan.windows[span])
+        self.reach = a.new_tensor(plan.windows[span])[:, None, None]
+        self.block = plan.blocks[span.start]
+        self.keys = blocks_of(max(plan.lengths[span]), self.block)
+        self.rows = blocks_of(self.length, self.block)
+        self.sides = () if self.rate is None else (self._side(before=True), self._side(before=False))
+        u_columns = self.u.mT.contiguous()  # (problems, C, S)
+        self.side_values = [u_columns * side.key_factor.mT for side in self.sides] or [u_columns]
+        self.slowest = [0.0] * self.weightings if self.rate is None else self.rate.amax(0).tolist()
+        self.fastest, self.none_vanish = min(self.slowest), [False] * self.weightings
+        self.distances: dict[tuple[int, int, int], Tensor] = {}
+        self.gap_factors: dict[int, Tensor] = {}
+        self.diagonal_factors: dict[tuple[int, int], list[Tensor]] = {}
+
+    def _side(self, before: bool) -> Side:
+        def steps(length: int, to_start: bool) -> Tensor:
+            position = torch.arange(length, device=self.a.device)
+            within = position % self.block
+            last = torch.clamp(position - within + self.block, max=length) - position - 1
+            return (within if to_start else last).to(self.a.dtype)
+
+        rows, keys = steps(self.length, before), steps(self.u.shape[1], not before)
+        return Side(rows, keys, self.factor(rows), self.factor(keys))
+
+    def factor(self, distance: Tensor) -> Tensor:
+        """gamma^distance: distance (n,) -> (problems, n, C), or (problems, n, 1) of a single weighting."""
+        powers = self.powers(distance)
+        return powers if self.weightings == 1 else powers.repeat_interleave(self.width, dim=2)
+
+    def powers(self, distance: Tensor) -> Tensor:
+        """gamma^distance, 0 beyond a problem's window: distance (n,) -> (problems, n, U)."""
+        assert self.rate is not None
+        distance = distance[:, None]
+        return (self.rate[:, None, :] * distance).exp_().masked_fill_(distance > self.reach, 0.0)
+
+    def shifted(self, rows: Block) -> bool:
+        return (self.span.start, rows.start) in self.plan.shifts
+
+    def explicit(self, rows: Block) -> bool:
+        """Whether weights of these rows are made in log space, with decay and masks."""
+        return self.shifted(rows) or self.plan.pair_mask is not None or bool(self.plan.dropout)
+
+    def on_diagonal(self, rows: Block, keys: Block) -> bool:
+        """Whether the tile's weights have a factor of their own, `diagonal_factor`."""
+        return rows.start == keys.start and (self.plan.causal or self.rate is not None)
+
+    def diagonal_factor(self, rows: Block, keys: Block) -> list[Tensor]:
+        """gamma^|i-j|, and 0 where j > i is blocked: for each weighting (problems or 1, rows, keys)."""
+        shape = (rows.size, keys.size)
+        if shape not in self.diagonal_factors:
+            if self.rate is None:
+                factors = [self.a.new_ones(1, *shape)] * self.weightings
+            else:
+                steps = self.distance(rows, keys).flatten()
+                factors = [part.contiguous() for part in self.powers(steps).unflatten(1, shape).unbind(-1)]
+            self.diagonal_factors[shape] = [part.tril_() if self.plan.causal else part for part in factors]
+        return self.diagonal_factors[shape]
+
+    def vanishing(self, rows: Block, keys: Block) -> list[bool]:
+        """For each weighting whether decay alone makes the tile so light that it is bounded, not summed."""
+        gap = self.gap(rows, keys)
+        if gap * self.fastest >= LOG_VANISHED or self.explicit(rows):
+            return self.none_vanish
+        return [gap * slowest < LOG_VANISHED for slowest in self.slowest]
+
+    def side(self, rows: Block, keys: Block) -> int:
+        """Which side of the rows the keys lie on: 0 before, 1 after; 0 for all without decay."""
+        return int(self.rate is not None and keys.start > rows.start)
+
+    def log_bound(self, x: Tensor, rows: Block, keys: Block) -> Tensor:
+        """(problems, U): the logarithm of a bound on what a tile, x (problems, keys, rows), adds to a sum."""
+        assert self.rate is not None
+        extreme = x.amax((1, 2)) if self.plan.weight.power is None else x.amin((1, 2))
+        log_weight = self.plan.weight.log_weight(extreme).unsqueeze(1)
+        largest = self.u[:, keys.slice, self.width - 1 :: self.width].amax(1)
+        return log_weight + largest.log() + self.gap(rows, keys) * self.rate + math.log(keys.size)
+
+    def gap(self, rows: Block, keys: Block) -> int:
+        """Steps between the near ends of rows and keys."""
+        return rows.start - keys.stop + 1 if keys.start < rows.start else keys.start - rows.stop + 1
+
+    def gap_factor(self, rows: Block, keys: Block) -> Tensor:
+        """gamma^gap (problems, 1, C or 1), 0 for weightings that vanish where others do not."""
+        gap = self.gap(rows, keys)
+        if gap not in self.gap_factors:
+            factor = self.factor(self.a.new_tensor([gap]))
+            for weighting, vanishes in enumerate(self.vanishing(rows, keys)):
+                if vanishes:
+                    factor[:, :, self.columns(weighting)] = 0.0
+            self.gap_factors[gap] = factor
+        return self.gap_factors[gap]
+
+    def visible(self, rows: Block, keys: Block) -> bool:
+        """Whether any of these rows attends to any of these keys."""
+        if self.plan.causal and keys.start >= rows.stop:
+            return False
+        return self.shifted(rows) or rows.start == keys.start or self.gap(rows, keys) <= self.window
+
+    def distance(self, rows: Block, keys: Block) -> Tensor:
+        """|i - j| (rows, keys)."""
+        shape = rows.size, keys.size, rows.start - keys.start
+        if shape not in self.distances:
+            i = torch.arange(*rows, device=self.a.device, dtype=self.a.dtype)
+            j = torch.arange(*keys, device=self.a.device, dtype=self.a.dtype)
+            self.distances = {shape: (i[:, None] - j).abs_()}  # the last one only: it is as large as a tile
+        return self.distances[shape]
+
+    def mask(self, rows: Block, keys: Block) -> Tensor | None:
+        """What masks add to the logits of a tile, broadcastable to (problems, rows, keys), or None."""
+        added = None
+        if self.plan.pair_mask is not None:
+            added = self.plan.pair_mask(self.span, rows.slice, keys.slice).to(self.a.dtype)
+        if self.plan.causal and keys.stop > rows.start + 1:
+            order = torch.full((rows.size, keys.size), -math.inf, device=self.a.device, dtype=self.a.dtype)
+            order = order.triu_(rows.start - keys.start + 1)
+            added = order if added is None else added + order
+        if self.plan.padding is not None:
+            blocked = self.plan.padding[self.span, None, keys.slice]
+            padding = torch.zeros_like(blocked, dtype=self.a.dtype).masked_fill_(blocked, -math.inf)
+            added = padding if added is None else added + padding
+        return added
+
+    def explicit_logits(self, rows: Block, keys: Block) -> tuple[Tensor, list[Tensor]]:
+        """x (problems, rows, keys) and, for each of the U weightings, its logits with decay and masks."""
+        x = self.a[:, rows.slice] @ self.b[:, keys.slice].mT
+        logits, mask = self.plan.weight.log_weight(x), self.mask(rows, keys)
+        if mask is not None:
+            logits = logits + mask
+        if self.rate is None:
+            return x, [logits] * self.weightings
+        distance = self.distance(rows, keys)
+        return x, [torch.addcmul(logits, rate[:, None, None], distance) for rate in self.rate.unbind(1)]
+
+    def explicit_weights(self, rows: Block, keys: Block) -> tuple[Tensor, list[Tensor]]:
+        x, logits = self.explicit_logits(rows, keys)
+        shift = self.plan.shifts.get((self.span.start, rows.start))
+        if shift is None:
+            return x, [logit.exp() for logit in logits]
+        return x, [(logit - shift[:, n, :, None]).exp_() for n, logit in enumerate(logits)]
+
+    def columns(self, weighting: int) -> slice:
+        return slice(weighting * self.width, (weighting + 1) * self.width)
+
+    def kept(self, rows: Block, keys: Block) -> Tensor | None:
+        """The factor (problems, rows, keys) of dropout, the same whenever it is asked for, or None."""
+        if not self.plan.dropout:
+            return None
+        generator = torch.Generator(self.a.device)
+        generator.manual_seed(hash((self.plan.seed, self.span.start, rows.start, keys.start)) % 2**63)
+        shape = (self.count, rows.size, keys.size)
+        kept = torch.empty(shape, device=self.a.device, dtype=self.a.dtype)
+        return kept.bernoulli_(1 - self.plan.dropout, generator=generator).div_(1 - self.plan.dropout)
+
+
+def spans_of(plan: Plan, rows: int, keys: int) -> Iterator[slice]:
+    """Problems of one block size, in groups that fill a tile."""
+    start = 0
+    for block, group in itertools.groupby(plan.blocks):
+        stop = start + len(list(group))
+        count = max(1, TILE_PAIRS // max(1, min(block, rows) * min(block, keys)))
+        yield from (slice(first, min(first + count, stop)) for first in range(start, stop, count))
+        start = stop
+
+
+class Buffer:
+    """Room for one tile, reused: fresh temporaries of this size cost more than the arithmetic on them."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.flat = like.new_empty(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if self.flat.numel() < size:
+            self.flat = self.flat.new_empty(size)
+        return self.flat[:size].view(shape)

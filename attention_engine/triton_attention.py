@@ -1,0 +1,308 @@
+"""Attention on a GPU by the kernels of `triton_kernels`: brings every score into their form, and autograd.
+
+Memory is O(L + S): the backward makes the weights again from the log-sum-exp of each row. Nothing here waits
+for the device. Needs Triton and CUDA tensors, or, with TRITON_INTERPRET=1 in the environment before Triton is
+imported, CPU tensors at a snail's pace; `attend` imports it only when it is asked for "triton".
+
+- Gravity: a common centre is taken off q and k, which no distance sees, so that norms stay small. What is
+  left of rounding in r2 is about 2^-24 (|q_i|^2 + |k_j|^2) / D after that, whatever the inputs' type: only
+  for near pairs far from the centre is that much beside the softening ("tiled" goes to float64 there, which
+  it must wait for the device to know). Half precision inputs are rounded once more, around the centre.
+- A_i = G m_i is made here: the kernels give its gradient row by row, autograd those of G and m_i. For the
+  force form the kernels take log m_j.
+- Far keys are skipped where decay makes all of them together weigh less than `TOLERANCE` of a row's nearest
+  key, see `reach_of_rows`.
+
+Symbols as in `attention_kernels`. True in a boolean mask means blocked.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from attention_engine import triton_kernels as kernels
+from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score
+
+TOLERANCE, TOLERANCE_LEARNED_DECAY = 2.0**-24, 2.0**-34  # a gradient by log gamma weighs far keys by |i - j|
+ROWS_OF_A_PRODUCT = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the kernels need to know besides the tensors that have a gradient."""
+
+    kind: int  # one of the kinds of `triton_kernels`
+    scale: float
+    timescales: int
+    mask: Mask
+    softening: float = 0.0
+    power: float = 1.0
+    reach: Tensor | None = None  # (N, T, H) int32
+
+
+def triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, score: Score, mask: Mask, skip_far_keys: bool = True
+) -> Tensor:
+    """q (N, T', H, L, D), k and v (N, T', H, S, D), T' = T or 1 -> (N, T, H, L, D) in q's type."""
+    projections = max(q.shape[1], k.shape[1], v.shape[1])
+    q, k, v = (x.to(q.dtype).expand(-1, projections, -1, -1, -1) for x in (q, k, v))
+    strength = key_mass = None
+    log_decay = None if score.log_decay is None else score.log_decay.float()
+    if isinstance(score, DotProduct):
+        timescales = projections if log_decay is None else len(log_decay)
+        plan = Plan(kernels.DOT_PRODUCT.value, score.scale, timescales, mask)
+    else:
+        q, k = _centred(q, k, mask)
+        plan = Plan(
+            kernels.GRAVITY.value if score.normalization == "softmax" else kernels.FORCE.value,
+            2 / q.shape[-1],
+            score.key_mass.shape[1],
+            mask,
+            score.softening,
+            score.distance_power / 2,
+        )
+        strength, key_mass = _masses(score, mask)
+    if skip_far_keys and log_decay is not None and mask.pairs is None and q.numel() and k.numel():
+        plan = replace(plan, reach=reach_of_rows(q, k, strength, key_mass, log_decay, plan))
+    tensors = [None if x is None else x.contiguous() for x in (q, k, v, strength, key_mass, log_decay)]
+    output: Tensor = FusedAttention.apply(*tensors, plan)
+    return output
+
+
+def _centred(q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+    """q and k less the mean of the keys that are not padding; padding is not read."""
+    count: Tensor | int = max(k.shape[-2], 1)
+    if mask.padding is not None:
+        padding = mask.padding[:, None, None, :, None]
+        k = k.masked_fill(padding, 0.0)
+        count = (~padding).sum(-2, keepdim=True).clamp(min=1)
+    with torch.no_grad():
+        centre = (k.sum(-2, keepdim=True, dtype=torch.float32) / count).to(k.dtype)
+    return q - centre, k - centre
+
+
+def _masses(score: Gravity, mask: Mask) -> tuple[Tensor | None, Tensor]:
+    """A_i (N, T, H, L), or None for the force form, and m_j or log m_j (N, T, H, S)."""
+    key_mass = score.key_mass.float()
+    if mask.padding is not None:
+        key_mass = key_mass.masked_fill(mask.padding[:, None, None, :], 1.0)
+    if score.query_mass is None or score.log_gravity is None:
+        return None, key_mass.log()
+    return score.log_gravity.float().exp().unsqueeze(-1) * score.query_mass.float(), key_mass
+
+
+@torch.no_grad()
+def nearest_keys(
+    mask: Mask, query_length: int, key_length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """For each row the nearest key that it may attend to, and how far it is, both (N or 1, L). Where there is
+    none, the distance is negative and the key is any."""
+    far = 2 * (query_length + key_length)  # from any row, farther than any key
+    j = torch.arange(key_length, device=device).unsqueeze(0)
+    absent = torch.zeros_like(j, dtype=torch.bool) if mask.padding is None else mask.padding
+    before = torch.where(absent, -far, j).cummax(-1).values
+    after = torch.where(absent, far, j).flip(-1).cummin(-1).values.flip(-1)
+    i = torch.arange(query_length, device=device)
+    own = i.clamp(max=key_length - 1)
+    before, after = before[:, own], after[:, own]
+    nearest = before if mask.causal else torch.where(i - before <= after - i, before, after)
+    distance = torch.where((nearest < 0) | (nearest >= key_length), -1, (i - nearest).abs())
+    return nearest.clamp(0, key_length - 1), distance
+
+
+@torch.no_grad()
+def reach_of_rows(
+    q: Tensor, k: Tensor, strength: Tensor | None, key_mass: Tensor | None, log_decay: Tensor, plan: Plan
+) -> Tensor:
+    """For each problem the largest |i - j| to look at, (N, T, H) int32, computed on the device.
+
+    A row's sum is at least the weight of its nearest key, at distance d: `exp(s_near) gamma^d`. All keys
+    beyond W weigh at most `2 exp(s_max) gamma^(W + 1) / (1 - gamma)`. W is where that is the tolerance's part
+    of the former: `W = d + (s_max - s_near + log(2 / (1 - gamma)) - log tolerance) / -log gamma`.
+    """
+    query_length, key_length = q.shape[-2], k.shape[-2]
+    nearest, distance = nearest_keys(plan.mask, query_length, key_length, q.device)
+    nearest = nearest[:, None, None].expand(len(q), 1, q.shape[2], -1)  # (N, 1, H, L)
+    index = nearest.unsqueeze(-1).expand(-1, q.shape[1], -1, -1, q.shape[-1])
+    near = k.gather(-2, index)  # (N, T', H, S, D) -> (N, T', H, L, D)
+    if key_mass is None:
+        lengths = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32)
+        if plan.mask.padding is not None:
+            lengths = lengths.masked_fill(plan.mask.padding[:, None, None, :], 0.0)
+        highest = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32) * lengths.amax(-1, keepdim=True)
+        own = (q.float() * near.float()).sum(-1) * plan.scale
+        spread = highest * abs(plan.scale) - own
+    else:
+        log_softened = ((q - near).float().square().mean(-1) + plan.softening).log()
+        near_mass = key_mass.gather(-1, nearest.expand(-1, plan.timescales, -1, -1))
+        top_mass, log_softening = key_mass.amax(-1, keepdim=True), math.log(plan.softening)
+        if strength is None:  # both masses are logarithms
+            spread = top_mass - near_mass + plan.power * (log_softened - log_softening)
+        else:
+            pull = near_mass * (-plan.power * log_softened).exp()
+            spread = strength * (top_mass * math.exp(-plan.power * log_softening) - pull)
+    tolerance = TOLERANCE_LEARNED_DECAY if log_decay.requires_grad else TOLERANCE
+    log_decay = log_decay.unsqueeze(-1)  # (T, H, 1)
+    beyond = (2 / -log_decay.expm1()).log() - math.log(tolerance)
+    steps = (spread + beyond) / -log_decay + distance[:, None, None]  # (N, T, H, L)
+    everything = max(query_length, key_length)
+    steps = steps.ceil().nan_to_num(nan=everything).clamp(0, everything)
+    return steps.masked_fill(distance[:, None, None] < 0, 0).amax(-1).int()
+
+
+def row_products(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """`a_i . b_i scale` (..., L) float32 of contiguous a and b (..., L, D), with no float32 copy of them."""
+    products = torch.empty(a.shape[:-1], dtype=torch.float32, device=a.device)
+    rows, head_dim = products.numel(), a.shape[-1]
+    grid = (triton.cdiv(rows, ROWS_OF_A_PRODUCT),)
+    block = {"block_rows": ROWS_OF_A_PRODUCT, "block_dim": padded_width(head_dim)}
+    if rows:
+        kernels.row_product_kernel[grid](a, b, products, rows, head_dim, scale, **block)
+    return products
+
+
+def padded_width(head_dim: int) -> int:
+    """The width of a tile: a power of two, and at least what a matrix unit takes."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def tile_shape(q: Tensor) -> tuple[int, int]:
+    """Rows and keys of a tile: the largest that the compiler keeps in registers and that fit into the shared
+    memory of any GPU since 2020. float32 has no matrix unit, and spills sooner."""
+    side = 64 if q.dtype.itemsize == 2 else 32
+    side = side if padded_width(q.shape[-1]) <= 64 else side // 2
+    return side, side
+
+
+class FusedAttention(torch.autograd.Function):
+    """`FusedAttention.apply(q, k, v, strength, key_mass, log_decay, plan)` -> (N, T, H, L, D).
+
+    q, k, v (N, T', H, L or S, D) of one type, T' = T or 1; strength (N, T, H, L), key_mass (N, T, H, S) and
+    log_decay (T, H), each float or None. Saves its inputs, the output and the log-sum-exp of each row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        strength: Tensor | None,
+        key_mass: Tensor | None,
+        log_decay: Tensor | None,
+        plan: Plan,
+    ) -> Tensor:
+        output = q.new_empty(q.shape[0], plan.timescales, *q.shape[2:])
+        log_sum = torch.empty(output.shape[:-1], dtype=torch.float32, device=q.device)
+        with torch.cuda.device_of(q):
+            inputs = _inputs(q, k, v, strength, key_mass, log_decay, plan)
+            launch(kernels.forward_kernel, plan, inputs, output, log_sum)
+        ctx.plan = plan
+        ctx.save_for_backward(q, k, v, strength, key_mass, log_decay, output, log_sum)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, strength, key_mass, log_decay, output, log_sum = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        upstream = upstream.contiguous()
+        # Timescales that share q, k and v each make a part of the gradient: those are summed in float32.
+        part = q.dtype if q.shape[1] == plan.timescales else torch.float32
+        dq, dk, dv = (_per_timescale(x, plan.timescales, part) for x in (q, k, v))
+        dstrength = None if strength is None else torch.empty_like(strength)
+        dmass = None if key_mass is None else torch.empty_like(key_mass)
+        parts = None
+        if log_decay is not None:
+            blocks = triton.cdiv(q.shape[-2], tile_shape(q)[0])
+            parts = torch.empty(*output.shape[:3], blocks, dtype=torch.float32, device=q.device)
+        with torch.cuda.device_of(q):
+            inputs = _inputs(q, k, v, strength, key_mass, log_decay, plan)
+            delta = row_products(upstream, output)
+            launch(
+                kernels.query_gradient_kernel, plan, inputs, upstream, log_sum, delta, dq, dstrength, parts
+            )
+            launch(kernels.key_gradient_kernel, plan, inputs, upstream, log_sum, delta, dk, dv, dmass)
+        drate = None if parts is None else parts.sum((0, 3))
+        dq, dk, dv = (_joined(dx, x) for dx, x in ((dq, q), (dk, k), (dv, v)))
+        return dq, dk, dv, dstrength, dmass, drate, None
+
+
+def _per_timescale(x: Tensor, timescales: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(len(x), timescales, *x.shape[2:], dtype=dtype, device=x.device)
+
+
+def _joined(gradient: Tensor, x: Tensor) -> Tensor:
+    """(N, T, H, L, D) -> (N, T', H, L, D) in the type of x."""
+    return gradient if gradient.shape == x.shape else gradient.sum(1, keepdim=True).to(x.dtype)
+
+
+def _inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    strength: Tensor | None,
+    key_mass: Tensor | None,
+    log_decay: Tensor | None,
+    plan: Plan,
+) -> kernels.Inputs:
+    batch, _, heads, query_length, head_dim = q.shape
+    key_length, mask = k.shape[-2], plan.mask
+    pairs, strides = None, [0] * 4
+    if mask.pairs is not None:
+        pairs = mask.pairs.squeeze(1).expand(batch, heads, query_length, key_length)
+        strides = list(pairs.stride())
+        pairs = pairs.view(torch.uint8) if pairs.dtype == torch.bool else pairs
+    return kernels.Inputs(
+        q=q,
+        k=k,
+        v=v,
+        query_norm=None if key_mass is None else row_products(q, q, 1 / head_dim),
+        key_norm=None if key_mass is None else row_products(k, k, 1 / head_dim),
+        strength=strength,
+        key_mass=key_mass,
+        log_decay=log_decay,
+        reach=plan.reach,
+        padding=None if mask.padding is None else mask.padding.contiguous().view(torch.uint8),
+        pairs=pairs,
+        batch_stride=strides[0],
+        head_stride=strides[1],
+        row_stride=strides[2],
+        key_stride=strides[3],
+        query_length=query_length,
+        key_length=key_length,
+        timescales=plan.timescales,
+        heads=heads,
+        head_dim=head_dim,
+        scale=plan.scale,
+        softening=plan.softening,
+    )
+
+
+def launch(kernel: Any, plan: Plan, inputs: kernels.Inputs, *tensors: Tensor | None) -> None:
+    """Run one of the three attention kernels, a program for each block of rows (or keys) of each problem."""
+    q = inputs.q
+    block_rows, block_keys = tile_shape(q)
+    if kernel is kernels.key_gradient_kernel:
+        blocks = triton.cdiv(inputs.key_length, block_keys)
+    else:
+        blocks = triton.cdiv(inputs.query_length, block_rows)
+    programs = len(q) * plan.timescales * inputs.heads * blocks
+    if not programs:
+        return
+    kernel[(programs,)](
+        inputs,
+        *tensors,
+        kind=plan.kind,
+        power=plan.power,
+        causal=plan.mask.causal,
+        shared=q.shape[1] != plan.timescales,
+        block_rows=block_rows,
+        block_keys=block_keys,
+        block_dim=padded_width(inputs.head_dim),
+    )

@@ -1,0 +1,1 @@
+"""Measurements of this package's speed and memory; each file is a script with a `--help`."""

@@ -1,0 +1,267 @@
+"""A plan as the files of a results folder: written before the first cell, read back by who goes on.
+
+    write_plan(root, plan, tasks, argv)
+    plan = read_plan(root, arguments)          # InputError where the command line asks for something else
+    check_data(root, plan, tasks)              # InputError where the data are not those of the folder
+
+What is read back holds for the whole folder: settings given again must be the same. Places may differ, the
+folders of data and cache and a GPU's number, since a folder may be worked on by several machines.
+"""
+
+import argparse
+import shlex
+import shutil
+import time
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from command_line import InputError, given_settings, option_name
+from data_pipeline import TASKS, DataSettings, TaskData
+from experiment.experiment_plan import (
+    Plan,
+    attention_factory,
+    check_model,
+    find_device,
+    model_class,
+)
+from experiment.run_environment import describe_environment
+from experiment.transformer_classifier import ModelSettings, TransformerClassifier
+from results_folder import (
+    SCHEMA_VERSION,
+    Cell,
+    as_json,
+    inside,
+    read_cell,
+    read_results,
+    write_json,
+    write_status,
+)
+from train_and_evaluate import TrainingSettings
+
+PROG = "run_experiment.py"
+PLACES = ("data_dir", "cache_dir")
+SAME_ENVIRONMENT = ("torch", "threads", "git_commit", "device_name")
+# Float32 copies of the weights that a cell holds at its fullest: weights, the best weights and two moments in
+# each of three checkpoints (last, previous, the one being written), and checkpoint_best.pt.
+CHECKPOINT_COPIES = 3 * 4 + 1
+OTHER_BYTES = 2**21  # of a cell's attention patterns, metrics and predictions
+SPARE_BYTES = 2**26  # for the analysis, and for whoever else writes
+
+
+def parameter_counts(plan: Plan, tasks: dict[str, TaskData]) -> dict[tuple[str, str], int]:
+    """The number of parameters by (task, model)."""
+    counts = {}
+    for task in plan.tasks:
+        for name in plan.models:
+            sizes = tasks[task].vocab_size, tasks[task].num_classes
+            model = TransformerClassifier(attention_factory(name, plan.model), *sizes, plan.model)
+            counts[task, name] = sum(parameter.numel() for parameter in model.parameters())
+    return counts
+
+
+def check_space(folder: Path, plan: Plan, tasks: dict[str, TaskData], cells: Iterable[Cell]) -> None:
+    """InputError where the cells' files would not fit on the disk that `folder` is, or is to be, on."""
+    counts = parameter_counts(plan, tasks)
+    needed = SPARE_BYTES + sum(
+        4 * CHECKPOINT_COPIES * counts[cell.task, cell.model] + OTHER_BYTES for cell in cells
+    )
+    here = folder.absolute()
+    free = shutil.disk_usage(next(place for place in (here, *here.parents) if place.exists())).free
+    if free < needed:
+        raise InputError(
+            f"too little space in {folder}: the cells need about {needed / 1e6:,.0f} MB, and "
+            f"{free / 1e6:,.0f} MB are free; make room, or choose another --output-dir"
+        )
+
+
+def task_info(task: TaskData, stand_in_for: str | None) -> dict[str, Any]:
+    counts = np.bincount(np.asarray(task.test.labels), minlength=task.num_classes)
+    return {
+        "title": task.title,
+        "num_classes": task.num_classes,
+        "chance": 1 / task.num_classes,
+        "majority": float(counts.max() / counts.sum()),
+        "test_size": len(task.test),
+        "class_names": list(task.class_names),
+        "provenance": task.provenance | ({"stand_in_for": stand_in_for} if stand_in_for else {}),
+        "stand_in_for": stand_in_for,
+    }
+
+
+def write_plan(root: Path, plan: Plan, tasks: dict[str, TaskData], argv: list[str]) -> None:
+    """The run's config.json and environment.json, and the cells' folders."""
+    data = {name: asdict(settings) for name, settings in plan.data.items()}
+    info = {name: task_info(task, plan.stand_in_for.get(name)) for name, task in tasks.items()}
+    config = {
+        "schema_version": SCHEMA_VERSION,
+        "preset": plan.preset,
+        "argv": argv,
+        "command": shlex.join(["python", PROG, *argv]),
+        "settings": {
+            "model": asdict(plan.model),
+            "training": asdict(plan.training),
+            "data": data,
+            "device": str(plan.device),
+        },
+        "models": list(plan.models),
+        "tasks": list(plan.tasks),
+        "seeds": list(plan.seeds),
+        "task_info": info,
+        "cells": [asdict(cell) for cell in plan.cells],
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    sums = {name: task.provenance.get("sha256") for name, task in tasks.items()}
+    write_json(root / "environment.json", describe_environment(plan.device) | {"data_sha256": sums})
+    write_json(root / "config.json", as_json(config))
+    write_cells(root, plan, tasks)
+
+
+def write_cells(root: Path, plan: Plan, tasks: dict[str, TaskData]) -> None:
+    """Each cell's config.json with the state "pending", where there is none yet; a damaged one is mended.
+
+    Raises InputError where a cell's folder is a link that leads out of the results folder."""
+    parameters = parameter_counts(plan, tasks)
+    arguments = {name: attention_factory(name, plan.model).keywords for name in plan.models}
+    for cell in plan.cells:
+        folder = cell.folder(root)
+        if not inside(folder, root):
+            raise InputError(f"{folder} is a link that leads out of {root}; nothing is written through it")
+        folder.mkdir(parents=True, exist_ok=True)
+        cell_config = {
+            "schema_version": SCHEMA_VERSION,
+            **asdict(cell),
+            "model_class": model_class(cell.model),
+            "attention_arguments": arguments[cell.model],
+            "model_settings": asdict(plan.model),
+            "training_settings": asdict(plan.training),
+            "data_settings": asdict(plan.data[cell.task]),
+            "parameters": parameters[cell.task, cell.model],
+        }
+        record = read_cell(root, cell)
+        if record.state == "missing" or record.damaged:
+            write_json(folder / "config.json", cell_config)
+        if record.state == "missing":
+            write_status(folder, "pending")
+
+
+def read_plan(root: Path, arguments: argparse.Namespace) -> Plan:
+    """The plan of a results folder, with the places that the command line gives.
+
+    Raises InputError where `root` is no results folder of this program's, where the command line has other
+    settings, and where a model or the device is not to be had here."""
+    config = read_results(root).config
+    try:
+        settings = config["settings"]
+        plan = Plan(
+            preset=str(config["preset"]),
+            models=tuple(map(str, config["models"])),
+            tasks=tuple(map(str, config["tasks"])),
+            seeds=tuple(map(int, config["seeds"])),
+            model=_settings(ModelSettings, settings["model"]),
+            training=_settings(TrainingSettings, settings["training"]),
+            data={str(task): _settings(DataSettings, data) for task, data in settings["data"].items()},
+            device=find_device(str(settings["device"])),
+        )
+        known = {cell: asdict(cell) for cell in plan.cells}
+        complete = set(plan.tasks) <= set(plan.data) and set(plan.tasks) <= set(TASKS)
+        if list(known.values()) != config["cells"] or not complete:
+            raise ValueError("its cells are not those of its tasks, models and seeds")
+    except InputError as error:
+        raise InputError(f"{root} cannot be gone on with: {error}") from error
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise InputError(f"{root} cannot be gone on with: its config.json is another's ({error})") from error
+    _refuse_changes(root, plan, arguments)
+    for model in plan.models:
+        check_model(model, plan.model)
+    places = {k: v for k, v in given_settings(arguments, DataSettings).items() if k in PLACES}
+    data = {task: replace(settings, **places) for task, settings in plan.data.items()}
+    device = plan.device if arguments.device == "auto" else find_device(arguments.device)
+    return replace(plan, data=data, device=device)
+
+
+def _settings(kind: type, values: dict[str, Any]) -> Any:
+    """The settings in a JSON object; what a folder of an older version lacks has its default."""
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"unknown setting {name!r}")
+        if not _has_type(value, hints[name]):
+            raise TypeError(f"{name} is {value!r}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_has_type(value, entry) for entry in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        entry = typing.get_args(hint)[0]
+        return isinstance(value, list) and all(_has_type(part, entry) for part in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _refuse_changes(root: Path, plan: Plan, arguments: argparse.Namespace) -> None:
+    """InputError with every difference between the folder's settings and those given."""
+    found: list[tuple[str, Any, Any]] = []
+    for option in ("models", "tasks", "seeds"):
+        given = getattr(arguments, option)
+        if given is not None:
+            found.append((f"--{option}", getattr(plan, option), tuple(given)))
+    if arguments.preset != "auto":
+        found.append(("--preset", plan.preset, arguments.preset))
+    if arguments.device != "auto":
+        found.append(("--device", plan.device.type, find_device(arguments.device).type))
+    for part in (plan.model, plan.training):
+        for name, value in given_settings(arguments, type(part)).items():
+            found.append((option_name(name), getattr(part, name), value))
+    for name, value in given_settings(arguments, DataSettings).items():
+        for task in plan.tasks:
+            if name not in PLACES and (name != "min_length" or task == "listops"):
+                found.append((option_name(name), getattr(plan.data[task], name), value))
+    differences = [
+        f"{option} is {_shown(there)} there and {_shown(here)} here"
+        for option, there, here in dict.fromkeys(found)
+        if there != here
+    ]
+    if differences:
+        raise InputError(
+            f"{root} was made with other settings: {'; '.join(differences)}; leave them out to go on with "
+            "the folder's, or start a run of its own without --resume"
+        )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def check_data(root: Path, plan: Plan, tasks: dict[str, TaskData]) -> None:
+    """InputError where a task's data are not those that the folder's cells were trained on."""
+    info = read_results(root).config.get("task_info")
+    for name in plan.tasks:
+        facts = info.get(name) if isinstance(info, dict) else None
+        provenance = facts.get("provenance") if isinstance(facts, dict) else None
+        there = provenance.get("sha256") if isinstance(provenance, dict) else None
+        here = tasks[name].provenance.get("sha256")
+        if there != here:
+            raise InputError(
+                f"the data of {name} are not those that {root} was made with: sha256 {str(there)[:12]}... "
+                f"there, {str(here)[:12]}... here"
+            )
+
+
+def environment_changes(root: Path, plan: Plan) -> str:
+    """How this place differs from the one the folder was made in; empty where it does not."""
+    there, here = read_results(root).environment, describe_environment(plan.device)
+    changed = [
+        f"{name} {there.get(name)} -> {here[name]}"
+        for name in SAME_ENVIRONMENT
+        if there.get(name) != here[name]
+    ]
+    return ", ".join(changed)

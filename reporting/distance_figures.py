@@ -1,0 +1,126 @@
+"""Figures of attention weight by distance |i - j|, with the decay that was learned.
+
+Plot functions take data and `ax` and return `ax`; see figure_style.py. Densities are shares of a query's
+weight per token of distance, so that bins of unequal width can be compared; both axes are logarithmic, on
+which a power law is straight and an exponential decay bends down at its horizon.
+"""
+
+from collections.abc import Hashable, Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator
+
+from reporting.figure_style import LINE_STYLES, ModelStyle, model_legend, new_figure, no_data
+
+AT_ZERO = 0.5  # where a logarithmic axis shows the distance 0
+
+
+def densities(shares: pd.DataFrame) -> pd.DataFrame:
+    """The mean over seeds: a row per bin, a column per timescale, in shares per token; the index is the
+    bin's geometric middle. Bins without weight, beyond the longest example, are left out."""
+    by_bin = shares.groupby(["low", "high", "timescale"])["share"].mean().unstack("timescale")
+    low, high = (by_bin.index.get_level_values(level).to_numpy(float) for level in ("low", "high"))
+    middle = np.where(low > 0, np.sqrt(low * np.maximum(high - 1, low)), AT_ZERO)
+    table = by_bin.div(high - low, axis=0).set_axis(pd.Index(middle, name="distance"))
+    return table[(table > 0).any(axis=1)]
+
+
+def last_horizons(learned: pd.DataFrame) -> pd.DataFrame:
+    """Horizons at the end of training, mean over heads and seeds: a row per (model, layer), a column per
+    timescale."""
+    horizons = learned[learned["scalar"] == "horizon"]
+    last = horizons.groupby(["model", "seed"])["epoch"].transform("max")
+    return (
+        horizons[horizons["epoch"] == last]
+        .groupby(["model", "layer", "timescale"])["value"]
+        .mean()
+        .unstack("timescale")
+    )
+
+
+def plot_models(shares: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes) -> Axes:
+    """One line per model in one layer, the mean over its timescales."""
+    for model, style in styles.items():
+        mine = shares[shares["model"] == model]
+        density = densities(mine).mean(axis=1) if len(mine) else pd.Series()
+        if len(density):
+            ax.plot(density.index, density, color=style.color, marker=style.marker, ms=4)
+    return _distance_axes(ax)
+
+
+def plot_timescales(
+    shares: pd.DataFrame, horizons: Mapping[Hashable, float], style: ModelStyle, ax: Axes
+) -> Axes:
+    """One model's timescales in one layer. Grey: gamma^d of the same timescale, drawn through the measured
+    value at distance 1; `horizons`: by timescale, from which gamma = 1 - 1 / horizon."""
+    table = densities(shares)
+    if table.empty:
+        return no_data(ax, "no weights")
+    for number, timescale in enumerate(table):
+        line, density = LINE_STYLES[number % len(LINE_STYLES)], table[timescale]
+        ax.plot(density.index, density, line, color=style.color, marker=style.marker, ms=3.5)
+        if timescale in horizons and 1.0 in density.index:
+            distance = np.geomspace(1, density.index.max(), 60)
+            decayed = density[1.0] * (1 - 1 / horizons[timescale]) ** (distance - 1)
+            ax.plot(distance, decayed, line, color="#888888", lw=1.1, zorder=1)
+    low = table[table > 0].min().min()
+    ax.set_ylim(bottom=low / 2)  # a discount of nothing but its tail needs no room
+    return _distance_axes(ax)
+
+
+def _distance_axes(ax: Axes) -> Axes:
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    few = ax.dataLim.y1 < 30 * ax.dataLim.y0
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=8))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.10g}"))
+    ax.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: "0" if value == AT_ZERO else f"{value:g}"))
+    ax.set_xticks([tick for tick in (AT_ZERO, 1, 10, 100, 1000) if tick <= 1.3 * ax.dataLim.x1])
+    ax.set_xticks([], minor=True)
+    ax.grid(axis="both")
+    ax.set_xlabel("distance |i - j| (tokens)")
+    return ax
+
+
+def distance_figure(
+    shares: pd.DataFrame, learned: pd.DataFrame, styles: dict[str, ModelStyle], title: str
+) -> Figure:
+    """A row per layer: all models, then a panel per model with several timescales or a learned decay.
+
+    `shares`: model, layer, timescale, low, high, share; `learned`: see comparison_tables.learned_table."""
+    layers = sorted(shares["layer"].unique())
+    horizons = last_horizons(learned)
+    several = {*shares.loc[shares["timescale"] > 0, "model"], *horizons.index.get_level_values("model")}
+    apart = [model for model in styles if model in several & set(shares["model"])]
+    columns = 1 + len(apart)
+    figure, axes = new_figure(
+        len(layers), columns, width=max(6, 0.8 + 3.1 * columns), height=1.0 + 2.5 * len(layers), sharex=True
+    )
+    for layer, row in zip(layers, axes, strict=True):
+        mine = shares[shares["layer"] == layer]
+        label = f"layer {layer + 1}\nshare of weight per token (%)"
+        plot_models(mine, styles, row[0]).set_ylabel(label)
+        for ax, model in zip(row[1:], apart, strict=True):
+            key = (model, layer)
+            decay = horizons.loc[key].to_dict() if key in horizons.index else {}
+            plot_timescales(mine[mine["model"] == model], decay, styles[model], ax)
+    for ax in axes[:-1].flat:
+        ax.set_xlabel("")
+    for ax, name in zip(axes[0], ["All models", *(styles[model].name for model in apart)], strict=True):
+        ax.set_title(name)
+    most = int(shares["timescale"].max()) + 1
+    lines = [
+        Line2D([], [], color="#444444", ls=LINE_STYLES[number % 4], label=f"timescale {number + 1}")
+        for number in range(most)
+    ]
+    if len(horizons):
+        lines.append(Line2D([], [], color="#888888", lw=1.1, label="its learned gamma^d alone"))
+    present = [styles[model] for model in styles if model in set(shares["model"])]
+    model_legend(figure, present, lines if most > 1 or len(horizons) else [])
+    figure.suptitle(title)
+    return figure

@@ -1,0 +1,214 @@
+"""The findings of a comparison: sentences made from its numbers.
+
+    blocks = findings(analysis)
+
+How strongly a sentence is worded follows from the numbers: with one seed there is no interval and no
+verdict, with too few seeds the smallest p value they can give is named, and only a difference that passes
+Holm's correction is called better or worse.
+"""
+
+import math
+
+from reporting.comparison_tables import ACCURACY, BASELINE, SIGNIFICANCE, Difference, TaskFacts, by_seed
+from reporting.published_results import comparable
+from reporting.report_blocks import Block, Bullets, Heading, Paragraph
+from reporting.seed_statistics import Estimate
+from reporting.summary_tables import Analysis
+from reporting.text_tables import short, short_p
+
+
+def findings(analysis: Analysis) -> list[Block]:
+    """A heading and a list per task."""
+    blocks: list[Block] = []
+    for task, facts in analysis.facts.items():
+        notice = analysis.notice(task)
+        blocks.append(Heading(3, f"{task} ({facts.title})" + (f": {notice}" if notice else "")))
+        sentences = [
+            *_accuracy_findings(analysis, facts),
+            *_published_findings(analysis, task),
+            *_difference_findings(analysis, task),
+            *_prediction_findings(analysis, task),
+            *_cost_findings(analysis, task),
+            *_target_findings(analysis, task),
+            *_learned_findings(analysis, task),
+        ]
+        if not any(analysis.mean(task, model, ACCURACY).n for model in analysis.names):
+            sentences = ["No cell of this task is done: nothing can be said."]
+        blocks.append(Bullets(sentences))
+    for what, lacking in (
+        ("attention patterns", analysis.no_patterns),
+        ("usable test predictions", analysis.no_predictions),
+    ):
+        if lacking:
+            reasons = "; ".join(f"{cell} ({reason})" for cell, reason in lacking.items())
+            blocks.append(Paragraph(f"Without {what}: {reasons}."))
+    return blocks or [Paragraph("No task was planned: nothing can be said.")]
+
+
+def _accuracy_findings(analysis: Analysis, facts: TaskFacts) -> list[str]:
+    means = {model: analysis.mean(facts.name, model, ACCURACY) for model in analysis.names}
+    means = {model: mean for model, mean in means.items() if mean.n}
+    shown = "; ".join(
+        f"{analysis.names[model]} {_percent(mean)}"
+        for model, mean in sorted(means.items(), key=lambda item: -item[1].mean)
+    )
+    sentences = [f"Test accuracy, from the highest: {shown}."]
+    if facts.test_size and facts.majority is not None:
+        error = math.sqrt(facts.majority * (1 - facts.majority) / facts.test_size)
+        near = [analysis.names[model] for model in means if means[model].mean <= facts.majority + 2 * error]
+        if near:
+            sentences.append(
+                f"Not told apart from always naming the largest class ({100 * facts.majority:.1f} %; two "
+                f"standard errors of the test set are {200 * error:.1f} points): {', '.join(near)}."
+            )
+    if any(mean.n == 1 for mean in means.values()) and facts.test_size:
+        typical = sum(mean.mean for mean in means.values()) / len(means)
+        error = math.sqrt(typical * (1 - typical) / facts.test_size)
+        sentences.append(
+            f"The {facts.test_size:,} test examples alone leave each accuracy a standard error of about "
+            f"{100 * error:.1f} points."
+        )
+    return sentences
+
+
+def _percent(mean: Estimate) -> str:
+    if mean.n < 2:
+        return f"{100 * mean.mean:.1f} % (n = {mean.n}, no interval)"
+    return (
+        f"{100 * mean.mean:.1f} % (n = {mean.n}, 95 % interval {100 * mean.low:.1f} to {100 * mean.high:.1f})"
+    )
+
+
+def _difference_findings(analysis: Analysis, task: str) -> list[str]:
+    if BASELINE not in analysis.names:
+        return [f"{BASELINE} was not among the models: there is no baseline to compare with."]
+    sentences = []
+    for row in analysis.differences:
+        if row.task != task:
+            continue
+        name = f"{analysis.names[row.model]} against {analysis.names[BASELINE]}"
+        points = f"{100 * row.mean.mean:+.1f} points of test accuracy"
+        if row.mean.n == 0:
+            sentences.append(f"{name}: no seed finished with both, so there is no comparison.")
+        elif row.mean.n == 1:
+            sentences.append(
+                f"{name}: {points} (n = 1: no interval; one seed cannot tell the mechanism from the luck of "
+                "the draw)."
+            )
+        else:
+            sentences.append(f"{name}: {points} on average {_evidence(row)}")
+    return sentences
+
+
+def _evidence(row: Difference) -> str:
+    n, _, low, high = row.mean
+    numbers = (
+        f"(n = {n}, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, p = {short_p(row.p)}, "
+        f"after Holm's correction {short_p(row.p_holm)})"
+    )
+    if row.verdict == "too few seeds":
+        return (
+            f"{numbers}. The smallest p value that {n} seeds can give is {short_p(row.smallest_p)}, "
+            f"{short_p(row.smallest_p_holm)} after the correction: too few seeds to tell."
+        )
+    if row.verdict == "not shown":
+        return f"{numbers}: a difference is not shown at the {SIGNIFICANCE} level."
+    word = {"higher": "better", "lower": "worse"}[row.verdict]
+    return f"{numbers}: {word} at the {SIGNIFICANCE} level, for these settings and this data."
+
+
+def _published_findings(analysis: Analysis, task: str) -> list[str]:
+    """Whether the baseline is where published softmax attention is: the check of the whole pipeline."""
+    transformers = [one for one in comparable(analysis.results, task) if one.name.startswith("Transformer")]
+    mean = analysis.mean(task, BASELINE, ACCURACY)
+    if not transformers or not mean.n:
+        return []
+    low, high = (100 * pick(one.accuracy for one in transformers) for pick in (min, max))
+    return [
+        f"Published Transformers of the Long Range Arena reach {low:.1f} to {high:.1f} % on this task; "
+        f"{analysis.names[BASELINE]} here {_percent(mean)}."
+    ]
+
+
+def _prediction_findings(analysis: Analysis, task: str) -> list[str]:
+    """In how many seeds two trained models answer the test examples differently (McNemar)."""
+    parts = []
+    for model, name in analysis.names.items():
+        rows = [row for row in analysis.predictions if (row.task, row.model) == (task, model)]
+        clear = [row for row in rows if row.p_holm <= SIGNIFICANCE]
+        more = sum(row.only_model > row.only_baseline for row in clear)
+        sides = f" (right more often in {more}, less often in {len(clear) - more})" if clear else ""
+        if rows:
+            parts.append(f"{name} in {len(clear)} of {len(rows)}{sides}")
+    if not parts:
+        return []
+    return [
+        f"Pairs of trained models of equal seed that differ from {analysis.names[BASELINE]} on the test "
+        f"examples beyond chance (McNemar, after Holm's correction): {'; '.join(parts)}. This compares these "
+        "trained models, not the mechanisms."
+    ]
+
+
+def _cost_findings(analysis: Analysis, task: str) -> list[str]:
+    """Time, memory and parameters as multiples of the baseline's, from the seeds that both have."""
+    sentences = []
+    for metric, what in (
+        ("seconds_per_epoch", "Time per training epoch"),
+        ("peak_memory_bytes", "Peak memory"),
+        ("parameters", "Parameters"),
+    ):
+        base = by_seed(analysis.table, task, BASELINE, metric)
+        ratios = []
+        for model, name in analysis.names.items():
+            values = by_seed(analysis.table, task, model, metric)
+            shared = [seed for seed in values if base.get(seed, 0) > 0]
+            if model != BASELINE and shared:
+                ratio = sum(values[seed] / base[seed] for seed in shared) / len(shared)
+                ratios.append(f"{name} {short(ratio)}")
+        if ratios:
+            mean = " (mean of the seeds' ratios)" if len(base) > 1 and metric != "parameters" else ""
+            sentences.append(
+                f"{what} as a multiple of {analysis.names[BASELINE]}'s{mean}: {'; '.join(ratios)}."
+            )
+    if sentences and sentences[-1].startswith("Parameters"):
+        sentences[-1] += " A difference in accuracy may also come from a difference in size."
+    return sentences
+
+
+def _target_findings(analysis: Analysis, task: str) -> list[str]:
+    """What the target accuracy took each model, and who never reached it."""
+    if task not in analysis.targets:
+        return []
+    parts = []
+    for model, name in analysis.names.items():
+        n = analysis.mean(task, model, ACCURACY).n
+        seconds = analysis.mean(task, model, "seconds_to_target")
+        epochs = analysis.mean(task, model, "epochs_to_target")
+        if not n:
+            continue
+        if not epochs.n:
+            parts.append(f"{name} never")
+            continue
+        spent = f"{short(seconds.mean)} s of training" if seconds.n else "an unrecorded time"
+        some = f" ({epochs.n} of {n} seeds)" if epochs.n < n else ""
+        parts.append(f"{name} {spent}, {short(epochs.mean)} epochs{some}")
+    target = f"{100 * analysis.targets[task]:.1f} %"
+    return [f"To a validation accuracy of {target}: {'; '.join(parts)}."]
+
+
+def _learned_findings(analysis: Analysis, task: str) -> list[str]:
+    """How far the learned scalars moved between the first epoch and the last."""
+    learned = analysis.learned[analysis.learned["task"] == task]
+    sentences = []
+    for (scalar, model), lines in learned.groupby(["scalar", "model"], sort=False):
+        first = lines.groupby(["seed"])["epoch"].transform("min")
+        last = lines.groupby(["seed"])["epoch"].transform("max")
+        start = lines[lines["epoch"] == first].groupby("timescale")["value"].mean()
+        end = lines[lines["epoch"] == last].groupby("timescale")["value"].mean()
+        moves = ", ".join(f"{short(start[one])} to {short(end[one])}" for one in start.index)
+        what = "horizons in tokens" if scalar == "horizon" else "strength of gravity G"
+        sentences.append(
+            f"{analysis.names[str(model)]}: {what} from the end of the first epoch to that of the last, mean "
+            f"over layers, heads and seeds{', by timescale' if len(start) > 1 else ''}: {moves}."
+        )
+    return sentences

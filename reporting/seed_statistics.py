@@ -1,0 +1,134 @@
+"""What a handful of seeds allow one to say: intervals of means, paired differences, exact p values.
+
+    estimate([0.61, 0.64, 0.62])                       # Estimate(n=3, mean=0.6233, low=0.5854, high=0.6613)
+    sign_flip_p([0.02, 0.01, 0.03])                    # 0.25, the smallest that three seeds can give
+    holm([0.01, 0.04, 0.03])                           # [0.03, 0.06, 0.06]
+    mcnemar_p(9, 1)                                    # 0.0215: two trained models on the same examples
+
+The seed is the unit: every function but the last takes one number per seed. Two models that were trained
+with the same seeds are compared by the differences within seeds. Needs numpy only.
+
+Sources: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4 (Student's t for whole degrees of freedom);
+Fisher 1935, The Design of Experiments, section 21 (sign flips); Holm 1979; McNemar 1947.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """The mean of n numbers with its t interval; the ends are NaN for n < 2, the mean for n = 0."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+
+
+def t_probability(angle: float, freedom: int) -> float:
+    """P(|T| < sqrt(freedom) * tan(angle)) for Student's T, 0 <= angle <= pi/2, whole degrees of freedom.
+
+    A finite sum, so it is exact up to rounding."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
+    for power in range(1 if odd else 0, freedom - 1, 2):
+        total += term
+        term *= cosine**2 * (power + 1) / (power + 2)
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+@functools.cache
+def t_quantile(confidence: float, freedom: int) -> float:
+    """The t with P(|T| < t) = confidence: 12.706 at 0.95 and one degree of freedom.
+
+    Raises ValueError unless 0 < confidence < 1 and freedom >= 1."""
+    if not 0 < confidence < 1 or freedom < 1:
+        raise ValueError(
+            f"expected 0 < confidence < 1 and freedom >= 1, got confidence {confidence}, freedom {freedom}"
+        )
+    low, high = 0.0, math.pi / 2
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if t_probability(middle, freedom) < confidence else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+    """The mean of the values and its t interval, which takes them as independent draws from a normal."""
+    n = len(values)
+    if n == 0:
+        return Estimate(0, math.nan, math.nan, math.nan)
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Estimate(1, mean, math.nan, math.nan)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    half = t_quantile(confidence, n - 1) * deviation / math.sqrt(n)
+    return Estimate(n, mean, mean - half, mean + half)
+
+
+def paired_differences(values: dict[int, float], baseline: dict[int, float]) -> dict[int, float]:
+    """value - baseline by seed, for the seeds that both have, in ascending order."""
+    return {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())}
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """The exact two-sided p value of "the sign of each difference is a coin toss".
+
+    It is the share of all 2^n sign patterns whose sum is at least as far from 0 as the one seen. The sums of
+    the two halves are joined by a sorted search, so that 40 seeds are no more than 2^20 sums.
+    NaN for no differences.
+    """
+    if not len(differences):
+        return math.nan
+    middle = (len(differences) + 1) // 2
+    left, right = _signed_sums(differences[:middle]), np.sort(_signed_sums(differences[middle:]))
+    rounding = 1e-12 * math.fsum(abs(difference) for difference in differences)
+    bound = abs(math.fsum(differences)) - rounding
+    if bound <= 0:
+        return 1.0
+    above = len(right) - np.searchsorted(right, bound - left, side="left")
+    below = np.searchsorted(right, -bound - left, side="right")
+    return float((above.sum() + below.sum()) / 2.0 ** len(differences))
+
+
+def _signed_sums(values: Sequence[float]) -> np.ndarray:
+    """The 2^n sums of +-values, (2^n,) float64."""
+    sums = np.zeros(1)
+    for value in values:
+        sums = np.concatenate([sums + value, sums - value])
+    return sums
+
+
+def smallest_sign_flip_p(n: int) -> float:
+    """The smallest p value that n differences can give: 2 / 2^n, and 1 for a single one. NaN for none."""
+    return 2.0 ** (1 - n) if n else math.nan
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values adjusted for having looked at all of them (Holm's step-down), in the order given."""
+    adjusted, running = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = running
+    return adjusted
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """The exact two-sided p value of McNemar's test: two models answer the same examples, and `only_first`
+    (`only_second`) of them are right with the first (second) alone.
+
+    Examples that both have right or both wrong say nothing; were the models equally good, each of the others
+    would be a coin toss. 1 where there are none.
+    """
+    discordant = only_first + only_second
+    term = total = 1  # of Pascal's triangle: whole numbers, which neither round nor overflow
+    for count in range(min(only_first, only_second)):
+        term = term * (discordant - count) // (count + 1)
+        total += term
+    return min(1.0, 2 * total / 2**discordant)

@@ -1,0 +1,220 @@
+"""What an analysis holds, and its tables: one task's accuracy, cost and attention, differences, lost cells.
+
+    for table in tables(analysis):
+        print(markdown_table(table))
+
+Every table of a smoke run or of stand-in data says so in its title. See comparison_tables.py for the numbers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from reporting.comparison_tables import ACCURACY, BASELINE, CONVERGENCE, NEAR, Difference, TaskFacts
+from reporting.joined_results import JoinedResults
+from reporting.paired_predictions import PairedPredictions
+from reporting.published_results import comparable
+from reporting.seed_statistics import Estimate
+from reporting.text_tables import NONE, TextTable, short, short_p
+from results_folder import Cell, CellRecord, Results
+
+MIB = 2.0**20
+SMOKE = "smoke test: its numbers mean nothing"
+INTERVAL = "Mean over n seeds [95 % t interval]; n = 1: one run, no interval"
+# (metric, heading, scale)
+Column = tuple[str, str, float]
+TABLES: tuple[tuple[str, tuple[Column, ...]], ...] = (
+    (
+        "accuracy and convergence",
+        (
+            (ACCURACY, "test accuracy (%)", 100.0),
+            ("test_accuracy_last", "after the last epoch (%)", 100.0),
+            ("best_epoch", "best epoch", 1.0),
+            ("convergence_epoch", "epochs to 90 % of best", 1.0),
+            (CONVERGENCE, "the same above chance", 1.0),
+        ),
+    ),
+    (
+        "cost",
+        (
+            ("seconds_per_epoch", "s per training epoch", 1.0),
+            ("tokens_per_second", "tokens per s", 1.0),
+            ("peak_memory_bytes", "peak memory (MiB)", 1 / MIB),
+            ("parameters", "parameters", 1.0),
+            ("attention_parameters", "of them in attention", 1.0),
+        ),
+    ),
+    (
+        "attention",
+        (
+            ("attention_entropy", "entropy of a row (1 = even)", 1.0),
+            ("attention_share_near", f"weight within {NEAR} tokens (%)", 100.0),
+        ),
+    ),
+)
+TARGET_COLUMNS: tuple[Column, ...] = (
+    ("epochs_to_target", "epochs to it", 1.0),
+    ("seconds_to_target", "training s to it", 1.0),
+    ("tokens_to_target", "million tokens to it", 1e-6),
+    ("seconds_to_best", "training s to the best epoch", 1.0),
+    ("tokens_to_best", "million tokens to the best epoch", 1e-6),
+)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that the report is made from. names: display names by model, in order; no_*: why a cell has none.
+
+    See comparison_tables.py, accuracy_against_cost.py and paired_predictions.py for the parts."""
+
+    joined: JoinedResults
+    facts: dict[str, TaskFacts]
+    table: pd.DataFrame
+    summary: pd.DataFrame
+    differences: list[Difference]
+    learned: pd.DataFrame
+    names: dict[str, str]
+    no_patterns: dict[Cell, str]
+    targets: dict[str, float]
+    predictions: list[PairedPredictions]
+    no_predictions: dict[Cell, str]
+
+    @property
+    def results(self) -> Results:
+        return self.joined.results
+
+    def unfinished(self) -> list[CellRecord]:
+        return [record for record in self.results.cells if record.state != "done"]
+
+    def mean(self, task: str, model: str, metric: str) -> Estimate:
+        """Over the seeds; n = 0 and NaN where there are none."""
+        rows = self.summary
+        rows = rows[(rows["task"] == task) & (rows["model"] == model) & (rows["metric"] == metric)]
+        if rows.empty:
+            return Estimate(0, math.nan, math.nan, math.nan)
+        n, mean, low, high = (float(rows[column].iloc[0]) for column in Estimate._fields)
+        return Estimate(int(n), mean, low, high)
+
+    def notice(self, task: str) -> str:
+        """What must be said wherever numbers of the task are shown; "" for a full run on its own data."""
+        notices = [SMOKE] if self.results.config.get("preset") == "smoke" else []
+        stand_in = self.facts[task].stand_in_for
+        if stand_in:
+            notices.append(f"stand-in data: {task}, not {stand_in}")
+        return "; ".join(notices)
+
+
+def shown_mean(mean: Estimate, scale: float = 1.0, *, of: int = 0) -> str:
+    """ "61.2 [58.1, 64.3]", without the interval where there is none; with its n where that is less than
+    `of`, the number of finished seeds."""
+    text = short(scale * mean.mean)
+    if mean.n > 1 and mean.low != mean.high:
+        text += f" [{short(scale * mean.low)}, {short(scale * mean.high)}]"
+    return f"{text} (n = {mean.n})" if 0 < mean.n < of else text
+
+
+def tables(analysis: Analysis) -> list[TextTable]:
+    found = []
+    for facts in analysis.facts.values():
+        for kind, columns in TABLES:
+            if kind != "attention" or (analysis.table["metric"] == columns[0][0]).any():
+                found.append(_task_table(analysis, facts, kind, columns))
+        if facts.name in analysis.targets:
+            found.append(_target_table(analysis, facts))
+        if comparable(analysis.results, facts.name):
+            found.append(_published_table(analysis, facts))
+    if analysis.differences and BASELINE in analysis.names:
+        found.append(_difference_table(analysis))
+    if analysis.predictions:
+        found.append(_prediction_table(analysis))
+    if analysis.unfinished():
+        rows = [[str(record.cell), record.state, record.reason or NONE] for record in analysis.unfinished()]
+        found.append(TextTable("Cells that are not done", ["cell", "state", "reason"], rows, names=3))
+    return found
+
+
+def _task_table(
+    analysis: Analysis, facts: TaskFacts, kind: str, columns: Sequence[tuple[str, str, float]]
+) -> TextTable:
+    rows = []
+    for model, name in analysis.names.items():
+        n = analysis.mean(facts.name, model, ACCURACY).n
+        means = [(analysis.mean(facts.name, model, metric), scale) for metric, _, scale in columns]
+        cells = [shown_mean(mean, scale, of=n) for mean, scale in means]
+        rows.append([name, str(n), *cells])
+    header = ["model", "n", *(heading for _, heading, _ in columns)]
+    return TextTable(_title(analysis, facts, kind), header, rows, note=INTERVAL)
+
+
+def _title(analysis: Analysis, facts: TaskFacts, kind: str) -> str:
+    notice = analysis.notice(facts.name)
+    return f"{facts.name} ({facts.title}): {kind}" + (f" ({notice})" if notice else "")
+
+
+def _target_table(analysis: Analysis, facts: TaskFacts) -> TextTable:
+    target = f"{100 * analysis.targets[facts.name]:.1f} %"
+    rows = []
+    for model, name in analysis.names.items():
+        n = analysis.mean(facts.name, model, ACCURACY).n
+        reached = analysis.mean(facts.name, model, "epochs_to_target").n
+        means = [(analysis.mean(facts.name, model, metric), scale) for metric, _, scale in TARGET_COLUMNS]
+        cells = [shown_mean(mean, scale, of=n) for mean, scale in means]
+        rows.append([name, str(n), f"{reached} of {n}" if n else NONE, *cells])
+    header = ["model", "n", "seeds at the target", *(heading for _, heading, _ in TARGET_COLUMNS)]
+    note = (
+        f"{INTERVAL}. Target: a validation accuracy of {target}. To the target: mean over the seeds that "
+        "reached it. Time is training time alone"
+    )
+    return TextTable(_title(analysis, facts, f"time to an accuracy of {target}"), header, rows, note)
+
+
+def _published_table(analysis: Analysis, facts: TaskFacts) -> TextTable:
+    lines = comparable(analysis.results, facts.name)
+    rows = [[line.name, line.source, f"{100 * line.accuracy:.2f}"] for line in lines]
+    header = ["model", "source", "test accuracy (%)"]
+    return TextTable(_title(analysis, facts, "published test accuracy"), header, rows, names=2)
+
+
+def _prediction_table(analysis: Analysis) -> TextTable:
+    rows = []
+    tasks, models = list(analysis.facts), list(analysis.names)
+    for row in sorted(analysis.predictions, key=lambda row: (tasks.index(row.task), models.index(row.model))):
+        notice = analysis.notice(row.task)
+        task = row.task + (f" ({notice})" if notice else "")
+        counts = (f"{count:,}" for count in (row.n, row.only_model, row.only_baseline))
+        p_values = short_p(row.p), short_p(row.p_holm)
+        rows.append([analysis.names[row.model], task, str(row.seed), *counts, *p_values])
+    header = ["model", "task", "seed", "test examples", "right with the model alone"]
+    header += [f"right with {BASELINE} alone", "p", "p (Holm)"]
+    note = (
+        f"Exact McNemar test of two trained models on the same test examples; Holm's correction over the "
+        f"{len(rows)} pairs. It compares these trained models, not the mechanisms"
+    )
+    return TextTable(f"Predictions against {BASELINE} of equal seed", header, rows, note, names=2)
+
+
+def _difference_table(analysis: Analysis) -> TextTable:
+    rows = []
+    for row in analysis.differences:
+        notice = analysis.notice(row.task)
+        p_values = (short_p(p) for p in (row.p, row.smallest_p, row.p_holm))
+        task = row.task + (f" ({notice})" if notice else "")
+        rows.append(
+            [
+                analysis.names[row.model],
+                task,
+                str(row.mean.n),
+                shown_mean(row.mean, 100),
+                *p_values,
+                row.verdict,
+            ]
+        )
+    header = ["model", "task", "n", "difference (points)", "p", "smallest p at this n", "p (Holm)", "verdict"]
+    tested = sum(row.mean.n > 0 for row in analysis.differences)
+    note = (
+        f"Test accuracy minus that of {BASELINE}, paired by seed: mean [95 % t interval]; p: exact, "
+        f"two-sided sign-flip test; Holm's correction over the {tested} comparisons"
+    )
+    return TextTable(f"Differences to {BASELINE}", header, rows, note, names=2)

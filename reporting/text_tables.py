@@ -1,0 +1,118 @@
+"""Tables of text as Markdown and as LaTeX (booktabs), with every name escaped; numbers rounded for reading.
+
+table = TextTable("Accuracy", ["model", "n"], [["my_model", "3"]], note="n = seeds")
+markdown_table(table), latex_table(table)
+"""
+
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+NONE = "–"  # noqa: RUF001 (an en dash is how a table says "nothing")
+
+LATEX_HEADING = 16  # letters on a line of a heading
+LATEX_FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}"  # shrinks what is too wide
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "–": "--",  # noqa: RUF001
+    **{letter: f"\\{letter}" for letter in "#$%&_{}"},
+}
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Plain text in rows. The first `names` columns are left-aligned, the others, numbers, right-aligned."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    names: int = 1
+
+
+def one_line(text: str) -> str:
+    """The text with every run of white space and control characters as one space."""
+    return re.sub(
+        r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+", " ", text
+    ).strip()
+
+
+def markdown(text: str) -> str:
+    """The text with what Markdown or HTML would read as markup made plain."""
+    plain = re.sub(r"([\\`*_\[\]<>|#~$!{}])", r"\\\1", one_line(text))
+    return plain.replace("&", "&amp;")
+
+
+def latex(text: str) -> str:
+    """The text with what LaTeX would read as a command made plain."""
+    return "".join(_LATEX.get(letter, letter) for letter in one_line(text))
+
+
+def code_block(text: str, language: str = "") -> str:
+    """A fenced block that the text cannot end."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def markdown_table(table: TextTable) -> str:
+    rule = ["---"] * table.names + ["---:"] * (len(table.header) - table.names)
+    lines = [[markdown(entry) for entry in row] for row in (table.header, *table.rows)]
+    lines.insert(1, rule)
+    text = "\n".join("| " + " | ".join(row) + " |" for row in lines)
+    note = f"\n\n{markdown(table.note)}" if table.note else ""
+    return f"**{markdown(table.title)}**\n\n{text}{note}"
+
+
+def latex_table(table: TextTable) -> str:
+    columns = "l" * table.names + "r" * (len(table.header) - table.names)
+    header, *rows = [
+        "    " + " & ".join(entries) + r" \\"
+        for entries in (map(_latex_heading, table.header), *(map(latex, row) for row in table.rows))
+    ]
+    caption = latex(table.title) + (". " + latex(table.note) if table.note else "")
+    lines = [
+        r"\begin{table}",
+        r"  \centering",
+        rf"  \caption{{{caption}}}",
+        rf"  {LATEX_FIT}{{\begin{{tabular}}{{{columns}}}",
+    ]
+    lines += [r"    \toprule", header, r"    \midrule", *rows, r"    \bottomrule"]
+    return "\n".join([*lines, r"  \end{tabular}}", r"\end{table}"])
+
+
+def _latex_heading(text: str) -> str:
+    """The text on lines of LATEX_HEADING letters, since headings are wider than what stands below them."""
+    lines = textwrap.wrap(one_line(text), LATEX_HEADING, break_long_words=False, break_on_hyphens=False)
+    stacked = r" \\ ".join(map(latex, lines))
+    return latex(text) if len(lines) < 2 else rf"\shortstack{{{stacked}}}"
+
+
+def short(value: float) -> str:
+    """About three digits: 0.0123, 1.23, 12.3, 123, 12,345; whole numbers as they are. A dash for NaN."""
+    if math.isnan(value):
+        return NONE
+    if value == round(value):
+        return f"{value:,.0f}"
+    size = abs(value)
+    if size >= 99.95:
+        return f"{value:,.0f}"
+    if size >= 9.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if size >= 0.995 else f"{value:#.3g}"
+
+
+def short_p(value: float) -> str:
+    """A p value: 0.25, 0.0625, 0.00195, < 0.0001."""
+    if math.isnan(value):
+        return NONE
+    return f"{value:.3g}" if value >= 1e-4 else "< 0.0001"

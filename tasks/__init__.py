@@ -1,0 +1,1 @@
+"""The tasks behind `data_pipeline`: reading, making, tokenizing and batching."""

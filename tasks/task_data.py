@@ -1,0 +1,71 @@
+"""What a task is asked for and what it is: the data settings and a task's data.
+
+`data_pipeline.py` makes one of the other.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from command_line import check_settings, setting
+from tasks.array_cache import default_cache_folder
+from tasks.token_dataset import TokenDataset
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Data
+
+    None stands for the task's own default. Raises InputError for values outside their ranges."""
+
+    data_dir: str | None = setting(
+        None, "folder with the IMDb archive or its unpacked tree, or with basic_train.tsv, ... of ListOps"
+    )
+    cache_dir: str | None = setting(
+        None, "where downloads and read texts are kept; not set: ~/.cache/attention-comparison"
+    )
+    tokenizer: str = setting("byte", "tokens of the text tasks", choices=("byte", "word"))
+    word_vocabulary: int = setting(20_000, "most frequent training words kept by --tokenizer word", minimum=1)
+    min_length: int | None = setting(
+        None, "listops: expressions are longer than this; not set: 500", minimum=0
+    )
+    max_length: int | None = setting(
+        None, "texts are cut to this many tokens (not set: 4096); expressions are shorter (2000)", minimum=1
+    )
+    train_size: int | None = setting(None, "training examples; not set: all", minimum=1)
+    val_size: int | None = setting(None, "validation examples; not set: all", minimum=1)
+    test_size: int | None = setting(None, "test examples; not set: all", minimum=1)
+    data_seed: int = setting(0, "seed of splits, subsets and made-up data", minimum=0)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def sizes(self, default: dict[str, int]) -> dict[str, int]:
+        """The size of each split, as given or else by default."""
+        given = {"train": self.train_size, "val": self.val_size, "test": self.test_size}
+        return {name: default[name] if size is None else size for name, size in given.items()}
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_folder()
+
+
+@dataclass(frozen=True, eq=False)
+class TaskData:
+    """A task, ready for training.
+
+    name: its true name, of folders and tables. title: for figures. symbols: the printable form of a token id.
+    provenance: where the data come from and how they were made, as JSON.
+    """
+
+    name: str
+    title: str
+    vocab_size: int
+    num_classes: int
+    class_names: tuple[str, ...]
+    train: TokenDataset
+    val: TokenDataset
+    test: TokenDataset
+    symbols: Callable[[int], str]
+    provenance: dict[str, Any]

@@ -1,0 +1,100 @@
+"""What accuracy costs is added up from the epochs, and a target is one for all models."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from reporting.accuracy_against_cost import (
+    pareto_front,
+    progress_metrics,
+    progress_table,
+    target_accuracies,
+    trade_offs,
+)
+from results_folder import Cell, CellRecord, Results
+
+
+def record(
+    model: str, accuracies: list[float], seconds: list[float | None], state: str = "done"
+) -> CellRecord:
+    rows = [
+        {"epoch": epoch, "val_accuracy": accuracy, "train_seconds": spent, "train_tokens": 1000}
+        for epoch, (accuracy, spent) in enumerate(zip(accuracies, seconds, strict=True), 1)
+    ]
+    return CellRecord(Cell("t", model, 0), Path(), state, metrics=rows)
+
+
+def progress_of(*records: CellRecord) -> pd.DataFrame:
+    return progress_table(Results(Path(), {}, {}, list(records)))
+
+
+def metrics_of(progress: pd.DataFrame, model: str, targets: dict[str, float]) -> dict[str, float]:
+    rows = progress_metrics(progress, targets)
+    mine = rows[rows["model"] == model]
+    return dict(zip(mine["metric"], mine["value"], strict=True))
+
+
+def test_time_and_tokens_add_up_over_the_epochs() -> None:
+    progress = progress_of(record("a", [0.1, 0.2, 0.3], [2.0, 3.0, 4.0]))
+    assert progress["seconds"].tolist() == [2.0, 5.0, 9.0]
+    assert progress["tokens"].tolist() == [1000.0, 2000.0, 3000.0]
+
+
+def test_an_epoch_without_a_time_leaves_the_later_times_unknown() -> None:
+    progress = progress_of(record("a", [0.1, 0.2, 0.3], [2.0, None, 4.0]))
+    np.testing.assert_array_equal(progress["seconds"], [2.0, np.nan, np.nan])
+    assert metrics_of(progress, "a", {}) == {"tokens_to_best": 3000.0}
+
+
+def test_the_target_is_nine_tenths_of_the_baselines_way_up_from_chance() -> None:
+    progress = progress_of(record("conventional", [0.4, 0.6, 0.5], [1.0, 1.0, 1.0]))
+    assert target_accuracies(progress, {"t": 0.5}) == {"t": pytest.approx(0.59)}
+    assert target_accuracies(progress, {"t": 0.6}) == {}
+    assert target_accuracies(progress, {"t": None}) == {}
+    unfinished = progress_of(record("conventional", [0.9], [1.0], "diverged"))
+    assert target_accuracies(unfinished, {"t": 0.5}) == {}
+
+
+def test_the_target_is_reached_at_its_first_epoch_or_not_at_all() -> None:
+    progress = progress_of(
+        record("a", [0.4, 0.59, 0.7, 0.6], [2.0, 3.0, 4.0, 5.0]),
+        record("b", [0.4, 0.5, 0.45, 0.5], [1.0, 1.0, 1.0, 1.0]),
+        record("c", [0.9], [1.0], "failed"),
+    )
+    assert metrics_of(progress, "a", {"t": 0.59}) == {
+        "seconds_to_best": 9.0,
+        "tokens_to_best": 3000.0,
+        "target_reached": 1.0,
+        "epochs_to_target": 2.0,
+        "seconds_to_target": 5.0,
+        "tokens_to_target": 2000.0,
+    }
+    never = {"seconds_to_best": 2.0, "tokens_to_best": 2000.0, "target_reached": 0.0}
+    assert metrics_of(progress, "b", {"t": 0.59}) == never  # of two equal epochs the first is the best
+    assert metrics_of(progress, "c", {"t": 0.59}) == {}
+
+
+def test_a_trade_off_needs_both_its_numbers() -> None:
+    rows = [("a", 0, "seconds_to_best", 9.0), ("a", 0, "test_accuracy_best", 0.7), ("b", 0, "done", 1.0)]
+    table = pd.DataFrame(rows, columns=["model", "seed", "metric", "value"])
+    assert trade_offs(table).to_dict("records") == [
+        {"model": "a", "seed": 0, "seconds": 9.0, "accuracy": 0.7}
+    ]
+    assert trade_offs(table.iloc[2:]).empty
+
+
+@pytest.mark.parametrize(
+    ("points", "front"),
+    [
+        ([(1, 5), (2, 4), (3, 6)], [0, 2]),
+        ([(2, 5), (1, 5)], [1]),
+        ([(1, 5), (1, 6)], [1]),
+        ([], []),
+    ],
+)
+def test_the_front_holds_the_points_that_none_beats(
+    points: list[tuple[float, float]], front: list[int]
+) -> None:
+    assert pareto_front(points) == front

@@ -1,0 +1,113 @@
+"""What the figures of an analysis draw is what its summary.csv says."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from results_fixture import MODELS
+
+from analyze_results import make_analysis
+from reporting.accuracy_against_cost import progress_table
+from reporting.comparison_tables import ACCURACY, epoch_table, metric_table, read_patterns
+from reporting.distance_figures import distance_figure
+from reporting.figure_style import figure_style, model_styles, save_figure
+from reporting.joined_results import read_joined
+from reporting.mass_figures import shaded_figure
+from reporting.task_figures import CONVERGENCE_PANELS, COST_PANELS, TaskFigures
+
+STYLES = model_styles(MODELS)
+
+
+@pytest.fixture(scope="module")
+def figures(holed: Path) -> dict[str, Figure]:
+    """The figures by the kind in their names."""
+    joined = read_joined([holed])
+    patterns, reasons = read_patterns(joined.results)
+    progress = progress_table(joined.results)
+    analysis = make_analysis(joined, metric_table(joined.results, patterns), progress, reasons)
+    parts = analysis, "listops", "listops", epoch_table(joined.results), progress, patterns, STYLES
+    with figure_style():
+        return {note.stem.removesuffix("_listops"): figure for note, figure in TaskFigures(*parts).draw()}
+
+
+@pytest.fixture(scope="module")
+def summary(holed: Path) -> pd.DataFrame:
+    return pd.read_csv(holed / "analysis" / "summary.csv", float_precision="round_trip")
+
+
+def values_of(summary: pd.DataFrame, model: str, metric: str) -> list[float]:
+    mine = summary[(summary["model"] == model) & (summary["metric"] == metric)]
+    return [float(value) for value in mine.sort_values("seed")["value"]]
+
+
+def test_accuracy_is_that_of_the_table(figures: dict[str, Figure], summary: pd.DataFrame) -> None:
+    [ax] = figures["accuracy"].axes
+    for model, style in STYLES.items():
+        drawn = [np.asarray(line.get_xdata()) for line in ax.get_lines() if line.get_marker() == style.marker]
+        expected = 100 * np.array(values_of(summary, model, ACCURACY))
+        if len(expected):
+            np.testing.assert_allclose(drawn[0], expected)
+            np.testing.assert_allclose(drawn[1], [expected.mean()])
+        else:
+            assert not drawn and "no result (2 failed, missing)" in [text.get_text() for text in ax.texts]
+
+
+@pytest.mark.parametrize("kind", ["cost", "convergence"])
+def test_bars_are_the_means_of_the_table(
+    kind: str, figures: dict[str, Figure], summary: pd.DataFrame
+) -> None:
+    panels = {"cost": COST_PANELS, "convergence": CONVERGENCE_PANELS}[kind]
+    for ax, panel in zip(figures[kind].axes, panels, strict=True):
+        bars = [bar.get_width() for bar in ax.patches if isinstance(bar, Rectangle)]
+        numbers = [values_of(summary, model, panel.metric) for model in MODELS]
+        assert bars == pytest.approx([panel.scale * np.mean(one) for one in numbers if one])
+
+
+def test_the_trade_off_is_that_of_the_table(figures: dict[str, Figure], summary: pd.DataFrame) -> None:
+    ax = figures["accuracy_time"].axes[2]
+    for model, style in STYLES.items():
+        seconds = values_of(summary, model, "seconds_to_best")
+        accuracy = 100 * np.array(values_of(summary, model, ACCURACY))
+        drawn = [
+            np.asarray(line.get_xydata()) for line in ax.get_lines() if line.get_marker() == style.marker
+        ]
+        if seconds:
+            np.testing.assert_allclose(drawn[0], np.stack([seconds, accuracy], 1))
+            np.testing.assert_allclose(drawn[1], [[np.mean(seconds), accuracy.mean()]])
+
+
+def test_maps_that_hold_no_weights_and_masses_of_0_are_drawn_and_not_fatal(tmp_path: Path) -> None:
+    columns = ["model", "layer", "timescale", "low", "high", "share"]
+    rows = [("multi_timescale", 0, timescale, 0, 1, 0.0) for timescale in (0, 1)]
+    learned = pd.DataFrame(columns=["scalar", "model", "seed", "epoch", "layer", "timescale", "value"])
+    masses = {"gravitational": (["a", "b"], np.array([0.0, 2.0]))}
+    with figure_style():
+        figures = [
+            distance_figure(pd.DataFrame(rows, columns=columns), learned, STYLES, "empty"),
+            shaded_figure(masses, STYLES, "light"),
+        ]
+        for number, figure in enumerate(figures):
+            save_figure(figure, tmp_path, str(number))
+    assert "no weights" in [text.get_text() for ax in figures[0].axes for text in ax.texts]
+
+
+def test_no_label_leaves_its_figure(figures: dict[str, Figure]) -> None:
+    for kind, figure in figures.items():
+        FigureCanvasAgg(figure).draw()
+        box = figure.bbox.padded(1.5)
+        for ax in figure.axes:
+            labels = [*ax.get_xticklabels(), *ax.get_yticklabels(), *ax.texts, ax.title]
+            labels += [ax.xaxis.label, ax.yaxis.label]
+            for label in labels:
+                extent = label.get_window_extent()
+                inside = box.containsx(extent.x0) and box.containsx(extent.x1)
+                inside = inside and box.containsy(extent.y0) and box.containsy(extent.y1)
+                hidden = not label.get_visible() or not label.get_text() or not ax.axison
+                ticks = label in (*ax.get_xticklabels(), *ax.get_yticklabels())
+                assert inside or hidden or (ticks and not ax.bbox.padded(2).overlaps(extent)), (
+                    f"{kind}: {label.get_text()!r} is cut"
+                )

@@ -1,0 +1,161 @@
+"""Each folder's report reads right, and the page and the Markdown say the same."""
+
+import html
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from results_fixture import MODELS, make_results, without_figures, write
+
+from analyze_results import analyze
+from reporting.comparison_tables import ACCURACY
+from reporting.published_results import comparable
+from reporting.report_blocks import Block, Bullets, Code, Facts, Heading, Notice, Paragraph
+from reporting.report_html import html_report
+from reporting.report_markdown import markdown_report
+from reporting.text_tables import TextTable, markdown, short
+from results_folder import Cell, read_results
+
+
+@pytest.fixture(autouse=True)
+def texts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_figures(monkeypatch)
+
+
+def report_of(root: Path) -> str:
+    analyze(root)
+    return (root / "analysis" / "report.md").read_text(encoding="utf-8")
+
+
+def words(text: str) -> list[str]:
+    """What a reader sees, without markup and case of white space."""
+    return re.findall(r"[\w.%+]+", text)
+
+
+def test_the_page_and_the_markdown_say_the_same(tmp_path: Path) -> None:
+    states = {Cell("listops", "gravitational", 1): "failed", Cell("listops", "conventional", 2): "missing"}
+    text = report_of(make_results(tmp_path, states=states, patterns=False))
+    page = (tmp_path / "analysis" / "report.html").read_text(encoding="utf-8")
+    main = re.sub(r"<[^>]+>", " ", page.split("<main>")[1].split("</main>")[0])
+    plain = re.sub(r"^```(sh)?$|^\| [-:| ]+\|$", "", text, flags=re.MULTILINE).replace("\\", "")
+    assert words(html.unescape(main)) == words(html.unescape(plain))
+
+
+def test_the_page_is_whole_in_itself_and_runs_nothing_of_the_folders(tmp_path: Path) -> None:
+    evil = "x:</script><script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;"
+    root = make_results(tmp_path, tasks=("listops",), models=("conventional", evil), patterns=False)
+    report_of(root)
+    page = (root / "analysis" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<script>") == page.count("</script>") == 1
+    assert "<img" not in page and set(re.findall(r'(?:src|href)="(.)', page)) == {"#"}
+    assert "default-src 'none'" in page and "http" not in re.sub("http-equiv", "", page)
+
+
+def test_every_block_is_escaped_in_both_forms(tmp_path: Path) -> None:
+    mark = "<b>*x*</b>"
+    table = TextTable(mark, [mark, "n"], [[mark, "1"]], note=mark)
+    blocks: list[Block] = [Heading(1, mark), Heading(2, mark), Notice(mark, mark), Paragraph(mark, lead=mark)]
+    page = html_report([*blocks, Bullets([mark]), Facts([(mark, mark)]), Code(mark), table], tmp_path)
+    assert mark not in page and page.count(html.escape(mark)) == 17
+    text = markdown_report([*blocks, Bullets([mark]), Facts([(mark, mark)]), table])
+    assert mark not in text and text.count(markdown(mark)) == 13
+
+
+def test_one_seed_has_no_interval_and_no_verdict(tmp_path: Path) -> None:
+    text = report_of(make_results(tmp_path, seeds=(4,), patterns=False))
+    assert "- seeds: 4 (n = 1)" in text and "(n = 1: no interval" in text
+    assert "95 % interval" not in text.replace("Interval: 95 % t interval", "")
+    assert not re.search(r"\b(better|worse|significant)\b", text)
+
+
+def test_three_seeds_cannot_reach_the_level_and_the_report_says_so(tmp_path: Path) -> None:
+    text = report_of(make_results(tmp_path, patterns=False))
+    assert "The smallest p value that 3 seeds can give is 0.25" in text
+    assert "too few seeds to tell" in text and not re.search(r"\b(better|worse)\b", text)
+
+
+def test_ten_seeds_that_all_agree_are_given_a_verdict_and_ten_that_do_not_are_not(tmp_path: Path) -> None:
+    seeds = tuple(range(10))
+    root = make_results(tmp_path, tasks=("listops",), seeds=seeds, patterns=False, epochs=2)
+    for seed in seeds:
+        steps = {"conventional": 0.0, "gravitational": 0.02, "multi_timescale": (-1) ** seed * 0.02}
+        for model, step in steps.items():
+            path = Cell("listops", model, seed).folder(root) / "result.json"
+            write(path, json.loads(path.read_text()) | {ACCURACY: 0.4 + 0.001 * seed + step})
+    text = report_of(root)
+    verdicts = {
+        name: next(line for line in text.splitlines() if line.startswith(f"- {name} against"))
+        for name in ("Gravitational", "Multi-timescale")
+    }
+    assert "+2.0 points" in verdicts["Gravitational"] and "p = 0.00195" in verdicts["Gravitational"]
+    assert "better at the 0.05 level, for these settings" in verdicts["Gravitational"]
+    assert "a difference is not shown" in verdicts["Multi-timescale"]
+
+
+def test_a_diverged_and_a_failed_cell_are_in_no_mean_and_a_smaller_n_is_said(tmp_path: Path) -> None:
+    states = {Cell("listops", "conventional", 0): "diverged", Cell("listops", "gravitational", 1): "failed"}
+    root = make_results(tmp_path, tasks=("listops",), models=MODELS[:2], states=states, patterns=False)
+    text = report_of(root)
+    assert "**2 of 6 cells are not done** and are in no mean:" in text
+    assert "- listops/conventional/seed0: diverged (the loss is nan in epoch 3)" in text
+    assert "- listops/gravitational/seed1: failed (RuntimeError: out of memory" in text
+    assert re.search(r"Gravitational against Conventional: .* \(n = 1: no interval", text)
+    for name in ("Conventional", "Gravitational"):
+        assert re.search(
+            rf"- Test accuracy, from the highest: .*{name} [\d.]+ % \(n = 2, 95 % interval", text
+        )
+
+
+def test_a_mean_over_fewer_seeds_than_finished_says_how_many(tmp_path: Path) -> None:
+    root = make_results(tmp_path, tasks=("listops",), models=MODELS[:1], patterns=False)
+    path = Cell("listops", "conventional", 1).folder(root) / "result.json"
+    write(path, json.loads(path.read_text()) | {"convergence_epoch_above_chance": None})
+    row = next(line for line in report_of(root).splitlines() if line.startswith("| Conventional | 3 |"))
+    assert "| 3 (n = 2) |" in row
+
+
+def test_who_never_reaches_the_target_is_named(tmp_path: Path) -> None:
+    root = make_results(tmp_path, tasks=("listops",), models=MODELS[:2], patterns=False)
+    for seed in range(3):
+        path = Cell("listops", "gravitational", seed).folder(root) / "metrics.jsonl"
+        rows = [json.loads(line) | {"val_accuracy": 0.1} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report_of(root)
+    assert re.search(
+        r"- To a validation accuracy of \d\d\.\d %: Conventional .*; Gravitational never\.", text
+    )
+    assert "| Gravitational | 3 | 0 of 3 | – | – | – |" in text  # noqa: RUF001
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({}, True),
+        ({"preset": "quick"}, False),
+        ({"data": {"max_length": 1000}}, False),
+        ({"data": {"train_size": 600}}, False),
+        ({"data": {"tokenizer": "word"}}, False),
+    ],
+)
+def test_published_figures_stand_beside_a_run_of_full_size_alone(
+    options: dict[str, object], shown: bool, tmp_path: Path
+) -> None:
+    models = MODELS[:1]
+    root = make_results(tmp_path, models=models, seeds=(0,), patterns=False, epochs=1, **options)  # type: ignore[arg-type]
+    for task, percent in (("listops", "36.37"), ("imdb", "64.27")):
+        accuracies = [f"{100 * one.accuracy:.2f}" for one in comparable(read_results(root), task)]
+        assert (percent in accuracies) == shown
+    text = report_of(root)
+    assert ("google-research/long-range-arena" in text) == shown
+    assert ("Published Transformers of the Long Range Arena reach 36.4 to 38.4 %" in text) == shown
+
+
+def test_the_tidy_table_holds_what_the_report_shows_of_time_and_targets(tmp_path: Path) -> None:
+    root = make_results(tmp_path, tasks=("listops",), models=MODELS[:2], patterns=False)
+    text = report_of(root)
+    table = pd.read_csv(root / "analysis" / "summary.csv")
+    spent = table[(table["model"] == "conventional") & (table["metric"] == "seconds_to_target")]["value"]
+    assert len(spent) == 3
+    assert f"Conventional {short(spent.mean())} s of training" in text

@@ -70,7 +70,7 @@ class StopRequest:
             yield
         finally:
             for signum, handler in before.items():
-                signal.signal(signum, handler)
+                signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     def _hear(self, signum: int, frame: object) -> None:
         now = time.monotonic()

@@ -24,7 +24,14 @@ from results_folder import Cell, read_results
 MODELS = ("conventional", "gravitational", "multi_timescale")
 WHOLE = Cell("listops", "conventional", 0)  # no mutation reaches it
 ROOT_FILES = ("config.json", "environment.json")
-CELL_FILES = ("status.json", "config.json", "metrics.jsonl", "result.json", "attention_patterns.npz")
+CELL_FILES = (
+    "status.json",
+    "config.json",
+    "metrics.jsonl",
+    "result.json",
+    "attention_patterns.npz",
+    "test_predictions.npz",
+)
 
 STRANGE = st.one_of(
     st.none(),

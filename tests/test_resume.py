@@ -90,7 +90,7 @@ def run_until_stopped(folder: Path, number: int, attention: Callable[[], nn.Modu
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
-@pytest.mark.parametrize("number", [1, 5, 8, 12, 17, 24, 25, 28])
+@pytest.mark.parametrize("number", [1, 8, 12, 25])
 def test_a_cell_stopped_at_any_step_goes_on_to_the_same_bits(
     name: str, number: int, tmp_path: Path, whole: dict[str, Path]
 ) -> None:
@@ -155,7 +155,7 @@ def test_times_and_memory_of_earlier_processes_are_counted(tmp_path: Path) -> No
 # Checkpoints
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("kept", [0.0, 0.99])
 def test_a_truncated_checkpoint_is_set_aside_and_the_one_before_it_used_and_that_is_said_once(
     kept: float, tmp_path: Path, whole: dict[str, Path]
 ) -> None:
@@ -370,7 +370,7 @@ def check_broken_write(number: int, folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_write_that_fails_at_any_step_leaves_old_or_new_files_and_the_cell_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Path]
 ) -> None:
-    for number in (2, 9, 20, 31, 42, 53):
+    for number in (9, 31, 42, 88):
         assert check_broken_write(number, tmp_path / str(number), monkeypatch, whole["conventional"])
 
 
@@ -402,7 +402,7 @@ class NotFinite(nn.Module):
         return (query.detach() * math.nan if bad else torch.zeros_like(query) * self.unused.sum()), None
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", [1, 3])
 def test_a_diverged_cell_names_the_step_and_keeps_the_last_finite_checkpoint(
     steps: int, tmp_path: Path
 ) -> None:

@@ -155,7 +155,8 @@ def test_skipping_far_keys_changes_nothing(kind: str, causal: bool, monkeypatch:
         inputs.leaves[name].clamp_(0.2, 0.5)
     mask = Mask(causal=causal)
     skipping, complete = (evaluate(inputs, "tiled", mask=mask, skip_far_keys=skip) for skip in (True, False))
-    assert_same(skipping, complete, 1e-6)
+    assert_same({"output": skipping["output"]}, {"output": complete["output"]}, 1e-6)
+    assert_same(skipping, complete, 5e-6)  # other tiles, other rounding: gradients are sums that cancel
     assert min(plans[0].windows) < 400
     assert min(plans[1].windows) == 700
 
@@ -235,7 +236,7 @@ def test_dropout_repeats_for_a_seed_and_keeps_the_mean() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mechanism", list(MECHANISMS))
 def test_memory_grows_linearly_and_stays_small(mechanism: str) -> None:
-    """Batch x heads = 4, D = 32: what is held above inputs, outputs and gradients."""
+    """Batch x heads = 4, D = 32: what is held above inputs, outputs and gradients, in all and per timescale."""
     if PeakMemory(torch.device("cpu")).kind is None:
         pytest.skip("no measure of peak memory here")
     settings = SpeedSettings(threads=1)
@@ -244,4 +245,4 @@ def test_memory_grows_linearly_and_stays_small(mechanism: str) -> None:
         of_process(peak_bytes, Case(mechanism, "tiled", length), settings, "cpu") for length in (4096, 8192)
     )
     assert whole <= 2.2 * half
-    assert whole <= 64e6
+    assert whole <= 64e6 * MECHANISMS[mechanism].timescales

@@ -236,7 +236,7 @@ def test_dropout_repeats_for_a_seed_and_keeps_the_mean() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mechanism", list(MECHANISMS))
 def test_memory_grows_linearly_and_stays_small(mechanism: str) -> None:
-    """Batch x heads = 4, D = 32: what is held above inputs, outputs and gradients, in all and per timescale."""
+    """Batch x heads = 4, D = 32: what is held above inputs, outputs and gradients, for each timescale."""
     if PeakMemory(torch.device("cpu")).kind is None:
         pytest.skip("no measure of peak memory here")
     settings = SpeedSettings(threads=1)

@@ -18,10 +18,11 @@ Symbols as in `attention_kernels`; B problems are (timescale, example, head), in
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score
 from attention_engine.tile_plan import BLOCK, PairWeight, Plan
@@ -90,12 +91,33 @@ def tiled_attention(
         int(torch.randint(2**31, ()).item()) if dropout else 0,
     )
     sums = TileSums.apply(a, b, u, log_decay, plan)
-    parts = sums.unflatten(-1, (weightings, head_dim + 1))
-    total = parts[..., -1:]
-    output = parts[..., :-1] / total.masked_fill(total == 0, 1.0)  # (B, L, U, D); a row with no key is zeros
+    output = Normalised.apply(sums.unflatten(-1, (weightings, head_dim + 1)))  # (B, L, U, D)
     if weightings > 1:
         return output.unflatten(0, (batch, heads)).permute(0, 3, 1, 2, 4)
     return output.view(timescales, batch, heads, query_length, head_dim).transpose(0, 1)
+
+
+class Normalised(torch.autograd.Function):
+    """The quotient `parts[..., :-1] / parts[..., -1:]`, zeros where the sum of weights is 0; keeps no more
+    for its gradient than what it returns and the sums of weights."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor) -> Tensor:
+        total = parts[..., -1:].masked_fill(parts[..., -1:] == 0, 1.0)
+        output = parts[..., :-1] / total
+        ctx.save_for_backward(output, total)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, doutput: Tensor) -> Tensor:
+        output, total = ctx.saved_tensors
+        dparts = torch.empty(
+            *output.shape[:-1], output.shape[-1] + 1, dtype=output.dtype, device=output.device
+        )
+        torch.div(doutput, total, out=dparts[..., :-1])
+        dparts[..., -1:] = -(dparts[..., :-1] * output).sum(-1, keepdim=True)
+        return dparts
 
 
 def _problems(x: Tensor, timescales: int) -> Tensor:
@@ -134,7 +156,8 @@ def _lower_gravity(q: Tensor, k: Tensor, v: Tensor, score: Gravity, mask: Mask, 
         near_q, near_k = _centred(q, k, mask, _nanmedian)
         floor = LARGEST_FORCE ** (-1 / power)
     q, k = near_q, near_k
-    a, b = _distance_factors(q, k, score.softening)
+    roots = None if strength is None else (_inverse_root(strength, power), _inverse_root(key_mass, power))
+    a, b = _distance_factors(q, k, score.softening, roots)
     log_largest = key_mass.detach().amax(-1).log() - power * math.log(score.softening)  # (N, T, H)
     if strength is None:
         u = _with_ones(v) * key_mass.unsqueeze(-1)  # (N, T, H, S, D + 1)
@@ -144,8 +167,6 @@ def _lower_gravity(q: Tensor, k: Tensor, v: Tensor, score: Gravity, mask: Mask, 
             bound = log_largest.transpose(1, 2).flatten(0, 1)
             return Lowered(a.flatten(0, 2), b.flatten(0, 2), u, weight, bound, timescales)
     else:
-        a = a * _inverse_root(strength, power).unsqueeze(-1)
-        b = b * _inverse_root(key_mass, power).unsqueeze(-1)
         u, weight = _with_ones(v), PairWeight(power, exponential=True, floor=floor)
         log_largest = log_largest.exp() * strength.detach().amax(-1)
     bound = _problems(log_largest, timescales).unsqueeze(-1)
@@ -185,13 +206,21 @@ def _needs_float64(q: Tensor, k: Tensor, softening: float, masses: list[Tensor],
     return not bool((error <= ROUNDING) & (logs <= LARGEST_LOG_32))
 
 
-def _distance_factors(q: Tensor, k: Tensor, softening: float) -> tuple[Tensor, Tensor]:
-    """a (N, T', H, L, D + 2) and b (N, T', H, S, D + 2) with a_i . b_j = |q_i - k_j|^2 / D + softening."""
+def _distance_factors(
+    q: Tensor, k: Tensor, softening: float, scales: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """a (N, T, H, L, D + 2) and b (N, T, H, S, D + 2) with a_i . b_j = |q_i - k_j|^2 / D + softening, times
+    the scales of i and j, (N, T, H, L) and (N, T, H, S), if given. T is T' without scales.
+
+    The scales go into the parts, so that the unscaled factors need not be kept for the gradient."""
     head_dim = q.shape[-1]
     q_norm, k_norm = q.square().sum(-1, keepdim=True), k.square().sum(-1, keepdim=True)
-    one_q, one_k = torch.ones_like(q_norm), torch.ones_like(k_norm)
-    a = torch.cat([-2 * q, q_norm + head_dim * softening, one_q], -1) / head_dim
-    return a, torch.cat([k, one_k, k_norm], -1)
+    if scales is None:
+        of_q, of_k = torch.ones_like(q_norm), torch.ones_like(k_norm)
+    else:
+        of_q, of_k = (scale.unsqueeze(-1) for scale in scales)
+    a = torch.cat([q * (of_q * (-2 / head_dim)), (q_norm / head_dim + softening) * of_q, of_q / head_dim], -1)
+    return a, torch.cat([k * of_k, of_k, k_norm * of_k], -1)
 
 
 def _lengths(padding: Tensor | None, problems: int, key_length: int) -> list[int]:

@@ -9,7 +9,7 @@ before each case. A case of T timescales does T times the anchor's work, but for
 ratio is also told per score matrix. "differences" is the straightforward gravity, with q_i - k_j as an
 (N, N, head dim) tensor; it and the dense formulas are measured where they fit into --memory-limit.
 Memory is what is held at most above inputs, outputs and gradients: by the allocator on CUDA, in the resident
-set of a fresh process on the CPU. Writes <date>_<device>_attention_speed.json, .png and .pdf.
+set of a fresh process on the CPU. Writes .json, .png and .pdf, named by date, device and CPU threads.
 """
 
 import sys

@@ -89,7 +89,8 @@ def results_stem(folder: str, benchmark: str, device: torch.device) -> Path:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output-dir {folder} cannot be made: {error.strerror}") from error
-    return Path(folder) / f"{datetime.date.today().isoformat()}_{device.type}_{benchmark}"
+    place = f"cpu-{torch.get_num_threads()}-threads" if device.type == "cpu" else device.type
+    return Path(folder) / f"{datetime.date.today().isoformat()}_{place}_{benchmark}"
 
 
 def write_results(stem: Path, device: torch.device, settings: dict[str, Any], rows: Any) -> None:

@@ -16,8 +16,8 @@ CPU = torch.device("cpu")
 
 
 def read_results(folder: Path, benchmark: str) -> dict[str, Any]:
-    [path] = folder.glob(f"*_cpu_{benchmark}.json")
-    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d_cpu_{benchmark}", path.stem)
+    [path] = folder.glob(f"*_{benchmark}.json")
+    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d_cpu-\d+-threads_{benchmark}", path.stem)
     results: dict[str, Any] = json.loads(path.read_text())
     assert results["environment"]["torch"]
     assert results["environment"]["threads"] >= 1
@@ -27,20 +27,8 @@ def read_results(folder: Path, benchmark: str) -> dict[str, Any]:
 def test_attention_speed_writes_a_table_a_figure_and_ratios(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [
-        "--lengths",
-        "16",
-        "24",
-        "--repeats",
-        "1",
-        "--head-dim",
-        "4",
-        "--batch-heads",
-        "2",
-        "--no-memory",
-        "--device",
-        "cpu",
-    ]
+    sizes = ["--lengths", "16", "24", "--head-dim", "4", "--batch-heads", "2"]
+    arguments = [*sizes, "--repeats", "1", "--no-memory", "--device", "cpu"]
     assert attention_speed.main([*arguments, "--output-dir", str(tmp_path)]) == 0
     rows = read_results(tmp_path, "attention_speed")["results"]
     measured = {(row["mechanism"], row["backend"]) for row in rows}
@@ -55,30 +43,9 @@ def test_attention_speed_writes_a_table_a_figure_and_ratios(
 
 
 def test_peak_memory_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
-    arguments = [
-        "--lengths",
-        "32",
-        "--batch-size",
-        "2",
-        "--repeats",
-        "1",
-        "--models",
-        "gravitational",
-        "--backends",
-        "auto",
-    ]
-    sizes = [
-        "--embed-dim",
-        "16",
-        "--num-layers",
-        "1",
-        "--feed-forward-dim",
-        "16",
-        "--threads",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    arguments = ["--lengths", "32", "--batch-size", "2", "--repeats", "1", "--models", "gravitational"]
+    arguments += ["--backends", "auto", "--threads", "1", "--device", "cpu"]
+    sizes = ["--embed-dim", "16", "--num-layers", "1", "--feed-forward-dim", "16"]
     assert training_step.main([*arguments, *sizes, "--output-dir", str(tmp_path)]) == 0
     [row] = read_results(tmp_path, "training_step")["results"]
     assert row["model"] == "gravitational"

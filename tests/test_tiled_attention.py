@@ -23,6 +23,7 @@ N, H, D, L, S = 2, 3, 8, 270, 301  # a batch with more queries and keys than a t
 OUTPUT, GRADIENT = 2e-6, 2e-5  # what float32 may err, relative to the norm
 KINDS = ("dot", "discounted", "softmax", "force", "both softmax", "both force")
 each_kind = pytest.mark.parametrize("kind", KINDS)
+each_discounted_kind = pytest.mark.parametrize("kind", ["discounted", "both softmax", "both force"])
 
 
 class Sizes(NamedTuple):
@@ -136,11 +137,9 @@ def test_masks_hold_in_every_tile_and_a_row_with_no_key_is_zeros(kind: str, mask
     check(make_inputs(kind, Sizes()), masks(mask))
 
 
-@each_kind
+@each_discounted_kind
 @pytest.mark.parametrize("causal", [True, False])
 def test_skipping_far_keys_changes_nothing(kind: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind in ("dot", "softmax", "force"):
-        pytest.skip("nothing is skipped without decay")
     plans = []
 
     class SpiedPlan(Plan):
@@ -155,15 +154,14 @@ def test_skipping_far_keys_changes_nothing(kind: str, causal: bool, monkeypatch:
         inputs.leaves[name].clamp_(0.2, 0.5)
     mask = Mask(causal=causal)
     skipping, complete = (evaluate(inputs, "tiled", mask=mask, skip_far_keys=skip) for skip in (True, False))
-    assert_same(skipping, complete, 1e-6)
+    assert_same({"output": skipping["output"]}, {"output": complete["output"]}, 1e-6)
+    assert_same(skipping, complete, 5e-6)  # other tiles, other rounding: gradients are sums that cancel
     assert min(plans[0].windows) < 400
     assert min(plans[1].windows) == 700
 
 
-@each_kind
+@each_discounted_kind
 def test_gammas_near_0_and_near_1(kind: str) -> None:
-    if kind in ("dot", "softmax", "force"):
-        pytest.skip("has no gamma")
     check(make_inputs(kind, Sizes(), gammas=(1e-6, 0.5, 1 - 1e-7)))
 
 
@@ -235,7 +233,7 @@ def test_dropout_repeats_for_a_seed_and_keeps_the_mean() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mechanism", list(MECHANISMS))
 def test_memory_grows_linearly_and_stays_small(mechanism: str) -> None:
-    """Batch x heads = 4, D = 32: what is held above inputs, outputs and gradients."""
+    """Batch x heads = 4, D = 32: what is held above inputs, outputs and gradients, for each timescale."""
     if PeakMemory(torch.device("cpu")).kind is None:
         pytest.skip("no measure of peak memory here")
     settings = SpeedSettings(threads=1)
@@ -244,4 +242,4 @@ def test_memory_grows_linearly_and_stays_small(mechanism: str) -> None:
         of_process(peak_bytes, Case(mechanism, "tiled", length), settings, "cpu") for length in (4096, 8192)
     )
     assert whole <= 2.2 * half
-    assert whole <= 64e6
+    assert whole <= 64e6 * MECHANISMS[mechanism].timescales

@@ -240,7 +240,9 @@ def load_listops(settings: DataSettings) -> TaskData:
         "shorter_than": lengths.max_length,
     }
     digits = tuple("0123456789")
-    return _task("listops", "ListOps (LRA)", digits, splits, ListOpsTokenizer(), settings, about)
+    ours = f"ListOps, {lengths.min_length + 1} to {lengths.max_length - 1} tokens"
+    title = "ListOps (LRA)" if lengths == defaults else ours
+    return _task("listops", title, digits, splits, ListOpsTokenizer(), settings, about)
 
 
 def _sha256(*splits: TokenDataset) -> str:

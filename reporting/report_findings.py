@@ -193,7 +193,8 @@ def _target_findings(analysis: Analysis, task: str) -> list[str]:
             continue
         spent = f"{short(seconds.mean)} s of training" if seconds.n else "an unrecorded time"
         some = f" ({epochs.n} of {n} seeds)" if epochs.n < n else ""
-        parts.append(f"{name} {spent}, {short(epochs.mean)} epochs{some}")
+        word = "epoch" if epochs.mean == 1 else "epochs"
+        parts.append(f"{name} {spent}, {short(epochs.mean)} {word}{some}")
     target = f"{100 * analysis.targets[task]:.1f} %"
     return [f"To a validation accuracy of {target}: {'; '.join(parts)}."]
 

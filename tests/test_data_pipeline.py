@@ -414,7 +414,7 @@ def test_stats_show_sizes_lengths_labels_and_an_example(capsys: pytest.CaptureFi
     sizes = ["--train-size", "50", "--val-size", "8", "--test-size", "9"]
     assert main(["stats", "--task", "listops", "--min-length", "10", "--max-length", "40", *sizes]) == 0
     out = capsys.readouterr().out
-    for part in ("ListOps (LRA): 17 token ids", "train           50", "labels of test: 0 ", "[M"):
+    for part in ("ListOps, 11 to 39 tokens: 17 token ids", "train           50", "labels of test: 0 ", "[M"):
         assert part in out
     assert main(["stats", "--task", "synthetic_reviews", "--tokenizer", "word", *sizes]) == 0
     assert "negative 50.0%  positive 50.0%" in capsys.readouterr().out

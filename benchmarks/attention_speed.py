@@ -40,6 +40,7 @@ from benchmarks.benchmarking import (
 )
 from command_line import (
     EXIT_DONE,
+    InputError,
     Parser,
     add_settings,
     check_settings,
@@ -49,6 +50,7 @@ from command_line import (
     setting,
 )
 from experiment.device_memory import PeakMemory
+from experiment.experiment_plan import find_device
 from reporting.figure_style import (
     BLACK,
     BLUE,
@@ -102,7 +104,9 @@ class SpeedSettings:
     dtype: str = setting("float32", "of q, k and v", choices=("float32", "float64", "float16", "bfloat16"))
     device: str = setting("auto", "cpu, cuda or auto")
     threads: int | None = setting(None, "CPU threads of PyTorch", minimum=1)
-    backends: tuple[str, ...] = setting((*BACKENDS[1:], DIFFERENCES), "what to measure beside the anchor")
+    backends: tuple[str, ...] | None = setting(
+        None, f"of {' '.join((*BACKENDS[1:], DIFFERENCES))}; not set: all that the device can run"
+    )
     memory: bool = setting(True, "measure peak memory too")
     memory_limit: float = setting(4.0, "GB that a dense case may take to be measured", above=0)
     seed: int = setting(0, "of the random inputs", minimum=0)
@@ -110,8 +114,19 @@ class SpeedSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        for backend in self.backends:
+        for backend in self.backends or ():
             choose(backend, (*BACKENDS[1:], DIFFERENCES), "backend")
+            if backend == "triton" and not self.on_cuda:
+                raise InputError("--backends triton needs --device cuda")
+
+    @property
+    def on_cuda(self) -> bool:
+        return find_device(self.device).type == "cuda"
+
+    @property
+    def measured_backends(self) -> tuple[str, ...]:
+        names = (*BACKENDS[1:], DIFFERENCES)
+        return self.backends or tuple(name for name in names if name != "triton" or self.on_cuda)
 
 
 class Case(NamedTuple):
@@ -130,7 +145,7 @@ def cases_of(length: int, settings: SpeedSettings) -> list[Case]:
     """What is measured at a length: every backend that has the mechanism and whose tensors fit."""
     found = []
     for mechanism in MECHANISMS:
-        for backend in settings.backends:
+        for backend in settings.measured_backends:
             if backend == DIFFERENCES and mechanism != "gravitational softmax":
                 continue
             case = Case(mechanism, backend, length)

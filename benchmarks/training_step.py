@@ -118,7 +118,7 @@ def make_step(
     def step() -> Seconds:
         started = clock(device)
         optimizer.zero_grad()
-        with mock.patch("attention_module.attend", engine):
+        with mock.patch("attention_engine.attention_module.attend", engine):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits = model(tokens, padding)
             F.cross_entropy(logits, labels).backward()

@@ -84,3 +84,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 ) -> None:
     assert script.main(wrong) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_kernels_for_a_gpu_are_refused_on_the_cpu_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--device", "cpu", "--backends", "triton", "--output-dir", str(tmp_path / "new")]
+    assert attention_speed.main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "new").exists()

@@ -105,6 +105,9 @@ def attention_figure(patterns: AttentionPatterns, title: str) -> Figure:
     long = min(3.5, across)
     place = (left + (across - long) / 2) / width, 0.55 / height, long / width, 0.12 / height
     bar = figure.colorbar(ax.images[0], cax=figure.add_axes(place), orientation="horizontal")
+    # Evenly spaced on this scale.
+    ticks = [ax.images[0].get_clim()[1] * share**2 for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
     bar.set_label("attention weight (square-root colour scale)")
     figure.suptitle(title, y=1 - 0.1 / height)
     return figure

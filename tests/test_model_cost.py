@@ -1,13 +1,18 @@
 """Counted matrix products and matched parameters, against counts made by hand."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from torch import nn
 
+import run_experiment
 from conventional_attention import ConventionalAttention
 from experiment.experiment_plan import COMPARED, attention_factory
 from experiment.model_cost import count_parameters, forward_flops, matched_settings
 from experiment.transformer_classifier import ModelSettings, TransformerClassifier
+from results_folder import Cell
 
 E, H, D, F, C = 12, 3, 4, 20, 5
 SETTINGS = ModelSettings(embed_dim=E, num_heads=H, feed_forward_dim=F, num_layers=2, num_timescales=2)
@@ -73,3 +78,22 @@ def test_a_width_whose_step_is_too_coarse_is_refused() -> None:
     settings = ModelSettings(embed_dim=2, num_heads=1, feed_forward_dim=1, num_layers=30)
     with pytest.raises(ValueError, match="cannot be matched"):
         matched_settings(attention_factory, ("conventional", "gravitational"), 3, 2, settings)
+
+
+def test_matched_models_have_equal_sizes_in_their_cells_and_in_the_dry_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = ["conventional", "gravitational_multi_timescale"]
+    argv = ["--preset", "smoke", "--tasks", "listops", "--models", *models, "--match-parameters"]
+    assert run_experiment.main([*argv, "--prepare", "--output-dir", str(tmp_path)]) == 0
+    [root] = tmp_path.iterdir()
+    configs = [
+        json.loads((Cell("listops", model, 0).folder(root) / "config.json").read_text()) for model in models
+    ]
+    conventional, both = (config["parameters"] for config in configs)
+    assert abs(conventional - both) <= 0.02 * both
+    widths = [config["model_settings"]["feed_forward_dim"] for config in configs]
+    assert widths[0] > widths[1] >= 32
+    capsys.readouterr()
+    assert run_experiment.main([*argv, "--dry-run"]) == 0
+    assert f"{conventional:,}" in capsys.readouterr().out

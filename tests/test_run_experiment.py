@@ -482,22 +482,3 @@ def test_on_a_terminal_there_are_bars_with_loss_and_accuracy(
 )
 def test_durations_are_rounded_to_what_matters(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
-
-
-def test_matched_models_have_equal_sizes_in_their_cells_and_in_the_dry_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    models = ["conventional", "gravitational_multi_timescale"]
-    argv = ["--preset", "smoke", "--tasks", "listops", "--models", *models, "--match-parameters"]
-    assert run_experiment.main([*argv, "--prepare", "--output-dir", str(tmp_path)]) == 0
-    [root] = tmp_path.iterdir()
-    configs = [
-        json.loads((Cell("listops", model, 0).folder(root) / "config.json").read_text()) for model in models
-    ]
-    conventional, both = (config["parameters"] for config in configs)
-    assert abs(conventional - both) <= 0.02 * both
-    widths = [config["model_settings"]["feed_forward_dim"] for config in configs]
-    assert widths[0] > widths[1] >= 32
-    capsys.readouterr()
-    assert run_experiment.main([*argv, "--dry-run"]) == 0
-    assert f"{conventional:,}" in capsys.readouterr().out

@@ -63,6 +63,7 @@ from experiment.plan_files import (
     write_plan,
 )
 from experiment.stop_request import StoppedError, StopRequest
+from experiment.tensorboard_log import check_tensorboard
 from experiment.time_estimate import estimate_time
 from experiment.transformer_classifier import ModelSettings
 from results_folder import create_results_folder
@@ -104,6 +105,11 @@ def make_parser() -> Parser:
         "--dry-run",
         action="store_true",
         help="show cells, parameters and times measured on a few steps, write nothing, and end",
+    )
+    run.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write each epoch's numbers for TensorBoard (pip install -r requirements-tensorboard.txt)",
     )
     _add_resilience(parser)
     for settings in (ModelSettings, TrainingSettings, DataSettings):
@@ -288,6 +294,8 @@ def run(argv: list[str]) -> int:
     stop = StopRequest(arguments.max_minutes)
     if arguments.retry_failed and arguments.resume is None:
         raise InputError("--retry-failed needs --resume with the results folder whose cells failed")
+    if arguments.tensorboard:
+        check_tensorboard()
     if arguments.list:
         print(listing(arguments))
         return EXIT_DONE
@@ -296,7 +304,7 @@ def run(argv: list[str]) -> int:
         return dry_run(*load_tasks(plan))
     new = arguments.resume is None
     root, plan, tasks = prepared(arguments, argv) if new else resumed(arguments)
-    choice = Choice(arguments.cell_index, arguments.retry_failed, arguments.fail_fast)
+    choice = Choice(arguments.cell_index, arguments.retry_failed, arguments.fail_fast, arguments.tensorboard)
     grid = Grid(root, plan, tasks, stop, choice)
     if not new:
         check_space(root, plan, tasks, grid.to_run())

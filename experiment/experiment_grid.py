@@ -20,6 +20,7 @@ from experiment.cell_runner import ERROR, run_cell, why_not_done
 from experiment.experiment_plan import Plan, attention_factory, settings_by_cell
 from experiment.experiment_progress import make_progress
 from experiment.stop_request import EXIT_RUN_AGAIN, StopRequest
+from experiment.tensorboard_log import TensorboardProgress
 from experiment.training_progress import Progress
 from results_folder import Cell, CellRecord, read_cell
 
@@ -30,11 +31,12 @@ SETTLED = ("done", *GIVEN_UP)
 @dataclass(frozen=True)
 class Choice:
     """Which cells to run. index: of the only one, None for all. retry_failed: also those that were given up.
-    fail_fast: none after one that is given up."""
+    fail_fast: none after one that is given up. tensorboard: whether to write what TensorBoard shows."""
 
     index: int | None = None
     retry_failed: bool = False
     fail_fast: bool = False
+    tensorboard: bool = False
 
 
 @dataclass
@@ -143,6 +145,9 @@ class Grid:
             self.stop.check()
 
         settings = settings_by_cell(self.plan, self.tasks)[cell.task, cell.model]
+        watcher: Progress = progress
+        if self.choice.tensorboard:
+            watcher = TensorboardProgress(progress, cell.folder(self.root))
         state, reason = run_cell(
             attention_factory(cell.model, settings),
             self.tasks[cell.task],
@@ -151,9 +156,11 @@ class Grid:
             cell.seed,
             cell.folder(self.root),
             self.plan.device,
-            progress,
+            watcher,
             check,
         )
+        if isinstance(watcher, TensorboardProgress):
+            watcher.close()
         return state, reason or _result(verified_cell(self.root, cell))
 
 

@@ -61,7 +61,7 @@ class Preset:
     stands_in: bool = False
 
 
-_SMALL_REVIEWS = {"max_length": 256, "train_size": 2000, "val_size": 500, "test_size": 1000}
+_SMALL_REVIEWS = {"max_length": 256, "train_size": 1500, "val_size": 500, "test_size": 1000}
 PRESETS = {
     "full": Preset("the seed configuration on IMDb and ListOps, seeds 0 1 2; for a GPU", seeds=(0, 1, 2)),
     "quick": Preset(

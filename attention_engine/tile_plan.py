@@ -58,6 +58,26 @@ class PairWeight:
             x.exp_()
             upstream.mul_(x)
 
+    def weigh_beside_(self, x: Tensor, weights: Tensor) -> Tensor | None:
+        """weights <- e(x), and x -> the derivative of log e(x), which is returned, or None where it is 1."""
+        self._hold_(x)
+        if self.power is None:
+            torch.exp(x, out=weights)
+            return None
+        if self.power == 1.0:
+            x.reciprocal_()
+            if self.exponential:
+                torch.exp(x, out=weights)
+                return x.square_()
+            weights.copy_(x)
+            return x
+        _inverse_power_(weights.copy_(x), self.power)
+        if not self.exponential:
+            return x.reciprocal_()
+        torch.div(weights, x, out=x)
+        weights.exp_()
+        return x
+
     def _hold_(self, x: Tensor) -> None:
         if self.floor is not None:
             x.clamp_(min=self.floor)
@@ -141,12 +161,17 @@ class Side(NamedTuple):
 
     row_steps: Tensor  # (L,) steps from a row to the end of its block that is nearer to the keys
     key_steps: Tensor  # (S,) the same for keys
-    row_factor: Tensor  # (problems, L, C or 1), gamma to that power
-    key_factor: Tensor  # (problems, S, C or 1)
+    row_factor: Tensor  # (problems, C or 1, L), gamma to that power
+    key_factor: Tensor  # (problems, C or 1, S)
+
+
+def by_block(columns: Tensor, blocks: list[Block]) -> list[Tensor]:
+    """The parts of (problems, X, L) that belong to blocks of L."""
+    return [columns[:, :, block.slice] for block in blocks]
 
 
 class Problems:
-    """Some problems, worked on together: their tensors, their decay and the two reused tile buffers."""
+    """Some problems, worked on together: their tensors and their decay."""
 
     def __init__(
         self, plan: Plan, span: slice, a: Tensor, b: Tensor, u: Tensor, log_decay: Tensor | None
@@ -155,16 +180,17 @@ class Problems:
         self.a, self.b, self.u = a[span], b[span], u[span]
         self.rate = None if log_decay is None else log_decay[span]
         self.count, self.length, _ = self.a.shape
+        self.columns = u.shape[1]
         self.weightings = plan.least_sum.shape[1]
-        self.width = u.shape[2] // self.weightings
-        self.window = max(plan.windows[span])
+        self.width = self.columns // self.weightings
+        self.window, self.shortest_window = max(plan.windows[span]), min(plan.windows[span])
         self.reach = a.new_tensor(plan.windows[span])[:, None, None]
         self.block = plan.blocks[span.start]
         self.keys = blocks_of(max(plan.lengths[span]), self.block)
         self.rows = blocks_of(self.length, self.block)
         self.sides = () if self.rate is None else (self._side(before=True), self._side(before=False))
-        u_columns = self.u.mT.contiguous()  # (problems, C, S)
-        self.side_values = [u_columns * side.key_factor.mT for side in self.sides] or [u_columns]
+        # Views are made once: making one costs a hundredth of a tile.
+        self.values = by_block(self.u, self.keys)
         self.slowest = [0.0] * self.weightings if self.rate is None else self.rate.amax(0).tolist()
         self.fastest, self.none_vanish = min(self.slowest), [False] * self.weightings
         self.distances: dict[tuple[int, int, int], Tensor] = {}
@@ -178,19 +204,20 @@ class Problems:
             last = torch.clamp(position - within + self.block, max=length) - position - 1
             return (within if to_start else last).to(self.a.dtype)
 
-        rows, keys = steps(self.length, before), steps(self.u.shape[1], not before)
-        return Side(rows, keys, self.factor(rows), self.factor(keys))
+        rows, keys = steps(self.length, before), steps(self.u.shape[2], not before)
+        return Side(rows, keys, self.factor(rows, self.block), self.factor(keys, self.block))
 
-    def factor(self, distance: Tensor) -> Tensor:
-        """gamma^distance: distance (n,) -> (problems, n, C), or (problems, n, 1) of a single weighting."""
-        powers = self.powers(distance)
-        return powers if self.weightings == 1 else powers.repeat_interleave(self.width, dim=2)
+    def factor(self, distance: Tensor, largest: int) -> Tensor:
+        """gamma^distance: distance (n,), none above `largest` -> (problems, C, n), or (problems, 1, n) of a
+        single weighting."""
+        powers = self.powers(distance, largest)
+        return powers if self.weightings == 1 else powers.repeat_interleave(self.width, dim=1)
 
-    def powers(self, distance: Tensor) -> Tensor:
-        """gamma^distance, 0 beyond a problem's window: distance (n,) -> (problems, n, U)."""
+    def powers(self, distance: Tensor, largest: int) -> Tensor:
+        """gamma^distance, 0 beyond a problem's window: distance (n,) -> (problems, U, n)."""
         assert self.rate is not None
-        distance = distance[:, None]
-        return (self.rate[:, None, :] * distance).exp_().masked_fill_(distance > self.reach, 0.0)
+        powers = (self.rate[:, :, None] * distance).exp_()
+        return powers if largest <= self.shortest_window else powers.masked_fill_(distance > self.reach, 0.0)
 
     def shifted(self, rows: Block) -> bool:
         return (self.span.start, rows.start) in self.plan.shifts
@@ -203,16 +230,20 @@ class Problems:
         """Whether the tile's weights have a factor of their own, `diagonal_factor`."""
         return rows.start == keys.start and (self.plan.causal or self.rate is not None)
 
-    def diagonal_factor(self, rows: Block, keys: Block) -> list[Tensor]:
-        """gamma^|i-j|, and 0 where j > i is blocked: for each weighting (problems or 1, rows, keys)."""
-        shape = (rows.size, keys.size)
+    def diagonal_factor(self, rows: Block, keys: Block, rows_first: bool) -> list[Tensor]:
+        """gamma^|i-j|, and 0 where j > i is blocked: for each weighting (problems or 1, rows, keys), or
+        (problems or 1, keys, rows). A caller asks for one of the two only."""
+        shape = (rows.size, keys.size) if rows_first else (keys.size, rows.size)
         if shape not in self.diagonal_factors:
             if self.rate is None:
                 factors = [self.a.new_ones(1, *shape)] * self.weightings
             else:
-                steps = self.distance(rows, keys).flatten()
-                factors = [part.contiguous() for part in self.powers(steps).unflatten(1, shape).unbind(-1)]
-            self.diagonal_factors[shape] = [part.tril_() if self.plan.causal else part for part in factors]
+                steps = self.distance(*(rows, keys) if rows_first else (keys, rows)).flatten()
+                powers = self.powers(steps, self.block).unflatten(2, shape)
+                factors = [part.contiguous() for part in powers.unbind(1)]
+            if self.plan.causal:
+                factors = [part.tril_() if rows_first else part.triu_() for part in factors]
+            self.diagonal_factors[shape] = factors
         return self.diagonal_factors[shape]
 
     def vanishing(self, rows: Block, keys: Block) -> list[bool]:
@@ -231,7 +262,7 @@ class Problems:
         assert self.rate is not None
         extreme = x.amax((1, 2)) if self.plan.weight.power is None else x.amin((1, 2))
         log_weight = self.plan.weight.log_weight(extreme).unsqueeze(1)
-        largest = self.u[:, keys.slice, self.width - 1 :: self.width].amax(1)
+        largest = self.u[:, self.width - 1 :: self.width, keys.slice].amax(2)
         return log_weight + largest.log() + self.gap(rows, keys) * self.rate + math.log(keys.size)
 
     def gap(self, rows: Block, keys: Block) -> int:
@@ -239,13 +270,13 @@ class Problems:
         return rows.start - keys.stop + 1 if keys.start < rows.start else keys.start - rows.stop + 1
 
     def gap_factor(self, rows: Block, keys: Block) -> Tensor:
-        """gamma^gap (problems, 1, C or 1), 0 for weightings that vanish where others do not."""
+        """gamma^gap (problems, C or 1, 1), 0 for weightings that vanish where others do not."""
         gap = self.gap(rows, keys)
         if gap not in self.gap_factors:
-            factor = self.factor(self.a.new_tensor([gap]))
+            factor = self.factor(self.a.new_tensor([gap]), gap)
             for weighting, vanishes in enumerate(self.vanishing(rows, keys)):
                 if vanishes:
-                    factor[:, :, self.columns(weighting)] = 0.0
+                    factor[:, self.columns_of(weighting)] = 0.0
             self.gap_factors[gap] = factor
         return self.gap_factors[gap]
 
@@ -297,7 +328,7 @@ class Problems:
             return x, [logit.exp() for logit in logits]
         return x, [(logit - shift[:, n, :, None]).exp_() for n, logit in enumerate(logits)]
 
-    def columns(self, weighting: int) -> slice:
+    def columns_of(self, weighting: int) -> slice:
         return slice(weighting * self.width, (weighting + 1) * self.width)
 
     def kept(self, rows: Block, keys: Block) -> Tensor | None:
@@ -326,9 +357,12 @@ class Buffer:
 
     def __init__(self, like: Tensor) -> None:
         self.flat = like.new_empty(0)
+        self.views: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, *shape: int) -> Tensor:
-        size = math.prod(shape)
-        if self.flat.numel() < size:
-            self.flat = self.flat.new_empty(size)
-        return self.flat[:size].view(shape)
+        if shape not in self.views:
+            size = math.prod(shape)
+            if self.flat.numel() < size:
+                self.flat, self.views = self.flat.new_empty(size), {}
+            self.views[shape] = self.flat[:size].view(shape)
+        return self.views[shape]

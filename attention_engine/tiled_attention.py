@@ -1,50 +1,114 @@
-"""Exact attention in O(L + S) memory: brings every score into the form that `tile_sums` sums.
+"""Exact attention in O(L + S) memory, for every score: `lowered_scores` brings it into the form that
+`tile_sums` sums, for a few problems at a time, and the sums are divided.
 
-- The dot product: a = q * scale, b = k, e(x) = exp(x).
-- Gravity: the softened distance is a dot product of augmented vectors,
-  `r2 + softening = [-2 q, |q|^2 + D softening, 1] . [k, 1, |k|^2] / D`. Masses and G are divided into a and
-  b, so that the force is x^(-p/2) and their gradients come out of ordinary autograd on a and b. With
-  normalization "force" the weight itself is that power, no exponential at all; the key mass goes into u, so
-  that all timescales share one tile.
-- u = [v, 1], zero where a key is padding.
+Kept for the gradient are the inputs, the output, the sums of weights and, for a learned decay, one more
+tensor of the output's size; everything else is made again, chunk by chunk.
 
 Far keys are skipped where decay makes their total weight provably less than 2^-24 of a row's: a weight at
 distance d is at most e_max gamma^d, all beyond W together at most 2 e_max gamma^(W+1) / (1 - gamma). W is
 chosen so that this is negligible against the weight of a row's own key; that each row's sum is in fact large
 enough is checked afterwards, row by row.
 
-Symbols as in `attention_kernels`; B problems are (timescale, example, head), in this order.
+Symbols as in `attention_kernels`; B problems as in `lowered_scores`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score
-from attention_engine.tile_plan import BLOCK, PairWeight, Plan
-from attention_engine.tile_sums import TileSums
+from attention_engine.attention_scores import Mask, Score
+from attention_engine.lowered_scores import LoweredScore, lower, shares_tiles
+from attention_engine.tile_plan import BLOCK, Plan
+from attention_engine.tile_sums import backward_sums, forward_sums
 
 SMALLEST_SUM = 1e-30
 TOLERANCE, TOLERANCE_LEARNED_DECAY = 2.0**-24, 2.0**-34  # a gradient by log gamma weighs far keys by |i - j|
 LOG_BLOCK_DECAY, LOG_WINDOW_DECAY = math.log(1e-15), math.log(1e-20)
-ROUNDING = 1e-4  # the most that float32 may err in the softened distance, relative to the softening
-LARGEST_FORCE = 1e30
-LARGEST_LOG_32, LARGEST_LOG = 40.0, 300.0  # of the masses' roots, in float32 and at all
+CHUNK_ROWS = 2**14  # rows of all problems that are lowered at once: 2 MiB in float32 for a head width of 32
+OF_SCORE = ("key_mass", "query_mass", "log_gravity", "log_decay")  # the tensors in a score
+TENSORS = ("q", "k", "v", *OF_SCORE)
+OF_HEADS = ("log_gravity", "log_decay")  # those of shape (T, H)
 
 
-class Lowered(NamedTuple):
-    """A score in the form of `tile_sums`."""
+Parts = dict[str, Tensor | None]
 
-    a: Tensor  # (B, L, A)
-    b: Tensor  # (B, S, A)
-    u: Tensor  # (B, S, U (D + 1)), not yet zeroed at padding
-    weight: PairWeight
-    log_largest: Tensor  # (B, U) bound on the logarithm of a weight, detached
-    weightings: int = 1
+
+class Chunk(NamedTuple):
+    """Problems that are worked on together."""
+
+    timescales: slice
+    examples: slice
+    heads: slice
+
+    def of(self, name: str, x: Tensor) -> Tensor:
+        """The chunk's part of q, k, v or the output, or of a tensor of the score."""
+        if name in OF_HEADS:
+            return x[self.timescales, self.heads]
+        return x[self.examples, self.timescales if x.shape[1] > 1 else slice(None), self.heads]
+
+    def cut(self, tensors: Sequence[Tensor | None]) -> Parts:
+        """The chunk's parts of all tensors of a call, by name."""
+        named = zip(TENSORS, tensors, strict=True)
+        return {name: None if x is None else self.of(name, x) for name, x in named}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call asks for, besides its tensors; those of the score are left out of it too."""
+
+    score: Score
+    mask: Mask
+    timescales: int
+    share: bool
+    dropout: float
+    seed: int
+    skip_far_keys: bool
+
+    def chunks(self, q: Tensor, k: Tensor) -> Iterator[Chunk]:
+        """As many problems as CHUNK_ROWS allows: some heads, or some examples, or some timescales."""
+        batch, _, heads, length, _ = q.shape
+        weightings = self.timescales if self.share else 1
+        rows = max(length, k.shape[3]) * (1 + weightings) // 2
+        room = max(1, CHUNK_ROWS // rows)
+        of_timescales = self.timescales if self.share else room // (batch * heads)
+        for timescales in _parts(self.timescales, of_timescales):
+            for examples in _parts(batch, room // heads):
+                for of_heads in _parts(heads, room):
+                    yield Chunk(timescales, examples, of_heads)
+
+    def mask_of(self, chunk: Chunk) -> Mask:
+        padding, pairs = self.mask.padding, self.mask.pairs
+        if padding is not None:
+            padding = padding[chunk.examples]
+        if pairs is not None:
+            of_examples = chunk.examples if len(pairs) > 1 else slice(None)
+            pairs = pairs[of_examples, :, chunk.heads if pairs.shape[2] > 1 else slice(None)]
+        return Mask(padding, pairs, self.mask.causal)
+
+    def lowered(self, chunk: Chunk, parts: Parts) -> LoweredScore:
+        """`lower` of tensors that are already cut to the chunk."""
+        q, k, v = (parts[name] for name in ("q", "k", "v"))
+        assert q is not None and k is not None and v is not None
+        of_score: dict[str, Any] = {name: parts[name] for name in OF_SCORE if hasattr(self.score, name)}
+        return lower(q, k, v, replace(self.score, **of_score), self.mask_of(chunk), self.share)
+
+    def heads_first(self, x: Tensor) -> Tensor:
+        """The chunk's part of the output (N, T, H, L, D) -> (B, U, D, L)."""
+        if self.share:
+            return x.permute(0, 2, 1, 4, 3).flatten(0, 1)
+        return x.permute(1, 0, 2, 4, 3).flatten(0, 2).unsqueeze(1)
+
+    def heads_last(self, x: Tensor, like: Tensor) -> Tensor:
+        """The inverse: (B, U, D, L) -> the shape of `like`, (N, T, H, L, D)."""
+        batch, timescales, heads = like.shape[:3]
+        if self.share:
+            return x.unflatten(0, (batch, heads)).permute(0, 2, 1, 4, 3)
+        return x.squeeze(1).unflatten(0, (timescales, batch, heads)).permute(1, 0, 2, 4, 3)
 
 
 def tiled_attention(
@@ -57,170 +121,120 @@ def tiled_attention(
     skip_far_keys: bool = True,
 ) -> Tensor:
     """q (N, T', H, L, D), k and v (N, T', H, S, D), T' = T or 1 -> (N, T, H, L, D), as `attend` has it."""
-    batch, _, heads, query_length, head_dim = q.shape
-    if mask.padding is not None:
-        k = k.masked_fill(mask.padding[:, None, None, :, None], 0.0)
-    if isinstance(score, DotProduct):
-        lowered = _lower_dot_product(q, k, v, score)
-    else:
-        lowered = _lower_gravity(q, k, v, score, mask, share=not dropout)
-    a, b, u, weight, _, weightings = lowered
-    timescales = len(a) * weightings // (batch * heads)
-    padding = None
-    if mask.padding is not None:
-        padding = mask.padding[None, :, None].expand(timescales // weightings, -1, heads, -1).flatten(0, 2)
-        u = u.masked_fill(padding.unsqueeze(-1), 0.0)
-    log_decay = None
-    if score.log_decay is not None:
-        rates = score.log_decay.to(a.dtype)[:, None].expand(-1, batch, -1)  # (T, N, H)
-        log_decay = rates.reshape(weightings, -1).mT if weightings > 1 else rates.reshape(-1, 1)
-    learned = log_decay is not None and log_decay.requires_grad
-    tolerance = TOLERANCE_LEARNED_DECAY if learned else TOLERANCE
-    windows, least_sum = _windows(lowered, padding, mask, log_decay if skip_far_keys else None, tolerance)
-    plan = Plan(
-        weight,
-        mask.causal,
-        _lengths(padding, len(a), k.shape[3]),
-        windows,
-        _blocks(log_decay, windows, timescales // weightings),
-        least_sum,
-        tolerance,
-        padding,
-        None if mask.pairs is None else _pair_mask(mask.pairs, batch, heads),
-        dropout,
-        int(torch.randint(2**31, ()).item()) if dropout else 0,
-    )
-    sums = TileSums.apply(a, b, u, log_decay, plan)
-    output = Normalised.apply(sums.unflatten(-1, (weightings, head_dim + 1)))  # (B, L, U, D)
-    if weightings > 1:
-        return output.unflatten(0, (batch, heads)).permute(0, 3, 1, 2, 4)
-    return output.view(timescales, batch, heads, query_length, head_dim).transpose(0, 1)
+    of_score = {name: getattr(score, name, None) for name in OF_SCORE}
+    masses, rates = of_score["key_mass"], of_score["log_decay"]
+    timescales = max(q.shape[1], 1 if masses is None else masses.shape[1], 1 if rates is None else len(rates))
+    without: dict[str, Any] = {name: None for name in OF_SCORE if hasattr(score, name)}
+    share = shares_tiles(score, q.shape[1], dropout)
+    seed = int(torch.randint(2**31, ()).item()) if dropout else 0
+    call = Call(replace(score, **without), mask, timescales, share, dropout, seed, skip_far_keys)
+    output: Tensor = TiledAttention.apply(call, q, k, v, *of_score.values())
+    return output
 
 
-class Normalised(torch.autograd.Function):
-    """The quotient `parts[..., :-1] / parts[..., -1:]`, zeros where the sum of weights is 0; keeps no more
-    for its gradient than what it returns and the sums of weights."""
+class TiledAttention(torch.autograd.Function):
+    """`TiledAttention.apply(call, q, k, v, key_mass, query_mass, log_gravity, log_decay)`, the last four None
+    where a score has none -> (N, T, H, L, D)."""
 
     @staticmethod
-    def forward(ctx: Any, parts: Tensor) -> Tensor:
-        total = parts[..., -1:].masked_fill(parts[..., -1:] == 0, 1.0)
-        output = parts[..., :-1] / total
-        ctx.save_for_backward(output, total)
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
+        q, k, v = tensors[:3]
+        assert q is not None and k is not None and v is not None
+        output = v.new_empty(len(q), call.timescales, *q.shape[2:4], v.shape[-1])
+        learned = ctx.needs_input_grad[-1]
+        ctx.call, ctx.chunks, kept = call, [], [output]
+        for number, chunk in enumerate(call.chunks(q, k)):
+            lowered = call.lowered(chunk, chunk.cut(tensors))
+            plan = _plan(call, chunk, lowered, learned, call.seed + number)
+            y, moment = forward_sums(plan, lowered.a, lowered.b, lowered.u, lowered.log_decay, learned)
+            parts = y.unflatten(1, (lowered.weightings, -1))  # (B, U, D + 1, L)
+            total = parts[:, :, -1:].masked_fill(parts[:, :, -1:] == 0, 1.0)  # of a row with no key
+            of_chunk = chunk.of("output", output)
+            of_chunk.copy_(call.heads_last(parts[:, :, :-1] / total, of_chunk))
+            ctx.chunks.append((chunk, plan))
+            kept += [total, *([] if moment is None else [moment])]
+        ctx.save_for_backward(*tensors, *kept)
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, doutput: Tensor) -> Tensor:
-        output, total = ctx.saved_tensors
-        dparts = torch.empty(
-            *output.shape[:-1], output.shape[-1] + 1, dtype=output.dtype, device=output.device
-        )
-        torch.div(doutput, total, out=dparts[..., :-1])
-        dparts[..., -1:] = -(dparts[..., :-1] * output).sum(-1, keepdim=True)
-        return dparts
+    def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
+        needed = dict(zip(TENSORS, ctx.needs_input_grad[1:], strict=True))
+        tensors, (output, *kept) = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
+        grads = {name: torch.zeros_like(x) for name, x in zip(TENSORS, tensors, strict=True) if needed[name]}
+        of_chunks = iter(kept)
+        for chunk, plan in ctx.chunks:
+            total, moment = next(of_chunks), next(of_chunks) if needed["log_decay"] else None
+            parts = {
+                name: None if x is None else x.detach().requires_grad_(needed[name])
+                for name, x in chunk.cut(tensors).items()
+            }
+            outputs = (chunk.of("output", output), chunk.of("output", doutput))
+            of_parts = _backward(ctx.call, chunk, plan, parts, *outputs, total, moment)
+            for name, grad in of_parts.items():
+                chunk.of(name, grads[name]).add_(grad)
+        return None, *(grads.get(name) for name in TENSORS)
 
 
-def _problems(x: Tensor, timescales: int) -> Tensor:
-    """(N, T or 1, H, ...) -> (B, ...)."""
-    return x.transpose(0, 1).expand(timescales, *([-1] * (x.dim() - 1))).flatten(0, 2)
+def _backward(
+    call: Call,
+    chunk: Chunk,
+    plan: Plan,
+    parts: Parts,
+    output: Tensor,
+    doutput: Tensor,
+    total: Tensor,
+    moment: Tensor | None,
+) -> dict[str, Tensor]:
+    """The gradients of those of a chunk's parts that need one. The outputs (N, T, H, L, D) are the chunk's
+    too, total is (B, U, 1, L), moment (B, C, L)."""
+    with torch.enable_grad():
+        lowered = call.lowered(chunk, parts)
+    dy = _quotient_backward(call.heads_first(output), call.heads_first(doutput), total)
+    a, b, u, log_decay = (None if x is None else x.detach() for x in lowered[:4])
+    assert a is not None and b is not None and u is not None
+    gradients = backward_sums(plan, a, b, u, log_decay, dy.flatten(1, 2), moment)
+    outputs, upstream = [], []
+    for x, dx in zip(lowered[:4], gradients, strict=True):
+        if isinstance(x, Tensor) and x.requires_grad:
+            outputs.append(x)
+            upstream.append(dx)
+    leaves = {name: x for name, x in parts.items() if x is not None and x.requires_grad}
+    return dict(zip(leaves, torch.autograd.grad(outputs, tuple(leaves.values()), upstream), strict=True))
 
 
-def _with_ones(v: Tensor) -> Tensor:
-    return torch.cat([v, torch.ones_like(v[..., :1])], -1)
+def _quotient_backward(heads: Tensor, dheads: Tensor, total: Tensor) -> Tensor:
+    """The gradient (B, U, D + 1, L) by y, from that by heads = y[:D] / y[D], (B, U, D, L); total = y[D]."""
+    dy = total.new_empty(*total.shape[:2], heads.shape[2] + 1, total.shape[3])
+    torch.div(dheads, total, out=dy[:, :, :-1])
+    dy[:, :, -1:] = (dy[:, :, :-1] * heads).sum(2, keepdim=True).neg_()
+    return dy
 
 
-def _lower_dot_product(q: Tensor, k: Tensor, v: Tensor, score: DotProduct) -> Lowered:
-    timescales = q.shape[1] if score.log_decay is None else len(score.log_decay)
-    a, b = _problems(q * score.scale, timescales), _problems(k, timescales)
-    with torch.no_grad():
-        largest = a.norm(dim=-1).amax(-1, keepdim=True) * b.norm(dim=-1).amax(-1, keepdim=True)
-    return Lowered(a, b, _problems(_with_ones(v), timescales), PairWeight(None, True), largest)
+def _parts(count: int, size: int) -> Iterator[slice]:
+    """0 to `count` in parts of `size`, at least 1."""
+    size = max(1, size)
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _lower_gravity(q: Tensor, k: Tensor, v: Tensor, score: Gravity, mask: Mask, share: bool) -> Lowered:
-    """share: whether timescales may share a tile where their weights differ by a factor of the key only."""
-    power, timescales = score.distance_power / 2, score.key_mass.shape[1]
-    key_mass = score.key_mass
-    if mask.padding is not None:
-        key_mass = key_mass.masked_fill(mask.padding[:, None, None, :], 1.0)
-    strength = None
-    if score.query_mass is not None and score.log_gravity is not None:
-        strength = score.log_gravity.exp().unsqueeze(-1) * score.query_mass  # G m_i: (N, T, H, L)
-    near_q, near_k = _centred(q, k, mask, torch.nanmean)
-    masses = [] if strength is None else [strength, key_mass]
-    floor = None
-    if _needs_float64(near_q, near_k, score.softening, masses, power):
-        q, k, v, key_mass = q.double(), k.double(), v.double(), key_mass.double()
-        strength = None if strength is None else strength.double()
-        # No few outliers pull a median away; what even float64 cannot tell from 0 is held above it.
-        near_q, near_k = _centred(q, k, mask, _nanmedian)
-        floor = LARGEST_FORCE ** (-1 / power)
-    q, k = near_q, near_k
-    roots = None if strength is None else (_inverse_root(strength, power), _inverse_root(key_mass, power))
-    a, b = _distance_factors(q, k, score.softening, roots)
-    log_largest = key_mass.detach().amax(-1).log() - power * math.log(score.softening)  # (N, T, H)
-    if strength is None:
-        u = _with_ones(v) * key_mass.unsqueeze(-1)  # (N, T, H, S, D + 1)
-        weight = PairWeight(power, exponential=False, floor=floor)
-        if share and a.shape[1] == 1 and timescales > 1:
-            u = u.permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 1)  # (N H, S, T (D + 1))
-            bound = log_largest.transpose(1, 2).flatten(0, 1)
-            return Lowered(a.flatten(0, 2), b.flatten(0, 2), u, weight, bound, timescales)
-    else:
-        u, weight = _with_ones(v), PairWeight(power, exponential=True, floor=floor)
-        log_largest = log_largest.exp() * strength.detach().amax(-1)
-    bound = _problems(log_largest, timescales).unsqueeze(-1)
-    a, b, u = (_problems(x, timescales) for x in (a, b, u))
-    return Lowered(a, b, u, weight, bound)
-
-
-def _inverse_root(mass: Tensor, power: float) -> Tensor:
-    """mass^(-1 / power). Where that would overflow it is held: the force is nothing there."""
-    return (mass.log() / -power).clamp(-LARGEST_LOG, LARGEST_LOG).exp()
-
-
-def _centred(
-    q: Tensor, k: Tensor, mask: Mask, centre_of: Callable[[Tensor, int, bool], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """q and k with a common centre taken off, which no distance sees; k is 0 where it is padding."""
-    padding = None if mask.padding is None else mask.padding[:, None, None, :, None]
-    with torch.no_grad():
-        true_k = k if padding is None else k.masked_fill(padding, math.nan)
-        centre = centre_of(true_k, -2, True)
-        centre = centre.masked_fill(centre.isnan(), 0.0)
-    q, k = q - centre, k - centre
-    return q, k if padding is None else k.masked_fill(padding, 0.0)
-
-
-def _nanmedian(x: Tensor, dim: int, keepdim: bool) -> Tensor:
-    return x.nanmedian(dim, keepdim).values
-
-
-@torch.no_grad()
-def _needs_float64(q: Tensor, k: Tensor, softening: float, masses: list[Tensor], power: float) -> bool:
-    """Whether float32 is not enough for `|q|^2 - 2 q . k + |k|^2`, which cancels terms of the size of |q|^2,
-    or for the masses' roots."""
-    largest = q.square().sum(-1).amax() + k.square().sum(-1).amax()
-    error = largest * torch.finfo(q.dtype).eps / (q.shape[-1] * softening)
-    logs = sum((mass.log().abs().amax() for mass in masses), torch.zeros_like(error)) / power
-    return not bool((error <= ROUNDING) & (logs <= LARGEST_LOG_32))
-
-
-def _distance_factors(
-    q: Tensor, k: Tensor, softening: float, scales: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """a (N, T, H, L, D + 2) and b (N, T, H, S, D + 2) with a_i . b_j = |q_i - k_j|^2 / D + softening, times
-    the scales of i and j, (N, T, H, L) and (N, T, H, S), if given. T is T' without scales.
-
-    The scales go into the parts, so that the unscaled factors need not be kept for the gradient."""
-    head_dim = q.shape[-1]
-    q_norm, k_norm = q.square().sum(-1, keepdim=True), k.square().sum(-1, keepdim=True)
-    if scales is None:
-        of_q, of_k = torch.ones_like(q_norm), torch.ones_like(k_norm)
-    else:
-        of_q, of_k = (scale.unsqueeze(-1) for scale in scales)
-    a = torch.cat([q * (of_q * (-2 / head_dim)), (q_norm / head_dim + softening) * of_q, of_q / head_dim], -1)
-    return a, torch.cat([k * of_k, of_k, k_norm * of_k], -1)
+def _plan(call: Call, chunk: Chunk, lowered: LoweredScore, learned: bool, seed: int) -> Plan:
+    mask = call.mask_of(chunk)
+    tolerance = TOLERANCE_LEARNED_DECAY if learned else TOLERANCE
+    windows, least_sum = _windows(lowered, mask, tolerance, call.skip_far_keys)
+    batch, heads = (part.stop - part.start for part in (chunk.examples, chunk.heads))
+    return Plan(
+        lowered.weight,
+        mask.causal,
+        _lengths(lowered.padding, len(lowered.a), lowered.b.shape[1]),
+        windows,
+        _blocks(lowered.log_decay, windows, len(lowered.a) // (batch * heads)),
+        least_sum,
+        tolerance,
+        lowered.padding,
+        None if mask.pairs is None else _pair_mask(mask.pairs, batch, heads),
+        call.dropout,
+        seed,
+    )
 
 
 def _lengths(padding: Tensor | None, problems: int, key_length: int) -> list[int]:
@@ -248,20 +262,20 @@ def _pair_mask(pairs: Tensor, batch: int, heads: int) -> Callable[[slice, slice,
 
 @torch.no_grad()
 def _windows(
-    lowered: Lowered, padding: Tensor | None, mask: Mask, log_decay: Tensor | None, tolerance: float
+    lowered: LoweredScore, mask: Mask, tolerance: float, skip_far_keys: bool
 ) -> tuple[list[int], Tensor]:
     """For each problem the largest |i - j| to look at, and (B, U) the least sum of weights that proves, for a
     row, that what lies beyond weighs less than the tolerance."""
-    a, b, u, weight, log_largest, weightings = lowered
+    a, b, u, log_decay, weight, log_largest, padding, weightings = lowered
     everything = max(a.shape[1], b.shape[1])
     least_sum = torch.full_like(log_largest, SMALLEST_SUM)
     added = mask.pairs is not None and mask.pairs.dtype != torch.bool
-    if log_decay is None or added or not u.numel():
+    if log_decay is None or not skip_far_keys or added or not u.numel():
         return [everything] * len(a), least_sum
     own_keys = slice(0, min(a.shape[1], b.shape[1]))
     own = weight.log_weight((a[:, own_keys] * b[:, own_keys]).sum(-1)).unsqueeze(-1)
     if not weight.exponential:
-        own = own + u.unflatten(-1, (weightings, -1))[:, own_keys, :, -1].log()
+        own = own + u.unflatten(1, (weightings, -1))[:, :, -1, own_keys].mT.log()
     if padding is not None:
         own = own.masked_fill(padding[:, own_keys, None], math.inf)
     log_beyond = log_largest + (2 / -log_decay.expm1()).log() - math.log(tolerance)  # of all keys, at d = 0

@@ -35,9 +35,9 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
         output = lag_bins.flatten(1) @ W_o.T + b_o
 
     The arguments are those of `GravitationalAttention` and `MultiTimescaleAttention`, with their defaults.
-    With discount="logits" the weights are `(force * gamma[t] ** distance).softmax(-1)`: far tokens pull with no
-    force and keep the weight e^0. It raises with normalization="force": there the logit is log(force), whose
-    zero, to which far logits would go, is a matter of the unit of force.
+    With discount="logits" the weights are `(force * gamma[t] ** distance).softmax(-1)`: far tokens pull with
+    no force and keep the weight e^0. It raises with normalization="force": there the logit is log(force),
+    whose zero, to which far logits would go, is a matter of the unit of force.
     """
 
     def __init__(

@@ -182,7 +182,7 @@ def plot_learned(learned: pd.DataFrame, style: ModelStyle, ax: Axes) -> Axes:
         ax.set_yticks([], minor=True)
         ax.margins(y=0.12)
     ax.set_xlabel("epoch")
-    ax.set_title(style.name)
+    ax.set_title(style.label)
     first, last = int(learned["epoch"].min()), int(learned["epoch"].max())
     ticks = MaxNLocator(8, integer=True).tick_values(first, last)
     ax.set_xticks([tick for tick in ticks if first <= tick <= last])

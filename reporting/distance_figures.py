@@ -111,7 +111,7 @@ def distance_figure(
             plot_timescales(mine[mine["model"] == model], decay, styles[model], ax)
     for ax in axes[:-1].flat:
         ax.set_xlabel("")
-    for ax, name in zip(axes[0], ["All models", *(styles[model].name for model in apart)], strict=True):
+    for ax, name in zip(axes[0], ["All models", *(styles[model].label for model in apart)], strict=True):
         ax.set_title(name)
     most = int(shares["timescale"].max()) + 1
     lines = [

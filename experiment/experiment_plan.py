@@ -45,6 +45,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 COMPARED = ("conventional", "gravitational", "multi_timescale", "gravitational_multi_timescale")
 STAND_INS = {"imdb": "synthetic_reviews"}
 DEVICE_TYPES = ("cpu", "cuda", "mps")
+LONGEST_NAME = 200  # bytes: file systems take 255 for a folder's name
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,15 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 
 
 def _unique(entries: Sequence[Any], option: str) -> tuple[Any, ...]:
-    """The entries; InputError where one comes twice, also as a folder's name."""
+    """The entries; InputError where one comes twice, also as a folder's name, or is too long for one."""
     names = [file_name(str(entry)) for entry in entries]
     for entry, name in zip(entries, names, strict=True):
         if names.count(name) > 1:
             raise InputError(f"{option} names {entry} twice; name each once")
+        if len(name.encode()) > LONGEST_NAME:
+            raise InputError(
+                f"{option} names {entry[:40]}..., longer than the {LONGEST_NAME} bytes of a folder"
+            )
     return tuple(entries)
 
 

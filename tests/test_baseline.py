@@ -1,9 +1,10 @@
 """Differences are taken to the baseline that was asked for, and every text and figure says whose they are."""
 
+import json
 from pathlib import Path
 
 import pytest
-from results_fixture import make_results, without_figures
+from results_fixture import make_results, without_figures, write
 
 from analyze_results import main
 from reporting.comparison_tables import ACCURACY, default_baseline
@@ -83,6 +84,18 @@ def test_folders_of_variants_are_compared_as_one(tmp_path: Path) -> None:
     for name in ("Conventional", "Multi-timescale, gammas=0.6:0.9:0.99"):
         assert f"{name} against Gravitational, normalization=force: " in report
         assert f"{name} against Gravitational, normalization=force: no seed" not in report
+
+
+def test_a_folder_from_before_a_setting_is_one_with_its_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roots = [make_results(tmp_path / str(seed), tasks=("listops",), seeds=(seed,)) for seed in (0, 1)]
+    config = json.loads((roots[1] / "config.json").read_text(encoding="utf-8"))
+    for discount, code in (("weights", 0), ("logits", 2)):
+        config["settings"]["model"]["discount"] = discount
+        write(roots[1] / "config.json", config)
+        assert main([*map(str, roots)]) == code
+    assert "model setting discount is weights in 0 and logits in 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,7 @@ def test_a_cells_settings_are_those_of_its_model() -> None:
         ("gravitational,softening=1 gravitational,softening=1.0", "names one model twice"),
         (f"{FORCE} {FORCE}", f"names {FORCE} twice"),
         ("no_such_module:A,softening=1", "no_such_module cannot be imported"),
+        (f"multi_timescale,gammas={':'.join(['0.999'] * 40)}", "longer than the 200 bytes of a folder"),
     ],
 )
 def test_a_name_that_means_nothing_is_one_line_before_any_work(

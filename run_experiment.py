@@ -155,9 +155,12 @@ def _add_resilience(parser: Parser) -> None:
 
 
 def _described(name: str, settings: ModelSettings) -> str:
-    """A model's size and what can be set of it."""
+    """A model's size and what can be set of it, or why it cannot be built with these settings."""
     own = attention_arguments(name, settings)
-    parameters = count_parameters(attention_factory(name, settings)())
+    try:
+        parameters = count_parameters(attention_factory(name, settings)())
+    except ValueError as error:
+        return f"{'-':>9}  not with these settings: {error}"
     shared = ("embed_dim", "num_heads", "dropout", "batch_first")
     shown = [f"{key}={value}" for key, value in own.items() if key not in shared]
     return f"{parameters:>9,}  {' '.join(shown)}".rstrip()

@@ -236,6 +236,13 @@ def test_a_dry_run_keeps_its_columns_for_long_names(capsys: pytest.CaptureFixtur
     assert len({len(line) for line in lines}) == 1
 
 
+def test_the_list_says_which_model_the_settings_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--discount", "logits", "--normalization", "force"]
+    assert run_experiment.main([*SMOKE, "--list", "--models", "gravitational", *settings]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "not with these settings" in line]
+    assert [line.strip("* ").split()[0] for line in lines] == ["gravitational_multi_timescale"]
+
+
 def test_the_list_and_the_help_show_how_a_variant_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_experiment.main([*SMOKE, "--list", "--models", FORCE]) == 0
     shown = capsys.readouterr().out

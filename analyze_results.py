@@ -2,6 +2,7 @@
 
     python analyze_results.py results_20260101_120000
     python analyze_results.py results_20260101_120000 results_20260102_120000 --output-dir comparison
+    python analyze_results.py results_20260101_120000 --baseline gravitational
 
 The first makes results_20260101_120000/analysis/ anew (report.html, report.md, summary.csv, summary.md,
 summary.tex, figures/*.png and *.pdf). The second takes several folders as one run: more seeds, more models,
@@ -19,11 +20,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from command_line import EXIT_DONE, InputError, Parser, exit_code
+from command_line import EXIT_DONE, InputError, Parser, choose, exit_code
 from reporting.accuracy_against_cost import progress_metrics, progress_table, target_accuracies
 from reporting.analysis_report import report
 from reporting.comparison_tables import (
     compare,
+    default_baseline,
     epoch_table,
     learned_table,
     metric_table,
@@ -40,7 +42,7 @@ from reporting.report_blocks import FigureNote
 from reporting.report_html import html_report
 from reporting.report_markdown import markdown_report
 from reporting.summary_tables import Analysis, tables
-from reporting.task_figures import TaskFigures, task_stems
+from reporting.task_figures import TaskFigures, file_stems
 from reporting.text_tables import latex_table, markdown_table
 from results_folder import ANALYSIS, Cell, replaced_folder, write_text
 
@@ -49,21 +51,30 @@ JOINED = "analysis_joined"
 LATEX_HEAD = r"% Needs \usepackage{booktabs,graphicx}."
 
 
-def analyze(folder: Path, *others: Path, output: Path | None = None, allow_differences: bool = False) -> Path:
+def analyze(
+    folder: Path,
+    *others: Path,
+    output: Path | None = None,
+    allow_differences: bool = False,
+    baseline: str | None = None,
+) -> Path:
     """Make the analysis of one or several folders anew and return its folder.
 
     It goes to `output`; by default to analysis/ in `folder`, or analysis_joined/ where there are `others`.
-    Raises InputError where one is no results folder, two must not be mixed, or nothing can be written."""
+    baseline: the model that differences are taken to; by default `default_baseline`. Raises InputError where
+    one is no results folder, two must not be mixed, `baseline` is no model, or nothing can be written."""
     joined = read_joined([folder, *others], allow_differences=allow_differences)
     target = output or folder / (JOINED if others else ANALYSIS)
     if output:
         check_replaceable(output)
     results = joined.results
-    styles = model_styles(models_of(results))
+    models = models_of(results)
+    baseline = default_baseline(models) if baseline is None else choose(baseline, models, "baseline")
+    styles = model_styles(models)
     patterns, no_patterns = read_patterns(results)
     epochs, progress = epoch_table(results), progress_table(results)
-    analysis = make_analysis(joined, metric_table(results, patterns), progress, no_patterns)
-    stems = task_stems(list(analysis.facts))
+    analysis = make_analysis(joined, metric_table(results, patterns), progress, no_patterns, baseline)
+    stems = file_stems(list(analysis.facts))
     with replaced_folder(target) as fresh, figure_style():
         (fresh / "figures").mkdir()
         notes: dict[str, list[FigureNote]] = {task: [] for task in stems}
@@ -82,12 +93,16 @@ def analyze(folder: Path, *others: Path, output: Path | None = None, allow_diffe
 
 
 def make_analysis(
-    joined: JoinedResults, measured: pd.DataFrame, progress: pd.DataFrame, no_patterns: dict[Cell, str]
+    joined: JoinedResults,
+    measured: pd.DataFrame,
+    progress: pd.DataFrame,
+    no_patterns: dict[Cell, str],
+    baseline: str,
 ) -> Analysis:
     """All numbers of the report. `measured`: the tidy table so far; see comparison_tables.metric_table."""
     results = joined.results
     facts = {task: task_facts(results, task) for task in tasks_of(results)}
-    targets = target_accuracies(progress, {task: one.chance for task, one in facts.items()})
+    targets = target_accuracies(progress, {task: one.chance for task, one in facts.items()}, baseline)
     more = progress_metrics(progress, targets)
     table = pd.concat([measured, more], ignore_index=True) if len(more) else measured
     predictions, no_predictions = read_predictions(results)
@@ -96,12 +111,13 @@ def make_analysis(
         facts=facts,
         table=table,
         summary=summarize(table),
-        differences=compare(table),
+        differences=compare(table, baseline),
         learned=learned_table(results),
         names={model: style.name for model, style in model_styles(models_of(results)).items()},
+        baseline=baseline,
         no_patterns=no_patterns,
         targets=targets,
-        predictions=compare_predictions(predictions),
+        predictions=compare_predictions(predictions, baseline),
         no_predictions=no_predictions,
     )
 
@@ -138,6 +154,12 @@ def make_parser() -> Parser:
         f"folder, {JOINED}/ in the first of several)",
     )
     parser.add_argument(
+        "--baseline",
+        metavar="MODEL",
+        help="the model that differences are taken to, as it was named with --models (default: conventional, "
+        "or the first model where that was not run)",
+    )
+    parser.add_argument(
         MIXED,
         action="store_true",
         help="compare folders although settings, data or arithmetic differ; the report says so first",
@@ -149,7 +171,12 @@ def run(argv: list[str]) -> int:
     arguments = make_parser().parse_args(argv)
     folders: Sequence[Path] = arguments.folders
     try:
-        made = analyze(*folders, output=arguments.output_dir, allow_differences=arguments.allow_differences)
+        made = analyze(
+            *folders,
+            output=arguments.output_dir,
+            allow_differences=arguments.allow_differences,
+            baseline=arguments.baseline,
+        )
     except OSError as error:
         raise InputError(f"the analysis of {folders[0]} cannot be written: {error}") from error
     print(f"report: {made / 'report.html'}")

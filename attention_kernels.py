@@ -4,10 +4,10 @@
 
 Backends, all exact:
 - "dense": the formula itself, in O(L S) memory. The reference, and what makes weights when asked for.
-- "tiled": `tiled_attention`, O(L + S) memory, any device, any score.
+- "tiled": `tiled_attention`, O(L + S) memory, any device, any score but with discounted logits.
 - "sdpa": `F.scaled_dot_product_attention`, the dot product without decay only.
-- "triton": `triton_attention`, O(L + S) memory, any score, CUDA (or Triton's interpreter, for tests), in the
-  inputs' own type. Triton is imported only when it is asked for.
+- "triton": `triton_attention`, O(L + S) memory, the scores of "tiled", CUDA (or Triton's interpreter, for
+  tests), in the inputs' own type. Triton is imported only when it is asked for.
 
 Symbols: N batch, L query length, S key length, H heads, D head width, T timescales, i query and j key
 position. q, k and v have shape (N, T', H, L or S, D), where T' is T, or 1 where the timescales share them.
@@ -45,7 +45,8 @@ def dense_weights(q: Tensor, k: Tensor, score: Score, mask: Mask) -> Tensor:
     query_length, key_length = logits.shape[-2:]
     if score.log_decay is not None:
         distance = token_distance(query_length, key_length, q.device).to(q.dtype)
-        logits = logits + distance * score.log_decay[:, :, None, None]
+        log_discount = distance * score.log_decay[:, :, None, None]
+        logits = logits * log_discount.exp() if score.discount == "logits" else logits + log_discount
     blocked, added = mask.dense(query_length, key_length, q.device)
     if added is not None:
         logits = logits + added.to(logits.dtype)
@@ -113,6 +114,8 @@ def cannot(backend: str, q: Tensor, score: Score, mask: Mask, dropout: float, ne
         return "has no gradient for a mask: use 'dense'"
     if backend == "sdpa" and (not isinstance(score, DotProduct) or score.log_decay is not None):
         return "is for the dot product without decay only: use 'tiled'"
+    if score.log_decay is not None and score.discount == "logits":
+        return "discounts weights, not logits: use 'dense'"
     if backend == "sdpa" and dropout:
         return "has no dropout on every device: use 'tiled'"
     return _triton_cannot(q, dropout) if backend == "triton" else ""

@@ -84,7 +84,13 @@ class GravitationalField(nn.Module):
         mass = F.softplus(projection(x).to(torch.promote_types(x.dtype, torch.float32)))
         return mass.clamp(min=1e-30).unflatten(-1, self.shape).permute(0, 2, 3, 1)
 
-    def score(self, query: Tensor, key: Tensor, log_decay: Tensor | None = None) -> Gravity:
+    def score(
+        self,
+        query: Tensor,
+        key: Tensor,
+        log_decay: Tensor | None = None,
+        discount: Literal["weights", "logits"] = "weights",
+    ) -> Gravity:
         return Gravity(
             key_mass=self.mass(self.key_mass, key),
             query_mass=None if self.query_mass is None else self.mass(self.query_mass, query),
@@ -93,6 +99,7 @@ class GravitationalField(nn.Module):
             distance_power=self.distance_power,
             normalization=self.normalization,
             log_decay=log_decay,
+            discount=discount,
         )
 
     def masses(self, query: Tensor, key: Tensor) -> dict[str, Tensor]:

@@ -35,6 +35,9 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
         output = lag_bins.flatten(1) @ W_o.T + b_o
 
     The arguments are those of `GravitationalAttention` and `MultiTimescaleAttention`, with their defaults.
+    With discount="logits" the weights are `(force * gamma[t] ** distance).softmax(-1)`: far tokens pull with
+    no force and keep the weight e^0. It raises with normalization="force": there the logit is log(force),
+    whose zero, to which far logits would go, is a matter of the unit of force.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
         softening: float = 0.1,
         distance_power: float = 2.0,
         normalization: Literal["softmax", "force"] = "softmax",
+        discount: Literal["weights", "logits"] = "weights",
         batch_first: bool = True,
         device: Any = None,
         dtype: Any = None,
@@ -65,7 +69,11 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
             device=device,
             dtype=dtype,
         )
-        self.discounts = Discounts(num_timescales, num_heads, gammas, learn_gammas, device, dtype)
+        if discount == "logits" and normalization == "force":
+            raise ValueError(
+                'discount="logits" needs normalization="softmax": log(force) has no natural zero'
+            )
+        self.discounts = Discounts(num_timescales, num_heads, gammas, learn_gammas, discount, device, dtype)
         self.decoder = TimescaleDecoder(embed_dim, self.discounts.initial_gammas, decoder, device, dtype)
         self.out_proj = self.make_out_proj(self.decoder.out_features, bias, device, dtype)
         self.field = GravitationalField(
@@ -73,7 +81,7 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
         )
 
     def score(self, query: Tensor, key: Tensor) -> Gravity:
-        return self.field.score(query, key, self.discounts.log_gamma())
+        return self.field.score(query, key, self.discounts.log_gamma(), self.discounts.discount)
 
     def decode(self, heads: Tensor) -> Tensor:
         return self.decoder(heads)

@@ -22,6 +22,7 @@ from attention_engine.attention_module import AttentionModule
 from attention_engine.attention_scores import DotProduct
 
 DECODERS = ("laplace", "linear", "mlp")
+DISCOUNTS = ("weights", "logits")
 SHORTEST_HORIZON, LONGEST_HORIZON = 10.0, 1000.0
 
 
@@ -44,6 +45,9 @@ class Discounts(nn.Module):
 
     For long horizons rho is minus the logarithm of the horizon: a step of the optimizer changes the horizon
     by a factor, whatever its length.
+
+    discount: what is multiplied by gamma^|i-j|: "weights", or for comparison "logits", which takes far logits
+    to 0, so that a far token keeps the weight e^0 and is not forgotten.
     """
 
     def __init__(
@@ -52,10 +56,13 @@ class Discounts(nn.Module):
         num_heads: int,
         gammas: Sequence[float] | None,
         learn_gammas: bool,
+        discount: Literal["weights", "logits"] = "weights",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        if discount not in DISCOUNTS:
+            raise ValueError(f"discount must be one of {DISCOUNTS}, got {discount!r}")
         if num_timescales < 1:
             raise ValueError(f"num_timescales must be at least 1, got {num_timescales}")
         gammas = default_gammas(num_timescales) if gammas is None else tuple(gammas)
@@ -66,6 +73,7 @@ class Discounts(nn.Module):
         if not all(0.0 < gamma < 1.0 for gamma in gammas):
             raise ValueError(f"gammas must be in (0, 1), got {gammas}")
         self.initial_gammas = gammas
+        self.discount: Literal["weights", "logits"] = discount
         rho = torch.tensor([math.log1p(-gamma) - math.log(gamma) for gamma in gammas], dtype=torch.float64)
         rho = rho.to(device=device, dtype=dtype or torch.get_default_dtype())
         self.rho = nn.Parameter(rho[:, None].repeat(1, num_heads), requires_grad=learn_gammas)
@@ -150,6 +158,9 @@ class MultiTimescaleAttention(AttentionModule):
         for T = 3. Masset et al. use (0.6, 0.9, 0.99).
     learn_gammas: whether the discounts are trained, per timescale and head; default True.
     decoder: "laplace" (default), "linear" or "mlp": see `TimescaleDecoder`.
+    discount: "weights" (default), or for comparison "logits": `weights = (q @ k.mT / D**0.5 * gamma[t] **
+        distance).softmax(-1)`. Far logits then go to 0, so that far tokens keep the weight e^0: not a
+        discount of what they say. By the dense formula only, in memory quadratic in the length.
     """
 
     def __init__(
@@ -163,6 +174,7 @@ class MultiTimescaleAttention(AttentionModule):
         gammas: Sequence[float] | None = None,
         learn_gammas: bool = True,
         decoder: Literal["laplace", "linear", "mlp"] = "laplace",
+        discount: Literal["weights", "logits"] = "weights",
         batch_first: bool = True,
         device: Any = None,
         dtype: Any = None,
@@ -178,12 +190,12 @@ class MultiTimescaleAttention(AttentionModule):
             device=device,
             dtype=dtype,
         )
-        self.discounts = Discounts(num_timescales, num_heads, gammas, learn_gammas, device, dtype)
+        self.discounts = Discounts(num_timescales, num_heads, gammas, learn_gammas, discount, device, dtype)
         self.decoder = TimescaleDecoder(embed_dim, self.discounts.initial_gammas, decoder, device, dtype)
         self.out_proj = self.make_out_proj(self.decoder.out_features, bias, device, dtype)
 
     def score(self, query: Tensor, key: Tensor) -> DotProduct:
-        return DotProduct(scale=self.head_dim**-0.5, log_decay=self.discounts.log_gamma())
+        return DotProduct(self.head_dim**-0.5, self.discounts.log_gamma(), self.discounts.discount)
 
     def decode(self, heads: Tensor) -> Tensor:
         return self.decoder(heads)

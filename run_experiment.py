@@ -4,6 +4,7 @@
     python run_experiment.py --preset smoke       # every step once, tiny, in under a minute, offline
     python run_experiment.py --preset full --dry-run
     python run_experiment.py --models conventional my_package.my_module:MyAttention --tasks listops
+    python run_experiment.py --models conventional gravitational gravitational,normalization=force
     python run_experiment.py --preset full --max-minutes 55          # ends with exit code 75, and then:
     python run_experiment.py --resume results_20260101_120000        # until it ends with 0
     python run_experiment.py --preset full --prepare                 # for a job array: once, and then each
@@ -52,6 +53,7 @@ from experiment.experiment_plan import (
 )
 from experiment.experiment_progress import duration
 from experiment.model_cost import count_parameters
+from experiment.model_variants import OWN, SYNTAX
 from experiment.plan_files import (
     PROG,
     check_data,
@@ -86,7 +88,9 @@ def make_parser() -> Parser:
         "--models",
         nargs="+",
         metavar="MODEL",
-        help=f"names from --list or package.module:Class (default: {' '.join(COMPARED)})",
+        help="names from --list or package.module:Class, each also with settings of its own, "
+        "gravitational,softening=1.0 or multi_timescale,gammas=0.6:0.9,learn_gammas=false "
+        f"(default: {' '.join(COMPARED)})",
     )
     run.add_argument("--tasks", nargs="+", metavar="TASK", help="names from --list (default: the preset's)")
     run.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="(default: the preset's)")
@@ -151,9 +155,12 @@ def _add_resilience(parser: Parser) -> None:
 
 
 def _described(name: str, settings: ModelSettings) -> str:
-    """A model's size and what can be set of it."""
+    """A model's size and what can be set of it, or why it cannot be built with these settings."""
     own = attention_arguments(name, settings)
-    parameters = count_parameters(attention_factory(name, settings)())
+    try:
+        parameters = count_parameters(attention_factory(name, settings)())
+    except ValueError as error:
+        return f"{'-':>9}  not with these settings: {error}"
     shared = ("embed_dim", "num_heads", "dropout", "batch_first")
     shown = [f"{key}={value}" for key, value in own.items() if key not in shared]
     return f"{parameters:>9,}  {' '.join(shown)}".rstrip()
@@ -170,6 +177,7 @@ def listing(arguments: argparse.Namespace) -> str:
     for name in MODELS:
         lines.append(f"{'*' if name in COMPARED else ' ':>2}{name:32}{_described(name, plan.model)}")
     lines += ["  package.module:Class".ljust(34) + "any class with the interface of nn.MultiheadAttention"]
+    lines += [f"  {SYNTAX}".ljust(34) + f"the same with settings of its own: {', '.join(OWN)}"]
     lines += ["tasks:"]
     for task, load in TASKS.items():
         lines.append(f"  {task:32}{' '.join((load.__doc__ or '').split('.')[0].split())}")
@@ -183,7 +191,8 @@ def dry_run(plan: Plan, tasks: dict[str, TaskData]) -> int:
     """Print what would be run and how long it would take; EXIT_FAILED where a model cannot take a step."""
     parameters = parameter_counts(plan, tasks)
     print(f"preset {plan.preset} on {plan.device}: {len(plan.cells)} cells, seeds {plan.seeds}")
-    print(f"{'task/model':48}{'parameters':>12}{'step':>11}{'epoch':>9}{'cell, at most':>15}")
+    width = max(48, *(len(f"{task}/{name}") + 2 for task, name in parameters))
+    print(f"{'task/model':{width}}{'parameters':>12}{'step':>11}{'epoch':>9}{'cell, at most':>15}")
     total, failed = 0.0, False
     for (task, name), count in parameters.items():
         settings = settings_by_cell(plan, tasks)[task, name]
@@ -193,12 +202,13 @@ def dry_run(plan: Plan, tasks: dict[str, TaskData]) -> int:
         except Exception as error:
             failed = True
             print(
-                f"{f'{task}/{name}':48}{count:12,}  fails: {(str(error).splitlines() or [''])[0]}", flush=True
+                f"{f'{task}/{name}':{width}}{count:12,}  fails: {(str(error).splitlines() or [''])[0]}",
+                flush=True,
             )
             continue
         total += estimate.cell * len(plan.seeds)
         times = f"{estimate.step * 1000:8,.0f} ms{duration(estimate.epoch):>9}{duration(estimate.cell):>15}"
-        print(f"{f'{task}/{name}':48}{count:12,}{times}", flush=True)
+        print(f"{f'{task}/{name}':{width}}{count:12,}{times}", flush=True)
     print(f"in all at most about {duration(total)}; nothing was written")
     return EXIT_FAILED if failed else EXIT_DONE
 

@@ -340,7 +340,7 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a checkpoint's state. Raises CheckpointError, and may be left half changed, where it is of
         another cell, other settings or another model."""
-        if state.get("fingerprint") != self.fingerprint:
+        if _with_defaults(state.get("fingerprint")) != self.fingerprint:
             raise CheckpointError("it is of another cell or of other settings")
         try:
             self.model.load_state_dict(state["model"])
@@ -363,6 +363,14 @@ class Trainer:
         model = copy.deepcopy(self.model)
         model.load_state_dict(self.best_weights)
         return model
+
+
+def _with_defaults(fingerprint: Any) -> Any:
+    """A checkpoint's fingerprint, with the default of each model setting that is younger than it."""
+    match fingerprint:
+        case {"model": dict(model)}:
+            return fingerprint | {"model": as_json(asdict(ModelSettings())) | model}
+    return fingerprint
 
 
 def start_or_go_on(make_trainer: Callable[[], Trainer], folder: Path, note: Note) -> Trainer:

@@ -23,10 +23,12 @@ class DotProduct:
 
     log_decay: log gamma, (T, H), below 0: adds `|i - j| log gamma` to the logit, so that a weight is
     multiplied by gamma for each step of distance.
+    discount: "weights", or "logits": the logit is multiplied by gamma^|i - j| instead. For comparison only.
     """
 
     scale: float
     log_decay: Tensor | None = None
+    discount: Literal["weights", "logits"] = "weights"
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
         """(N, T, H, L, S) logits without decay."""
@@ -45,6 +47,7 @@ class Gravity:
     query_mass:  (N, T, H, L), above 0, or None with "force".
     log_gravity: log G, (T, H), or None with "force".
     log_decay:   log gamma, (T, H), below 0, or None: weights are multiplied by gamma^|i - j|.
+    discount:    "weights", or "logits": the force is multiplied by gamma^|i - j| instead; not with "force".
     """
 
     key_mass: Tensor
@@ -54,6 +57,7 @@ class Gravity:
     distance_power: float = 2.0
     normalization: Literal["softmax", "force"] = "softmax"
     log_decay: Tensor | None = None
+    discount: Literal["weights", "logits"] = "weights"
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
         """(N, T, H, L, S) logits without decay."""

@@ -5,6 +5,7 @@
 
 A model is a factory in MODELS, or any class with the interface of `nn.MultiheadAttention(batch_first=True)`,
 named as `package.module:Class`. It is given those model settings that its constructor has arguments for.
+Its name may go on with settings of its own: see model_variants.py.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from command_line import InputError, choose, given_settings, nearest
 from conventional_attention import ConventionalAttention
 from data_pipeline import TASKS, DataSettings, MissingData, TaskData, load_task
 from experiment.model_cost import matched_settings
+from experiment.model_variants import OWN, variant, variant_settings
 from experiment.transformer_classifier import ModelSettings, random_stream
 from gravitational_attention import GravitationalAttention
 from gravitational_multi_timescale_attention import GravitationalMultiTimescaleAttention
@@ -43,6 +45,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 COMPARED = ("conventional", "gravitational", "multi_timescale", "gravitational_multi_timescale")
 STAND_INS = {"imdb": "synthetic_reviews"}
 DEVICE_TYPES = ("cpu", "cuda", "mps")
+LONGEST_NAME = 200  # bytes: file systems take 255 for a folder's name
 
 
 @dataclass(frozen=True)
@@ -154,16 +157,32 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     )
     for model in models:
         check_model(model, plan.model)
+    _refuse_equal_models(models, plan.model)
     return plan
 
 
 def _unique(entries: Sequence[Any], option: str) -> tuple[Any, ...]:
-    """The entries; InputError where one comes twice, also as a folder's name."""
+    """The entries; InputError where one comes twice, also as a folder's name, or is too long for one."""
     names = [file_name(str(entry)) for entry in entries]
     for entry, name in zip(entries, names, strict=True):
         if names.count(name) > 1:
             raise InputError(f"{option} names {entry} twice; name each once")
+        if len(name.encode()) > LONGEST_NAME:
+            raise InputError(
+                f"{option} names {entry[:40]}..., longer than the {LONGEST_NAME} bytes of a folder"
+            )
     return tuple(entries)
+
+
+def _refuse_equal_models(models: tuple[str, ...], settings: ModelSettings) -> None:
+    """InputError where two names are one model with the same settings."""
+    seen: list[tuple[str, str, dict[str, Any]]] = []
+    for name in models:
+        base, arguments = variant(name)[0], attention_arguments(name, settings)
+        for other, other_base, other_arguments in seen:
+            if (base, arguments) == (other_base, other_arguments):
+                raise InputError(f"--models names one model twice: {other} and {name} have equal settings")
+        seen.append((name, base, arguments))
 
 
 def data_settings(preset: Preset, task: str, given: dict[str, Any]) -> DataSettings:
@@ -189,7 +208,8 @@ def find_device(name: str) -> torch.device:
 
 
 def find_model(name: str) -> Callable[..., nn.Module]:
-    """The factory of a name in MODELS or of a class named as `package.module:Class`."""
+    """The factory of a name in MODELS or of a class named as `package.module:Class`, settings left aside."""
+    name, _ = variant(name)
     if ":" not in name:
         return MODELS[choose(name, MODELS, "model")]
     module_name, _, class_name = name.partition(":")
@@ -209,12 +229,20 @@ def find_model(name: str) -> Callable[..., nn.Module]:
 def attention_arguments(name: str, settings: ModelSettings) -> dict[str, Any]:
     """The keyword arguments a model's factory is called with: the settings it has arguments for.
 
-    The dropout of the settings is the encoder's; attention weights are not dropped."""
+    The dropout of the settings is the encoder's; attention weights are not dropped. Raises InputError where
+    the name holds a setting that the factory has no argument for."""
     factory = find_model(name)
     fixed = factory.keywords if isinstance(factory, functools.partial) else {}
     parameters = inspect.signature(factory).parameters
-    offered = asdict(settings) | {"batch_first": True, "dropout": 0.0}
-    return {key: value for key, value in offered.items() if key in parameters and key not in fixed}
+    offered = asdict(variant_settings(name, settings)) | {"batch_first": True, "dropout": 0.0}
+    taken = {key: value for key, value in offered.items() if key in parameters and key not in fixed}
+    for key in variant(name)[1]:
+        if key not in taken:
+            has = [own for own in OWN if own in taken]
+            why = "is fixed in this model" if key in fixed else "is no setting of this model"
+            hint = f"{nearest(key, has)}(it has {', '.join(has) or 'none'})"
+            raise InputError(f"model {name}: {key} {why}: {hint}")
+    return taken
 
 
 def attention_factory(name: str, settings: ModelSettings) -> functools.partial[nn.Module]:
@@ -222,12 +250,14 @@ def attention_factory(name: str, settings: ModelSettings) -> functools.partial[n
 
 
 def settings_by_cell(plan: Plan, tasks: dict[str, TaskData]) -> dict[tuple[str, str], ModelSettings]:
-    """The model settings by (task, model): the plan's, with --match-parameters widened for each model.
+    """The model settings by (task, model): the plan's with the model's own, and with --match-parameters
+    widened for each model.
 
     The largest is that of the models compared by default and the plan's own, so that a control that is run
     alone has the size of what it is a control for."""
     if not plan.model.match_parameters:
-        return {(task, model): plan.model for task in plan.tasks for model in plan.models}
+        own = {model: variant_settings(model, plan.model) for model in plan.models}
+        return {(task, model): own[model] for task in plan.tasks for model in plan.models}
     models = tuple(dict.fromkeys((*plan.models, *COMPARED)))
     found: dict[tuple[str, str], ModelSettings] = {}
     for task in plan.tasks:
@@ -236,7 +266,7 @@ def settings_by_cell(plan: Plan, tasks: dict[str, TaskData]) -> dict[tuple[str, 
             matched = matched_settings(attention_factory, models, *sizes, plan.model)
         except ValueError as error:
             raise InputError(f"--match-parameters on {task}: {error}; choose a larger model") from error
-        found |= {(task, model): matched[model] for model in plan.models}
+        found |= {(task, model): variant_settings(model, matched[model]) for model in plan.models}
     return found
 
 

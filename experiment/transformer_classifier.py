@@ -47,6 +47,11 @@ class ModelSettings:
     distance_power: float = setting(2.0, "power of the distance in gravity", above=0)
     normalization: str = setting("softmax", "how forces become weights", choices=("softmax", "force"))
     decoder: str = setting("laplace", "how timescales are joined", choices=("laplace", "linear", "mlp"))
+    discount: str = setting(
+        "weights",
+        "what the discounts multiply; logits, for comparison, leaves far tokens the weight e^0",
+        choices=("weights", "logits"),
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)

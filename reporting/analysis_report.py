@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from reporting.accuracy_against_cost import TARGET_SHARE
-from reporting.comparison_tables import NEAR, TaskFacts
+from reporting.comparison_tables import BASELINE, NEAR, TaskFacts, default_baseline
 from reporting.joined_results import MIXED
 from reporting.report_blocks import Block, Bullets, Code, Facts, FigureNote, Heading, Notice, Paragraph
 from reporting.report_findings import findings
@@ -28,7 +28,7 @@ DEFINITIONS = (
     "FLOPs are those of the matrix products (2 for a multiplication and an addition) of one forward pass by "
     "the dense formula, mean over the test examples; exponentials and divisions are not counted.",
     f"Target accuracy: a validation accuracy {TARGET_SHARE:.0%} of the way from chance to the best of the "
-    "conventional model (mean over its seeds), one for all models; a run that does not reach it is in no "
+    "baseline (mean over its seeds), one for all models; a run that does not reach it is in no "
     "mean of the time to it.",
     "Interval: 95 % t interval of the mean over seeds. p: exact two-sided sign-flip test, paired by seed; "
     "with n seeds it is 2 / 2^n at the least. McNemar's test compares two trained models on the same test "
@@ -112,6 +112,7 @@ def _what_was_run(analysis: Analysis) -> list[Block]:
         "preset": analysis.results.config.get("preset"),
         "cells": f"{total - len(lost)} of {total} done",
         "models": ", ".join(analysis.names.values()),
+        "baseline": _baseline(analysis),
         "seeds": ", ".join(map(str, seeds)) + (" (n = 1)" if len(seeds) == 1 else ""),
         "device": _by_folder(analysis, _device),
         "processor": _by_folder(analysis, lambda source: _joined(source.environment, processor)),
@@ -136,6 +137,15 @@ def _what_was_run(analysis: Analysis) -> list[Block]:
             Bullets([f"{one.cell}: {one.state}{why}" for one, why in zip(lost, reasons, strict=True)])
         )
     return blocks
+
+
+def _baseline(analysis: Analysis) -> str:
+    """The model that differences are taken to, and why that one where conventional attention was not run."""
+    if not analysis.names:
+        return ""
+    first = BASELINE not in analysis.names and analysis.baseline == default_baseline([*analysis.names])
+    why = f" (the first model: {BASELINE} is not among them)" if first else ""
+    return f"{analysis.baseline_name}{why}"
 
 
 def _seeds(source: Results) -> str:
@@ -197,7 +207,11 @@ def _how_to_reproduce(analysis: Analysis) -> list[Block]:
     ]
     folders = [shlex.quote(one_line(source.root.resolve().name)) for source in sources]
     mixed = [MIXED] if analysis.joined.differences else []
-    again = " ".join(["python analyze_results.py", *folders, *mixed])
+    own = (
+        [] if analysis.baseline == default_baseline([*analysis.names]) else ["--baseline", analysis.baseline]
+    )
+    chosen = [shlex.quote(one_line(word)) for word in own]
+    again = " ".join(["python analyze_results.py", *folders, *mixed, *chosen])
     commit = _by_folder(analysis, _commit)
     where = f"At commit {commit}, with" if commit else "With"
     made = (

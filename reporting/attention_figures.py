@@ -168,7 +168,7 @@ def plot_learned(learned: pd.DataFrame, style: ModelStyle, ax: Axes) -> Axes:
     for layer, timescale in learned[["layer", "timescale"]].drop_duplicates().to_numpy().tolist():
         lines = values.loc[layer, timescale]
         epochs = lines.index.to_numpy()
-        ax.plot(epochs, lines["mean"], LINE_STYLES[layer % len(LINE_STYLES)], color=style.color)
+        ax.plot(epochs, lines["mean"], ls=LINE_STYLES[layer % len(LINE_STYLES)], color=style.color)
         if horizon or learned["timescale"].nunique() == 1:
             ax.fill_between(epochs, lines["min"], lines["max"], color=style.color, alpha=0.1, lw=0)
         if horizon and layer == learned["layer"].min():
@@ -182,7 +182,7 @@ def plot_learned(learned: pd.DataFrame, style: ModelStyle, ax: Axes) -> Axes:
         ax.set_yticks([], minor=True)
         ax.margins(y=0.12)
     ax.set_xlabel("epoch")
-    ax.set_title(style.name)
+    ax.set_title(style.label)
     first, last = int(learned["epoch"].min()), int(learned["epoch"].max())
     ticks = MaxNLocator(8, integer=True).tick_values(first, last)
     ax.set_xticks([tick for tick in ticks if first <= tick <= last])
@@ -205,7 +205,7 @@ def learned_figure(learned: pd.DataFrame, styles: dict[str, ModelStyle], title: 
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
     layers = [
-        Line2D([], [], color="#444444", ls=LINE_STYLES[layer % 4], label=f"layer {layer + 1}")
+        Line2D([], [], color="#444444", ls=LINE_STYLES[layer % len(LINE_STYLES)], label=f"layer {layer + 1}")
         for layer in sorted(learned["layer"].unique().tolist())
     ]
     model_legend(figure, [], layers)

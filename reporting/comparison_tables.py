@@ -10,7 +10,7 @@ The seed is the unit; `low` and `high` are the ends of the 95 % t interval, NaN 
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -132,6 +132,11 @@ def tasks_of(results: Results) -> list[str]:
 
 def models_of(results: Results) -> list[str]:
     return list(dict.fromkeys(record.cell.model for record in results.cells))
+
+
+def default_baseline(models: Sequence[str]) -> str:
+    """What differences are taken to: softmax attention, or the first model where that was not run."""
+    return BASELINE if BASELINE in models or not models else models[0]
 
 
 def done_cells(results: Results) -> list[CellRecord]:

@@ -62,11 +62,11 @@ def plot_timescales(
         return no_data(ax, "no weights")
     for number, timescale in enumerate(table):
         line, density = LINE_STYLES[number % len(LINE_STYLES)], table[timescale]
-        ax.plot(density.index, density, line, color=style.color, marker=style.marker, ms=3.5)
+        ax.plot(density.index, density, ls=line, color=style.color, marker=style.marker, ms=3.5)
         if timescale in horizons and 1.0 in density.index:
             distance = np.geomspace(1, density.index.max(), 60)
             decayed = density[1.0] * (1 - 1 / horizons[timescale]) ** (distance - 1)
-            ax.plot(distance, decayed, line, color="#888888", lw=1.1, zorder=1)
+            ax.plot(distance, decayed, ls=line, color="#888888", lw=1.1, zorder=1)
     low = table[table > 0].min().min()
     ax.set_ylim(bottom=low / 2)  # a discount of nothing but its tail needs no room
     return _distance_axes(ax)
@@ -111,11 +111,17 @@ def distance_figure(
             plot_timescales(mine[mine["model"] == model], decay, styles[model], ax)
     for ax in axes[:-1].flat:
         ax.set_xlabel("")
-    for ax, name in zip(axes[0], ["All models", *(styles[model].name for model in apart)], strict=True):
+    for ax, name in zip(axes[0], ["All models", *(styles[model].label for model in apart)], strict=True):
         ax.set_title(name)
     most = int(shares["timescale"].max()) + 1
     lines = [
-        Line2D([], [], color="#444444", ls=LINE_STYLES[number % 4], label=f"timescale {number + 1}")
+        Line2D(
+            [],
+            [],
+            color="#444444",
+            ls=LINE_STYLES[number % len(LINE_STYLES)],
+            label=f"timescale {number + 1}",
+        )
         for number in range(most)
     ]
     if len(horizons):

@@ -52,8 +52,8 @@ DISTANCE = (
     "Share of a query's weight per token of distance, in bins that double in width, on logarithmic axes; "
     "mean over queries of long validation examples, heads and seeds. Even weights are level, and fall at "
     "the right, where few pairs are so far apart. Left: mean over timescales. Others: each timescale of one "
-    "model; grey: what its learned gamma^d alone would do (mean over heads), through the measured value at "
-    "distance 1."
+    "model; grey: what its learned gamma^d alone would do to weights (mean over heads), through the measured "
+    "value at distance 1."
 )
 MASSES = (
     "Mass of a token as a key over the mean mass of its example, mean over layers, timescales, heads, "
@@ -67,7 +67,7 @@ SHADED = (
     "apart: look at its ends first."
 )
 LEARNED = (
-    "Horizon 1 / (1 - gamma): the distance in tokens over which the weight falls to about a third; t: "
-    "timescale. G: strength of gravity, 1 at the start. Line: one per layer and timescale, mean over heads "
-    "and seeds; band: smallest to largest. A flat line has learned nothing."
+    "Horizon 1 / (1 - gamma): the distance in tokens over which the weight (with discount=logits: the logit) "
+    "falls to about a third; t: timescale. G: strength of gravity, 1 at the start. Line: one per layer and "
+    "timescale, mean over heads and seeds; band: smallest to largest. A flat line has learned nothing."
 )

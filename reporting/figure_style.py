@@ -12,6 +12,7 @@ pyplot, so nothing of the caller's is drawn on, and the caller's rcParams come b
 
 import contextlib
 import functools
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,8 @@ STYLE: dict[str, Any] = {
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILLION, PURPLE, BLACK = "#0072B2", "#D55E00", "#CC79A7", "#000000"
 LONGEST_NAME = 40
-LINE_STYLES = ("-", "--", ":", "-.")  # of layers or timescales of one model
+# Of the layers or timescales of one model.
+LINE_STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class ModelStyle:
     color: str
     marker: str
 
+    @property
+    def label(self) -> str:
+        """The name in lines of at most LONGEST_NAME letters: for the axes and panels of figures."""
+        return textwrap.fill(self.name, LONGEST_NAME, break_on_hyphens=False)
+
 
 MODEL_STYLES = {
     "conventional": ModelStyle("Conventional", BLACK, "o"),
@@ -71,15 +78,21 @@ MODEL_STYLES = {
     "gravitational_multi_timescale": ModelStyle("Gravitational multi-timescale", GREEN, "D"),
     "discounted": ModelStyle("Discounted, one timescale", PURPLE, "v"),
 }
-_FURTHER = (ORANGE, SKY, "#999999", YELLOW), ("P", "X", "<", ">", "p", "h")
+# Five are of Paul Tol's muted scheme; yellow, pale on white, comes last.
+_FURTHER = (
+    (ORANGE, SKY, "#999999", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", YELLOW),
+    ("P", "X", "<", ">", "p", "h", "*", "d"),
+)
 
 
 def model_styles(models: Sequence[str]) -> dict[str, ModelStyle]:
     """The styles of the models, in their order; one unknown to MODEL_STYLES gets a free colour and marker.
 
-    `package.module:Class` is shown as Class unless two models would then share the name."""
-    colors, markers = _FURTHER
-    short = [drawable(model.rpartition(":")[2]) for model in models]
+    `package.module:Class` is shown as Class, and settings follow the model's name, unless two models would
+    then share the name."""
+    further, markers = _FURTHER
+    colors = [*further, *(style.color for model, style in MODEL_STYLES.items() if model not in models)]
+    short = [_short_name(model) for model in models]
     styles: dict[str, ModelStyle] = {}
     others = 0
     for model, name in zip(models, short, strict=True):
@@ -90,6 +103,12 @@ def model_styles(models: Sequence[str]) -> dict[str, ModelStyle]:
         styles[model] = ModelStyle(shown, colors[others % len(colors)], markers[others % len(markers)])
         others += 1
     return styles
+
+
+def _short_name(model: str) -> str:
+    base, *own = model.split(",")
+    name = MODEL_STYLES[base].name if base in MODEL_STYLES else base.rpartition(":")[2]
+    return drawable(", ".join([drawable(name), *own]), 2 * LONGEST_NAME)
 
 
 @functools.cache

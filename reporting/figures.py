@@ -91,7 +91,7 @@ def _draw_interval(ax: Axes, mean: Estimate, row: int) -> None:
 
 
 def _name_rows(ax: Axes, styles: dict[str, ModelStyle]) -> None:
-    ax.set_yticks(range(len(styles)), [style.name for style in styles.values()])
+    ax.set_yticks(range(len(styles)), [style.label for style in styles.values()])
     ax.set_ylim(len(styles) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
 

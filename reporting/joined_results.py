@@ -19,6 +19,8 @@ from results_folder import Cell, CellRecord, Results, read_results
 
 PLACES = ("data_dir", "cache_dir")  # where the data lay: not what they are
 MIXED = "--allow-differences"
+# Settings that folders of an older version lack, and what held there.
+YOUNGER = {"model": {"discount": "weights"}}
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def _comparable(results: Results) -> Iterator[tuple[str, Any]]:
     yield "preset", config.get("preset")
     settings = _object(config.get("settings"))
     for group in ("model", "training"):
-        for name, value in _object(settings.get(group)).items():
+        for name, value in (YOUNGER.get(group, {}) | _object(settings.get(group))).items():
             yield f"{group} setting {name}", value
     for task, values in _object(settings.get("data")).items():
         yield from ((f"{task} setting {name}", value) for name, value in values.items() if name not in PLACES)

@@ -33,7 +33,7 @@ def plot_token_masses(masses: Sequence[tuple[str, float, int]], style: ModelStyl
     ax.set_yticks(position, labels)
     ax.set_ylim(len(masses) - 0.5, -0.5)
     ax.set_xlabel("mass / mean mass of its example")
-    ax.set_title(style.name)
+    ax.set_title(style.label)
     ax.grid(axis="x")
     return ax
 

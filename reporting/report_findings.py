@@ -80,13 +80,11 @@ def _percent(mean: Estimate) -> str:
 
 
 def _difference_findings(analysis: Analysis, task: str) -> list[str]:
-    if BASELINE not in analysis.names:
-        return [f"{BASELINE} was not among the models: there is no baseline to compare with."]
     sentences = []
     for row in analysis.differences:
         if row.task != task:
             continue
-        name = f"{analysis.names[row.model]} against {analysis.names[BASELINE]}"
+        name = f"{analysis.names[row.model]} against {analysis.baseline_name}"
         points = f"{100 * row.mean.mean:+.1f} points of test accuracy"
         if row.mean.n == 0:
             sentences.append(f"{name}: no seed finished with both, so there is no comparison.")
@@ -118,7 +116,7 @@ def _evidence(row: Difference) -> str:
 
 
 def _published_findings(analysis: Analysis, task: str) -> list[str]:
-    """Whether the baseline is where published softmax attention is: the check of the whole pipeline."""
+    """Whether softmax attention is where published softmax attention is: the check of the whole pipeline."""
     transformers = [one for one in comparable(analysis.results, task) if one.name.startswith("Transformer")]
     mean = analysis.mean(task, BASELINE, ACCURACY)
     if not transformers or not mean.n:
@@ -143,7 +141,7 @@ def _prediction_findings(analysis: Analysis, task: str) -> list[str]:
     if not parts:
         return []
     return [
-        f"Pairs of trained models of equal seed that differ from {analysis.names[BASELINE]} on the test "
+        f"Pairs of trained models of equal seed that differ from {analysis.baseline_name} on the test "
         f"examples beyond chance (McNemar, after Holm's correction): {'; '.join(parts)}. This compares these "
         "trained models, not the mechanisms."
     ]
@@ -158,12 +156,12 @@ def _cost_findings(analysis: Analysis, task: str) -> list[str]:
         ("parameters", "Parameters"),
         ("forward_flops", "Matrix products of a forward pass"),
     ):
-        base = by_seed(analysis.table, task, BASELINE, metric)
+        base = by_seed(analysis.table, task, analysis.baseline, metric)
         ratios = []
         for model, name in analysis.names.items():
             values = by_seed(analysis.table, task, model, metric)
             shared = [seed for seed in values if base.get(seed, 0) > 0]
-            if model != BASELINE and shared:
+            if model != analysis.baseline and shared:
                 ratio = sum(values[seed] / base[seed] for seed in shared) / len(shared)
                 ratios.append(f"{name} {short(ratio)}")
         if ratios:
@@ -171,7 +169,7 @@ def _cost_findings(analysis: Analysis, task: str) -> list[str]:
             mean = " (mean of the seeds' ratios)" if len(base) > 1 and measured else ""
             caveat = " A difference in accuracy may also come from a difference in size."
             sentences.append(
-                f"{what} as a multiple of {analysis.names[BASELINE]}'s{mean}: {'; '.join(ratios)}."
+                f"{what} as a multiple of {analysis.baseline_name}'s{mean}: {'; '.join(ratios)}."
                 + (caveat if metric == "parameters" else "")
             )
     return sentences

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from reporting.comparison_tables import ACCURACY, BASELINE, CONVERGENCE, NEAR, Difference, TaskFacts
+from reporting.comparison_tables import ACCURACY, CONVERGENCE, NEAR, Difference, TaskFacts
 from reporting.joined_results import JoinedResults
 from reporting.paired_predictions import PairedPredictions
 from reporting.published_results import comparable
@@ -66,7 +66,8 @@ TARGET_COLUMNS: tuple[Column, ...] = (
 
 @dataclass(frozen=True)
 class Analysis:
-    """All that the report is made from. names: display names by model, in order; no_*: why a cell has none.
+    """All that the report is made from. names: display names by model, in order; baseline: the model that
+    the others are compared with; no_*: why a cell has none.
 
     See comparison_tables.py, accuracy_against_cost.py and paired_predictions.py for the parts."""
 
@@ -77,6 +78,7 @@ class Analysis:
     differences: list[Difference]
     learned: pd.DataFrame
     names: dict[str, str]
+    baseline: str
     no_patterns: dict[Cell, str]
     targets: dict[str, float]
     predictions: list[PairedPredictions]
@@ -85,6 +87,10 @@ class Analysis:
     @property
     def results(self) -> Results:
         return self.joined.results
+
+    @property
+    def baseline_name(self) -> str:
+        return self.names[self.baseline]
 
     def unfinished(self) -> list[CellRecord]:
         return [record for record in self.results.cells if record.state != "done"]
@@ -126,7 +132,7 @@ def tables(analysis: Analysis) -> list[TextTable]:
             found.append(_target_table(analysis, facts))
         if comparable(analysis.results, facts.name):
             found.append(_published_table(analysis, facts))
-    if analysis.differences and BASELINE in analysis.names:
+    if analysis.differences:
         found.append(_difference_table(analysis))
     if analysis.predictions:
         found.append(_prediction_table(analysis))
@@ -188,12 +194,14 @@ def _prediction_table(analysis: Analysis) -> TextTable:
         p_values = short_p(row.p), short_p(row.p_holm)
         rows.append([analysis.names[row.model], task, str(row.seed), *counts, *p_values])
     header = ["model", "task", "seed", "test examples", "right with the model alone"]
-    header += [f"right with {BASELINE} alone", "p", "p (Holm)"]
+    header += [f"right with {analysis.baseline_name} alone", "p", "p (Holm)"]
     note = (
         f"Exact McNemar test of two trained models on the same test examples; Holm's correction over the "
         f"{len(rows)} pairs. It compares these trained models, not the mechanisms"
     )
-    return TextTable(f"Predictions against {BASELINE} of equal seed", header, rows, note, names=2)
+    return TextTable(
+        f"Predictions against {analysis.baseline_name} of equal seed", header, rows, note, names=2
+    )
 
 
 def _difference_table(analysis: Analysis) -> TextTable:
@@ -215,7 +223,7 @@ def _difference_table(analysis: Analysis) -> TextTable:
     header = ["model", "task", "n", "difference (points)", "p", "smallest p at this n", "p (Holm)", "verdict"]
     tested = sum(row.mean.n > 0 for row in analysis.differences)
     note = (
-        f"Test accuracy minus that of {BASELINE}, paired by seed: mean [95 % t interval]; p: exact, "
-        f"two-sided sign-flip test; Holm's correction over the {tested} comparisons"
+        f"Test accuracy minus that of {analysis.baseline_name}, paired by seed: mean [95 % t interval]; p: "
+        f"exact, two-sided sign-flip test; Holm's correction over the {tested} comparisons"
     )
-    return TextTable(f"Differences to {BASELINE}", header, rows, note, names=2)
+    return TextTable(f"Differences to {analysis.baseline_name}", header, rows, note, names=2)

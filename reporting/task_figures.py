@@ -7,7 +7,7 @@ File names hold the task's own name. Every title holds the notice of smoke runs 
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -24,7 +24,6 @@ from reporting.attention_figures import (
 )
 from reporting.comparison_tables import (
     ACCURACY,
-    BASELINE,
     CONVERGENCE,
     distance_table,
     improvements,
@@ -75,12 +74,12 @@ IMPROVEMENT_PANELS = (
 Drawn = Iterator[tuple[FigureNote, Figure]]
 
 
-def task_stems(tasks: list[str]) -> dict[str, str]:
-    """A task's name as a part of file names; a number is added where two would be the same."""
+def file_stems(names: Sequence[str]) -> dict[str, str]:
+    """Names of tasks or models as parts of file names; a number is added where two would be the same."""
     stems: dict[str, str] = {}
-    for number, task in enumerate(tasks):
-        stem = file_name(task)[:LONGEST_STEM]
-        stems[task] = f"{stem}_{number}" if stem in stems.values() else stem
+    for number, name in enumerate(names):
+        stem = file_name(name)[:LONGEST_STEM]
+        stems[name] = f"{stem}_{number}" if stem in stems.values() else stem
     return stems
 
 
@@ -190,10 +189,11 @@ class TaskFigures:
             f"{captions.BARS} {captions.COST}",
         )
         yield note, bars_figure(self.table, self.styles, COST_PANELS, title, absent=self.absent)
-        gains = improvements(self.table)
-        others = {model: style for model, style in self.styles.items() if model != BASELINE}
+        baseline = self.analysis.baseline
+        gains = improvements(self.table, baseline)
+        others = {model: style for model, style in self.styles.items() if model != baseline}
         if len(gains) and others:
-            name = self.styles[BASELINE].name
+            name = self.styles[baseline].name
             note, title = self._note(
                 "improvement",
                 f"Relative improvement over {name}",
@@ -260,7 +260,7 @@ class TaskFigures:
         parts += " and heads" if heads == one.maps.shape[3] else f", {heads} of {one.maps.shape[3]} heads"
         cut = f"the first {shown} of {length} tokens of" if shown < length else "all tokens of"
         note, title = self._note(
-            f"attention_{file_name(cell.model)[:LONGEST_STEM]}",
+            f"attention_{file_stems([*self.styles])[cell.model]}",
             f"Attention of {style.name}",
             captions.ATTENTION.format(cut=cut, seed=cell.seed, parts=parts),
         )

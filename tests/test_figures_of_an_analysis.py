@@ -28,7 +28,7 @@ def figures(holed: Path) -> dict[str, Figure]:
     joined = read_joined([holed])
     patterns, reasons = read_patterns(joined.results)
     progress = progress_table(joined.results)
-    analysis = make_analysis(joined, metric_table(joined.results, patterns), progress, reasons)
+    analysis = make_analysis(joined, metric_table(joined.results, patterns), progress, reasons, MODELS[0])
     parts = analysis, "listops", "listops", epoch_table(joined.results), progress, patterns, STYLES
     with figure_style():
         return {note.stem.removesuffix("_listops"): figure for note, figure in TaskFigures(*parts).draw()}

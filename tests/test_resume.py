@@ -140,6 +140,17 @@ def test_what_a_cell_goes_on_from_is_said(tmp_path: Path) -> None:
     assert notes.notes == ["goes on after epoch 1, step 2 of the next"]
 
 
+def test_a_checkpoint_from_before_a_setting_is_one_with_its_default(tmp_path: Path) -> None:
+    run_until_stopped(tmp_path, 12)
+    saved = read_checkpoint(tmp_path / LAST)
+    assert saved["fingerprint"]["model"].pop("discount") == "weights"
+    write_checkpoint(tmp_path, saved)
+    notes = Notes()
+    assert run_tiny(tmp_path, progress=notes) == ("done", "")
+    assert len(notes.notes) == 1
+    assert notes.notes[0].startswith("goes on after epoch 1")
+
+
 def test_times_and_memory_of_earlier_processes_are_counted(tmp_path: Path) -> None:
     run_until_stopped(tmp_path, 12)
     saved = read_checkpoint(tmp_path / LAST)

@@ -1,0 +1,140 @@
+"""Differences are taken to the baseline that was asked for, and every text and figure says whose they are."""
+
+import json
+from pathlib import Path
+
+import pytest
+from results_fixture import make_results, without_figures, write
+
+from analyze_results import main
+from reporting.comparison_tables import ACCURACY, default_baseline
+from reporting.figure_style import LONGEST_NAME, ModelStyle, model_styles
+from reporting.task_figures import file_stems
+from results_folder import read_results
+
+FORCE = "gravitational,normalization=force"
+LONG = "gravitational_multi_timescale,normalization=force,softening=1.0,learn_gammas=false"
+MODELS = ("conventional", "gravitational", FORCE, "multi_timescale,gammas=0.6:0.9:0.99", LONG)
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_figures(monkeypatch)
+
+
+def analysed(folder: Path, *argv: str) -> tuple[str, str]:
+    """The report, and summary.md."""
+    assert main([*argv]) == 0
+    report, summary = (folder / name for name in ("report.md", "summary.md"))
+    return report.read_text(encoding="utf-8"), summary.read_text(encoding="utf-8")
+
+
+def accuracies(root: Path, model: str) -> dict[int, float]:
+    cells = [record for record in read_results(root).cells if record.cell.model == model]
+    return {record.cell.seed: record.result[ACCURACY] for record in cells if record.result}
+
+
+def test_differences_are_to_the_baseline_that_was_asked_for(tmp_path: Path) -> None:
+    root = make_results(tmp_path / "a", tasks=("listops",), models=MODELS)
+    report, summary = analysed(root / "analysis", str(root), "--baseline", FORCE)
+    mine, base = accuracies(root, "conventional"), accuracies(root, FORCE)
+    points = 100 * sum(mine[seed] - base[seed] for seed in mine) / len(mine)
+    assert f"Conventional against Gravitational, normalization=force: {points:+.1f} points" in report
+    assert "against Conventional" not in report
+    assert "Differences to Gravitational, normalization=force" in summary
+    assert "Predictions against Gravitational, normalization=force of equal seed" in summary
+    assert "as a multiple of Gravitational, normalization=force's" in report
+    assert f"python analyze_results.py a --baseline {FORCE}" in report
+
+
+def test_without_the_option_it_is_conventional_attention_and_the_command_names_none(tmp_path: Path) -> None:
+    root = make_results(tmp_path / "a", tasks=("listops",), models=MODELS[::-1])
+    report, summary = analysed(root / "analysis", str(root))
+    assert "Gravitational against Conventional" in report
+    assert "Differences to Conventional" in summary
+    assert "--baseline" not in report
+
+
+def test_where_conventional_attention_was_not_run_it_is_the_first_model_which_is_said(tmp_path: Path) -> None:
+    root = make_results(tmp_path / "a", tasks=("listops",), models=(FORCE, "gravitational"))
+    report, _ = analysed(root / "analysis", str(root))
+    assert "Gravitational, normalization=force (the first model: conventional is not among them)" in report
+    assert "Gravitational against Gravitational, normalization=force" in report
+
+
+def test_an_unknown_baseline_is_one_line_with_the_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_results(tmp_path / "a", tasks=("listops",), models=MODELS[:3], seeds=(0,))
+    assert main([str(root), "--baseline", "gravitational,normalization=forc"]) == 2
+    shown = capsys.readouterr().err
+    assert len(shown.splitlines()) == 1
+    assert f"did you mean '{FORCE}'? (one of conventional, gravitational, {FORCE})" in shown
+    assert not (root / "analysis").exists()
+
+
+def test_folders_of_variants_are_compared_as_one(tmp_path: Path) -> None:
+    one = make_results(tmp_path / "one", tasks=("listops",), models=MODELS[:3], seeds=(0, 1))
+    two = make_results(tmp_path / "two", tasks=("listops",), models=MODELS[2:], seeds=(0, 1))
+    for record in read_results(two).cells:  # one variant is in both: other seeds there
+        if record.cell.model == FORCE:
+            (record.folder / "status.json").unlink()
+    out = tmp_path / "out"
+    report, _ = analysed(out, str(one), str(two), "--output-dir", str(out), "--baseline", FORCE)
+    for name in ("Conventional", "Multi-timescale, gammas=0.6:0.9:0.99"):
+        assert f"{name} against Gravitational, normalization=force: " in report
+        assert f"{name} against Gravitational, normalization=force: no seed" not in report
+
+
+def test_a_folder_from_before_a_setting_is_one_with_its_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roots = [make_results(tmp_path / str(seed), tasks=("listops",), seeds=(seed,)) for seed in (0, 1)]
+    config = json.loads((roots[1] / "config.json").read_text(encoding="utf-8"))
+    for discount, code in (("weights", 0), ("logits", 2)):
+        config["settings"]["model"]["discount"] = discount
+        write(roots[1] / "config.json", config)
+        assert main([*map(str, roots)]) == code
+    assert "model setting discount is weights in 0 and logits in 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [((), "conventional"), (("a", "conventional"), "conventional"), ((FORCE, "a"), FORCE)],
+)
+def test_the_default_baseline(models: tuple[str, ...], expected: str) -> None:
+    assert default_baseline(models) == expected
+
+
+# How variants are shown
+
+
+def test_a_variant_is_called_by_its_models_name_and_its_settings() -> None:
+    names = [style.name for style in model_styles([*MODELS, "my_module:Mine,softening=2"]).values()]
+    assert names[:4] == [
+        "Conventional",
+        "Gravitational",
+        "Gravitational, normalization=force",
+        "Multi-timescale, gammas=0.6:0.9:0.99",
+    ]
+    assert names[5] == "Mine, softening=2"
+
+
+def test_ten_models_have_ten_colours_and_keep_their_order() -> None:
+    models = ["conventional", *(f"gravitational,softening={number}" for number in range(1, 10))]
+    styles = model_styles(models)
+    assert list(styles) == models
+    assert len({style.color for style in styles.values()}) == 10
+    assert len({(style.color, style.marker) for style in styles.values()}) == 10
+
+
+def test_a_long_name_takes_several_lines_in_a_figure_and_a_short_one_stays() -> None:
+    style = model_styles([LONG])[LONG]
+    assert len(style.label.splitlines()) > 1
+    assert max(map(len, style.label.splitlines())) <= LONGEST_NAME
+    assert ModelStyle("Gravitational multi-timescale", "k", "o").label == "Gravitational multi-timescale"
+
+
+def test_names_that_begin_alike_have_figures_of_their_own() -> None:
+    names = [f"{LONG},distance_power={power}" for power in (1, 2, 3)]
+    assert len(set(file_stems(names).values())) == 3

@@ -1,6 +1,6 @@
 """Two processes that train one cell: the result of one, written once, and no hang however they end."""
 
-import json
+import functools
 import os
 import re
 import signal
@@ -14,7 +14,7 @@ from typing import Any
 import distributed_cases
 import pytest
 import torch
-from cell_cases import metrics_of, outcome, state_of
+from cell_cases import make_split, metrics_of, outcome, state_of
 
 import run_experiment
 from experiment.distributed import dealt, shard
@@ -110,22 +110,26 @@ def largest_difference(one: Any, two: Any) -> float:
     return 0.0
 
 
+@functools.cache
+def trained_by_one(name: str) -> dict[str, Any]:
+    return distributed_cases.trained(distributed_cases.ATTENTIONS[name])
+
+
 @pytest.mark.parametrize("name", distributed_cases.ATTENTIONS)
 def test_two_ranks_take_the_steps_of_one_process(name: str, two: tuple[Path, dict[str, Any]]) -> None:
-    one, both = distributed_cases.trained(distributed_cases.ATTENTIONS[name]), two[1][name]
-    assert len(one["losses"]) == 24
-    difference = largest_difference(one["losses"], both["losses"])
-    print(f"{name}: largest difference of a loss {difference:.1e}")
-    assert difference < TOLERANCE
-    for key, weights in one["weights"].items():
-        torch.testing.assert_close(both["weights"][key], weights, atol=1e-4, rtol=0, msg=key)
+    one, both = trained_by_one(name), two[1][name]
+    assert (len(one["losses"]), len(one["gradients"])) == (24, 2)
+    losses = largest_difference(one["losses"], both["losses"])
+    gradients = largest_difference(one["gradients"], both["gradients"])
+    print(f"{name}: losses differ by at most {losses:.1e}, gradients by {gradients:.1e}")
+    assert max(losses, gradients) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", distributed_cases.ATTENTIONS)
 def test_two_ranks_evaluate_to_the_predictions_of_one_process(
     name: str, two: tuple[Path, dict[str, Any]]
 ) -> None:
-    one, both = distributed_cases.trained(distributed_cases.ATTENTIONS[name]), two[1][name]
+    one, both = trained_by_one(name), two[1][name]
     assert both["before"] == one["before"]
     assert both["after"] == one["after"]
 
@@ -142,7 +146,7 @@ def test_a_cell_of_two_ranks_is_that_of_one_process(two: tuple[Path, dict[str, A
 
 def test_ranks_agree_that_a_loss_on_one_of_them_is_not_finite(two: tuple[Path, dict[str, Any]]) -> None:
     folder, found = two
-    expected = ("diverged", "the training loss is nan in epoch 2, step 4")
+    expected = ("diverged", "the training loss is nan in epoch 2, step 2")
     assert found["diverged"] == [expected, expected]
     assert state_of(folder / "diverged") == expected
 
@@ -159,21 +163,15 @@ def test_what_two_ranks_began_one_process_finishes(two: tuple[Path, dict[str, An
     folder, _ = two
     assert state_of(folder / "stopped") == ("interrupted", "enough")
     assert distributed_cases.run_tiny(folder / "stopped") == ("done", "")
-    assert (
-        largest_difference(metrics_timeless(folder / "cell"), metrics_timeless(folder / "stopped"))
-        < TOLERANCE
-    )
-
-
-def metrics_timeless(folder: Path) -> list[dict[str, Any]]:
-    return outcome(folder)["metrics"]
+    uninterrupted, finished = outcome(folder / "cell"), outcome(folder / "stopped")
+    assert largest_difference(uninterrupted["metrics"], finished["metrics"]) < TOLERANCE
 
 
 # One rank
 
 
 def test_one_process_has_all_of_a_batch_and_all_batches() -> None:
-    split = distributed_cases.make_split(5, 0)
+    split = make_split(5, 0)
     batch = pad_batch(split, torch.arange(5).numpy())
     assert shard(batch) is batch
     assert list(dealt("abc")) == ["a", "b", "c"]
@@ -231,21 +229,17 @@ def test_ranks_stopped_by_a_signal_or_their_time_limit_end_in_order_and_go_on(fr
     assert len(re.findall("goes on after epoch", out)) == 1
     assert state_of(cell)[0] == "interrupted"
     assert [row["epoch"] for row in metrics_of(cell)] == list(range(1, len(metrics_of(cell)) + 1))
-    assert json.loads((cell / "status.json").read_text())["state"] == "interrupted"
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--learning-rat", "1"], "unrecognized arguments"),
-        (["--resume", "nowhere"], "nowhere"),
-    ],
-)
-def test_bad_arguments_are_one_line_and_exit_code_2_on_every_rank(
-    argv: list[str], message: str, tmp_path: Path
-) -> None:
-    code, out, err = ended(torchrun(tmp_path, SCRIPT, "--device", "cpu", *argv, restarts=1))
-    [line] = [line for line in err.splitlines() if line.startswith("run_experiment.py:")]
-    assert message in line and "Error" not in err.split(line)[0]
-    assert code == 1 and set(exit_codes(err)) <= {"2", "-15"} and "2" in exit_codes(err)
-    assert out == "" and list(tmp_path.iterdir()) == []
+def test_bad_arguments_are_one_line_and_exit_code_2_on_every_rank(tmp_path: Path) -> None:
+    cases = {"--learning-rat ": ["--learning-rat", "1"], "nowhere": ["--resume", "nowhere"]}
+    launched = {
+        message: torchrun(tmp_path, SCRIPT, "--device", "cpu", *argv, restarts=1)
+        for message, argv in cases.items()
+    }
+    for message, process in launched.items():
+        code, out, err = ended(process)
+        [line] = [line for line in err.splitlines() if line.startswith("run_experiment.py:")]
+        assert message in line
+        assert code == 1 and set(exit_codes(err)) <= {"2", "-15"} and "2" in exit_codes(err)
+        assert out == "" and list(tmp_path.iterdir()) == []

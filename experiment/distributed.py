@@ -19,6 +19,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -33,6 +34,7 @@ from data_pipeline import Batch
 P = ParamSpec("P")
 T = TypeVar("T")
 FOLDER, EXIT_CODE = "attention comparison/folder", "attention comparison/exit code"
+AS_LONG_AS_IT_TAKES = timedelta(days=7)  # torchrun ends who waits for a rank that died
 IGNORED = -100  # the label that F.cross_entropy leaves out
 
 
@@ -78,6 +80,7 @@ def as_one(body: Callable[[], int]) -> int:
                 code = end.code
         if first:
             _store().set(EXIT_CODE, str(code))
+    _store().wait([EXIT_CODE], AS_LONG_AS_IT_TAKES)  # rank 0 may still be drawing figures
     code = int(_store().get(EXIT_CODE))
     if dist.is_initialized():
         dist.destroy_process_group()

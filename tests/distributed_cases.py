@@ -127,6 +127,7 @@ def main(folder: Path) -> int:
         run_until_rank_1_stops(folder / f"wet, stopped {name}", stop, wet)
         run_tiny(folder / f"wet, stopped {name}", settings=wet)
     run_until_rank_1_stops(folder / "stopped", 8 + 2, DRY)
+    run_tiny(folder / "begun by one")
     if rank() == 0:
         torch.save(found, folder / "found.pt")
     return 0

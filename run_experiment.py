@@ -18,8 +18,9 @@ folders that you trust: the models that one names as package.module:Class are im
 
 With torchrun all processes train one cell together, each a share of every batch, to the result of one process
 up to the order of float sums (exactly so where --dropout is 0, else with other masks). Where a process dies,
---max-restarts starts all anew: the same command goes on in the folder that it made. torchrun itself ends with
-0 or 1, and tells the exit code below in its report.
+--max-restarts starts all anew: the same command goes on in the folder that it made, each time with all of
+--max-minutes. An error in a cell ends all processes too, and leaves the cell to be gone on with. torchrun
+itself ends with 0 or 1, and tells the exit code below in its report.
 
 Exit codes: 0 all cells done; 1 some cell failed or diverged, the others ran, or results could not be
 written; 2 bad arguments or input, found before any work; 75 not all done, run again; 130 or 143
@@ -277,6 +278,7 @@ def opened(arguments: argparse.Namespace, argv: list[str]) -> tuple[Path, Plan, 
 
     def open_first() -> Path:
         own.append(prepared(arguments, argv) if arguments.resume is None else resumed(arguments))
+        remember_folder(own[0][0])
         return own[0][0]
 
     arguments.resume = from_first(open_first)
@@ -337,7 +339,6 @@ def run(argv: list[str]) -> int:
     arguments.resume = from_first(lambda: arguments.resume or earlier_folder())
     new = arguments.resume is None
     root, plan, tasks = opened(arguments, argv)
-    remember_folder(root)
     choice = Choice(arguments.cell_index, arguments.retry_failed, arguments.fail_fast, arguments.tensorboard)
     grid = Grid(root, plan, tasks, stop, choice)
     if not new:

@@ -16,8 +16,8 @@ last step where it was stopped by a signal or its time limit. Several processes,
 may work on one folder at a time: each takes cells that no other has, and the last one compares. Resume only
 folders that you trust: the models that one names as package.module:Class are imported.
 
-With torchrun all processes train one cell together, each a share of every batch, to the result of one process
-up to the order of float sums (exactly so where --dropout is 0, else with other masks). Where a process dies,
+With torchrun all processes train one cell together, each a share of every batch. Where --dropout is 0 the
+result is that of one process up to the order of float sums; else they draw other masks. Where a process dies,
 --max-restarts starts all anew: the same command goes on in the folder that it made, each time with all of
 --max-minutes. An error in a cell ends all processes too, and leaves the cell to be gone on with. torchrun
 itself ends with 0 or 1, and tells the exit code below in its report.

@@ -9,12 +9,19 @@
     python run_experiment.py --resume results_20260101_120000        # until it ends with 0
     python run_experiment.py --preset full --prepare                 # for a job array: once, and then each
     python run_experiment.py --resume results_20260101_120000 --cell-index $SLURM_ARRAY_TASK_ID
+    torchrun --standalone --nproc-per-node 4 run_experiment.py       # each cell on 4 GPUs, or 4 CPU processes
 
 Results go to a new folder `results_YYYYmmdd_HHMMSS` (see results_folder.py), the comparison into its
 `analysis/`. A run that was stopped or killed goes on with --resume, from the last epoch's end, or from the
 last step where it was stopped by a signal or its time limit. Several processes, also of several machines,
 may work on one folder at a time: each takes cells that no other has, and the last one compares. Resume only
 folders that you trust: the models that one names as package.module:Class are imported.
+
+With torchrun all processes train one cell together, each a share of every batch. Where --dropout is 0 the
+result is that of one process up to the order of float sums; else they draw other masks. Where a process dies,
+--max-restarts starts all anew: the same command goes on in the folder that it made, each time with all of
+--max-minutes. An error in a cell ends all processes too, and leaves the cell to be gone on with. torchrun
+itself ends with 0 or 1, and tells the exit code below in its report.
 
 Exit codes: 0 all cells done; 1 some cell failed or diverged, the others ran, or results could not be
 written; 2 bad arguments or input, found before any work; 75 not all done, run again; 130 or 143
@@ -38,6 +45,16 @@ from command_line import (
 )
 from data_pipeline import TASKS, DataSettings, TaskData
 from experiment.cell_lock import CellLock, LockedError
+from experiment.distributed import (
+    agree,
+    as_one,
+    earlier_folder,
+    from_first,
+    join,
+    launched,
+    rank,
+    remember_folder,
+)
 from experiment.experiment_grid import Choice, Grid, accuracy_table, failure_table, verified_cell
 from experiment.experiment_plan import (
     COMPARED,
@@ -47,6 +64,7 @@ from experiment.experiment_plan import (
     attention_arguments,
     attention_factory,
     check_output_folder,
+    find_device,
     load_tasks,
     make_plan,
     settings_by_cell,
@@ -264,6 +282,19 @@ def resumed(arguments: argparse.Namespace) -> tuple[Path, Plan, dict[str, TaskDa
     return root, plan, tasks
 
 
+def opened(arguments: argparse.Namespace, argv: list[str]) -> tuple[Path, Plan, dict[str, TaskData]]:
+    """The results folder, its plan and its data: rank 0 finds or makes it, the others resume it."""
+    own: list[tuple[Path, Plan, dict[str, TaskData]]] = []
+
+    def open_first() -> Path:
+        own.append(prepared(arguments, argv) if arguments.resume is None else resumed(arguments))
+        remember_folder(own[0][0])
+        return own[0][0]
+
+    arguments.resume = from_first(open_first)
+    return agree(lambda: own[0] if own else resumed(arguments))
+
+
 def _check_index(arguments: argparse.Namespace, plan: Plan) -> None:
     index, count = arguments.cell_index, len(plan.cells)
     if index is not None and not 0 <= index < count:
@@ -285,7 +316,7 @@ def run_grid(grid: Grid) -> int:
         print(f"{PROG}: interrupted; {keep}", file=sys.stderr)
         return EXIT_INTERRUPTED
     code = outcome.exit_code
-    if outcome.settled and not analyze_run(root):
+    if outcome.settled and rank() == 0 and not analyze_run(root):
         code = EXIT_FAILED
     print(accuracy_table(plan, outcome.records))
     if failures := failure_table(outcome.records):
@@ -304,6 +335,8 @@ def run(argv: list[str]) -> int:
     stop = StopRequest(arguments.max_minutes)
     if arguments.retry_failed and arguments.resume is None:
         raise InputError("--retry-failed needs --resume with the results folder whose cells failed")
+    if arguments.dry_run and launched():
+        raise InputError("--dry-run measures one process: leave torchrun out")
     if arguments.tensorboard:
         check_tensorboard()
     if arguments.list:
@@ -312,13 +345,15 @@ def run(argv: list[str]) -> int:
     if arguments.dry_run:
         plan = make_plan(arguments) if arguments.resume is None else read_plan(arguments.resume, arguments)
         return dry_run(*load_tasks(plan))
+    join(find_device(arguments.device))
+    arguments.resume = from_first(lambda: arguments.resume or earlier_folder())
     new = arguments.resume is None
-    root, plan, tasks = prepared(arguments, argv) if new else resumed(arguments)
+    root, plan, tasks = opened(arguments, argv)
     choice = Choice(arguments.cell_index, arguments.retry_failed, arguments.fail_fast, arguments.tensorboard)
     grid = Grid(root, plan, tasks, stop, choice)
     if not new:
-        check_space(root, plan, tasks, grid.to_run())
-        write_cells(root, plan, tasks)
+        from_first(lambda: check_space(root, plan, tasks, grid.to_run()))
+        from_first(lambda: write_cells(root, plan, tasks))
     cells = f"{len(grid.to_run())} of {len(plan.cells)} cells to run"
     print(f"results: {root} ({cells}, preset {plan.preset}, {plan.device})", flush=True)
     if plan.preset == "smoke":
@@ -326,13 +361,17 @@ def run(argv: list[str]) -> int:
     return EXIT_DONE if arguments.prepare else run_grid(grid)
 
 
-def main(argv: list[str] | None = None) -> int:
-    given = sys.argv[1:] if argv is None else argv
+def attempt(argv: list[str]) -> int:
     try:
-        return exit_code(PROG, lambda: run(given))
+        return exit_code(PROG, lambda: run(argv))
     except OSError as error:
         print(f"{PROG}: error: the results cannot be written: {one_line(error)}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    return exit_code(PROG, lambda: as_one(lambda: attempt(given)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,11 @@ read once, when training has ended. Losses and accuracies are sums over examples
 Training goes on from the folder's last checkpoint, if it has one: on the CPU to the same bits as without
 the interruption. A checkpoint is written after each epoch, and within one that is asked to stop.
 
+Under torchrun (experiment/distributed.py) the processes divide each batch among them: the batches, and up to
+the order of float sums the losses and the weights, are those of one process, as long as dropout is 0; with
+dropout each process draws masks of its own. A batch of an evaluation is one process's as a whole, and none is
+read twice. Rank 0 alone writes, and the times and the peak memory are its own.
+
 Symbols: N batch, L length. True in a boolean mask means blocked.
 """
 
@@ -43,6 +48,8 @@ from experiment.checkpoints import (
     write_weights,
 )
 from experiment.device_memory import PeakMemory
+from experiment.distributed import by_first, dealt, from_first, parallel, rank, shard, world_size
+from experiment.evaluation import Evaluation, evaluate
 from experiment.model_cost import count_parameters, forward_flops
 from experiment.stop_request import StoppedError
 from experiment.training_progress import DivergedError, Progress, StepMeter
@@ -54,7 +61,7 @@ from experiment.transformer_classifier import (
 )
 from results_folder import SCHEMA_VERSION, as_json, write_atomic, write_json_lines
 
-__all__ = ["ModelSettings", "TrainingSettings", "TransformerClassifier", "train_and_evaluate"]
+__all__ = ["ModelSettings", "TrainingSettings", "TransformerClassifier", "evaluate", "train_and_evaluate"]
 
 
 @dataclass(frozen=True)
@@ -82,49 +89,10 @@ class TrainingSettings:
         check_settings(self)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean loss and accuracy over the examples of a split, and the predictions (n,) in the split's order."""
-
-    loss: float
-    accuracy: float
-    predictions: np.ndarray
-
-
 def use_bf16(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16"
-
-
-@torch.no_grad()
-def evaluate(
-    models: Sequence[Callable[[Tensor, Tensor], Tensor]],
-    batches: Iterable[Batch],
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-) -> list[Evaluation]:
-    """Evaluate models, in eval mode, in one pass over the batches. Sums are over examples, not batches."""
-    losses: list[list[Tensor]] = [[] for _ in models]
-    predicted: list[list[Tensor]] = [[] for _ in models]
-    labels, index = [], []
-    for batch in batches:
-        labels.append(batch.labels)
-        index.append(batch.index)
-        for number, model in enumerate(models):
-            with autocast():
-                logits = model(batch.tokens, batch.key_padding_mask)
-            losses[number].append(F.cross_entropy(logits.float(), batch.labels, reduction="sum"))
-            predicted[number].append(logits.argmax(-1))
-    order = torch.cat(index).cpu().numpy()
-    truth = torch.cat(labels).cpu().numpy()
-    evaluations = []
-    for model_losses, model_predicted in zip(losses, predicted, strict=True):
-        found = torch.cat(model_predicted).cpu().numpy()
-        predictions = np.empty_like(found)
-        predictions[order] = found
-        loss = torch.stack(model_losses).cpu().double().sum().item() / len(truth)
-        evaluations.append(Evaluation(loss, float((found == truth).mean()), predictions))
-    return evaluations
 
 
 class Trainer:
@@ -146,6 +114,7 @@ class Trainer:
         self.model, self.task, self.settings, self.seed = model.to(device), task, settings, seed
         self.device, self.progress, self.check = device, progress, check
         self.forward = torch.compile(model, dynamic=True) if settings.compile else model
+        self.forward_in_step = parallel(self.forward)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -173,7 +142,7 @@ class Trainer:
         """Train until the epochs or the patience are used up; after each epoch the folder is complete."""
         steps = math.ceil(len(self.task.train) / self.settings.batch_size)
         if self.rows:
-            write_json_lines(folder / "metrics.jsonl", as_json(self.rows))
+            _write_metrics(folder, self.rows)
         while not self.finished:
             epoch = len(self.rows) + 1
             self.progress.epoch_started(epoch, steps)
@@ -193,7 +162,7 @@ class Trainer:
                     name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()
                 }
             # The last checkpoint comes last: whoever reads it finds all that led to it.
-            write_json_lines(folder / "metrics.jsonl", as_json(self.rows))
+            _write_metrics(folder, self.rows)
             if improved:
                 write_weights(folder / BEST, self.best_state())
             write_checkpoint(folder, self.state(memory))
@@ -213,7 +182,7 @@ class Trainer:
         train = self.task.train
         self.meter = meter = StepMeter(epoch, self.progress, self.settings.divergence_steps, self.streak)
         meter.timed_tokens = int(train.lengths.sum())
-        with random_stream(self.device, self.seed, "dropout", epoch):
+        with random_stream(self.device, self.seed, "dropout", epoch, *([rank()] if rank() else [])):
             if self.begun is not None:
                 meter.restore(self.begun["meter"])
                 set_generators(self.begun["generators"], self.device)
@@ -256,15 +225,17 @@ class Trainer:
         }
 
     def step(self, batch: Batch) -> Tensor:
-        """One optimizer step; the batch's (summed loss, correct answers), on the device."""
+        """One optimizer step; of this rank's share of the batch, on the device: (summed loss, correct)."""
+        own = shard(batch)
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            logits = self.forward(batch.tokens, batch.key_padding_mask)
-        loss_sum = F.cross_entropy(logits, batch.labels, reduction="sum")
-        (loss_sum / len(batch.labels)).backward()
+            logits = self.forward_in_step(own.tokens, own.key_padding_mask)
+        loss_sum = F.cross_entropy(logits, own.labels, reduction="sum")
+        # The mean over the ranks, which the gradients become, is then the mean over the batch.
+        (loss_sum / len(batch.labels) * world_size()).backward()
         nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_clip)
         self.optimizer.step()
-        return torch.stack([loss_sum.detach(), (logits.argmax(-1) == batch.labels).sum()])
+        return torch.stack([loss_sum.detach(), (logits.argmax(-1) == own.labels).sum()])
 
     def validate(self, epoch: int) -> dict[str, Any]:
         started = time.perf_counter()
@@ -283,8 +254,9 @@ class Trainer:
             return evaluate(models, self._checked(batches), self.autocast)
 
     def _checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            yield batch
+        for batch in dealt(batches):
+            if batch is not None:
+                yield batch
             self.check()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -376,7 +348,9 @@ def _with_defaults(fingerprint: Any) -> Any:
 def start_or_go_on(make_trainer: Callable[[], Trainer], folder: Path, note: Note) -> Trainer:
     """A trainer at the start, or where the newest checkpoint that fits left off, which is noted."""
     trainer, tried = make_trainer(), False
-    for path, state in usable_checkpoints(folder, note):
+    checkpoints = usable_checkpoints(folder, note)
+    while found := from_first(lambda: next(checkpoints, None)):
+        path, state = found
         tried = True
         try:
             trainer.restore(state)
@@ -478,10 +452,17 @@ def summary(trainer: Trainer, best: Evaluation, last: Evaluation) -> dict[str, A
         "peak_memory_bytes": rows[-1]["peak_memory_bytes"],
         "parameters": count_parameters(model),
         "attention_parameters": sum(attention_parameters.values()),
+        "processes": world_size(),
         "precision": "bf16" if trainer.bf16 else "fp32",
         "test_predictions_best": "test_predictions.npz",
     }
 
 
+@by_first
+def _write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
+    write_json_lines(folder / "metrics.jsonl", as_json(rows))
+
+
+@by_first
 def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_atomic(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))

@@ -18,6 +18,7 @@ import torch
 from data_pipeline import TaskData
 from experiment.cell_lock import LockLostError
 from experiment.checkpoints import PREVIOUS
+from experiment.distributed import world_size
 from experiment.stop_request import StoppedError
 from experiment.training_progress import DivergedError, Progress
 from experiment.transformer_classifier import AttentionFactory
@@ -52,7 +53,8 @@ def run_cell(
 
     An error in a cell, lack of memory included, makes it "failed", losses that are not finite "diverged".
     StoppedError (from `check`) and KeyboardInterrupt are noted as "interrupted" and passed on. Passed on and
-    not noted are WriteError, for want of a place, and LockLostError (from `check`): the folder is another's.
+    not noted are WriteError, for want of a place, and LockLostError (from `check`): the folder is another's;
+    and of several ranks every error, the others being left in the middle of a step: the cell stays "running".
     """
     remove_unfinished(folder)
     (folder / ERROR).unlink(missing_ok=True)
@@ -74,12 +76,23 @@ def run_cell(
     except (WriteError, LockLostError):
         raise
     except (Exception, SystemExit) as error:  # a model of the user's may also try to end the program
+        if world_size() > 1:
+            raise
         state, reason = "failed", _describe(error)
         write_text(folder / ERROR, _encodable(traceback.format_exc()))
     write_status(folder, state, reason)
     if state == "done":
         (folder / PREVIOUS).unlink(missing_ok=True)
     return state, reason
+
+
+def follow_cell(*arguments: Any) -> tuple[str, str]:
+    """`run_cell` for the ranks other than the first: takes part in its work, and notes nothing."""
+    try:
+        train_and_evaluate(*arguments)
+    except DivergedError as error:
+        return "diverged", str(error)
+    return "done", ""
 
 
 def _describe(error: BaseException) -> str:

@@ -16,7 +16,8 @@ import numpy as np
 from command_line import EXIT_DONE, EXIT_FAILED
 from data_pipeline import TaskData
 from experiment.cell_lock import CellLock, LockedError, LockLostError
-from experiment.cell_runner import ERROR, run_cell, why_not_done
+from experiment.cell_runner import ERROR, follow_cell, run_cell, why_not_done
+from experiment.distributed import agree, from_first, rank
 from experiment.experiment_plan import Plan, attention_factory, settings_by_cell
 from experiment.experiment_progress import make_progress
 from experiment.stop_request import EXIT_RUN_AGAIN, StopRequest
@@ -99,12 +100,12 @@ class Grid:
     def run(self) -> Outcome:
         """Run the cells; an error ends its own cell only. StoppedError where that was asked for, WriteError
         where the folder cannot be written."""
-        cells = self.to_run()
+        cells = from_first(self.to_run)
         progress = make_progress(cells, self.plan.training.max_epochs)
         try:
             for number, cell in enumerate(cells):
                 if number:  # each process takes a step, so that the shortest time limit comes to an end
-                    self.stop.check()
+                    agree(self.stop.check)
                 progress.cell_started(cell)
                 state, outcome = self.run_one(cell, progress)
                 progress.cell_ended(state, outcome)
@@ -117,38 +118,46 @@ class Grid:
         return Outcome(records, own, self.elsewhere)
 
     def run_one(self, cell: Cell, progress: Progress) -> tuple[str, str]:
-        """Run a cell under its lock. Its state, and its result or its reason."""
+        """Run a cell under its lock, which is rank 0's. Its state, and its result or its reason."""
+        held: list[CellLock] = []
         try:
-            lock = CellLock.take(cell.folder(self.root))
-        except LockedError as error:
-            self.elsewhere[cell] = str(error)
-            return "left", str(error)
-        try:
-            return self.run_locked(cell, lock, progress)
+            left = from_first(lambda: self.take(cell, held, progress))
+            return left or self.train(cell, held, progress)
         except LockLostError as error:
             self.elsewhere[cell] = str(error)
             return "left", str(error)
         finally:
-            lock.release()
+            for lock in held:
+                lock.release()
 
-    def run_locked(self, cell: Cell, lock: CellLock, progress: Progress) -> tuple[str, str]:
-        if lock.took_over:
-            progress.note(f"taken over: {lock.took_over}")
+    def take(self, cell: Cell, held: list[CellLock], progress: Progress) -> tuple[str, str] | None:
+        """Put the cell's lock into `held`; where the cell is not to be run, its state and why."""
+        try:
+            held.append(CellLock.take(cell.folder(self.root)))
+        except LockedError as error:
+            self.elsewhere[cell] = str(error)
+            return "left", str(error)
+        if held[0].took_over:
+            progress.note(f"taken over: {held[0].took_over}")
         record = verified_cell(self.root, cell)
         if not self.is_open(record):
             return record.state, "another process ran it"
         if record.damaged:
             progress.note(f"run again: {record.reason}")
+        return None
 
+    def train(self, cell: Cell, held: list[CellLock], progress: Progress) -> tuple[str, str]:
         def check() -> None:
-            lock.check()  # first: nothing is written into a folder that is another's
+            for lock in held:
+                lock.check()  # first: nothing is written into a folder that is another's
             self.stop.check()
 
         settings = settings_by_cell(self.plan, self.tasks)[cell.task, cell.model]
         watcher: Progress = progress
-        if self.choice.tensorboard:
+        if self.choice.tensorboard and rank() == 0:
             watcher = TensorboardProgress(progress, cell.folder(self.root))
-        state, reason = run_cell(
+        take_part = run_cell if rank() == 0 else follow_cell
+        state, reason = take_part(
             attention_factory(cell.model, settings),
             self.tasks[cell.task],
             settings,
@@ -157,7 +166,7 @@ class Grid:
             cell.folder(self.root),
             self.plan.device,
             watcher,
-            check,
+            lambda: agree(check),
         )
         if isinstance(watcher, TensorboardProgress):
             watcher.close()

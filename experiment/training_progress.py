@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiment.distributed import any_rank, summed
+
 READ_EVERY_SECONDS = 1.0  # how often a running epoch's losses are read, which waits for the device
 
 
@@ -42,6 +44,7 @@ class StepMeter:
     They stay on the device and are read about once a second and at the end, so that steps are queued
     without waiting; every step's loss is then looked at, in order. Raises DivergedError where
     `divergence_steps` losses in a row are not finite; `streak` is how many they are, and where they began.
+    Of several ranks each adds its shares of the batches; they read at the same steps, the sums of all.
     """
 
     def __init__(
@@ -56,17 +59,17 @@ class StepMeter:
         self.last_read = time.perf_counter()
 
     def add(self, sums: Tensor, examples: int) -> None:
-        """Take a step's (summed loss, correct answers), a tensor (2,)."""
+        """Take a step's (summed loss, correct answers), a tensor (2,), and the number of the whole batch."""
         self.waiting.append(sums)
         self.examples += examples
-        if time.perf_counter() - self.last_read < READ_EVERY_SECONDS:
-            self.progress.steps_done(1, None, None)
-        else:
+        if any_rank(time.perf_counter() - self.last_read >= READ_EVERY_SECONDS):
             self.progress.steps_done(1, *self.means())
+        else:
+            self.progress.steps_done(1, None, None)
 
     def means(self) -> tuple[float, float]:
         """Mean loss and accuracy so far, in one read; added up step by step, whenever reads happen."""
-        for loss, correct in torch.stack(self.waiting).tolist() if self.waiting else []:
+        for loss, correct in summed(torch.stack(self.waiting)).tolist() if self.waiting else []:
             self.steps += 1
             self._watch(loss)
             self.loss_sum += loss

@@ -12,7 +12,8 @@
 Results go to a new folder `results_YYYYmmdd_HHMMSS` (see results_folder.py), the comparison into its
 `analysis/`. A run that was stopped or killed goes on with --resume, from the last epoch's end, or from the
 last step where it was stopped by a signal or its time limit. Several processes, also of several machines,
-may work on one folder at a time: each takes cells that no other has, and the last one compares. Resume only
+may work on one folder at a time: each takes cells that no other has, and the last one compares; --workers
+and --ray start them (docs/scaling.md). Resume only
 folders that you trust: the models that one names as package.module:Class are imported.
 
 Exit codes: 0 all cells done; 1 some cell failed or diverged, the others ran, or results could not be
@@ -21,6 +22,7 @@ interrupted by SIGINT or SIGTERM, resumable.
 """
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -51,6 +53,7 @@ from experiment.experiment_plan import (
     settings_by_cell,
 )
 from experiment.experiment_progress import duration
+from experiment.many_cells import add_options, check_options, run_cells
 from experiment.model_cost import count_parameters
 from experiment.plan_files import (
     PROG,
@@ -112,6 +115,7 @@ def make_parser() -> Parser:
         help="also write each epoch's numbers for TensorBoard (pip install -r requirements-tensorboard.txt)",
     )
     _add_resilience(parser)
+    add_options(parser)
     for settings in (ModelSettings, TrainingSettings, DataSettings):
         add_settings(parser, settings)
     return parser
@@ -260,14 +264,23 @@ def _check_index(arguments: argparse.Namespace, plan: Plan) -> None:
         raise InputError(f"--cell-index must be 0 to {count - 1}, got {index}; see --list")
 
 
-def run_grid(grid: Grid) -> int:
+def run_part(grid: Grid) -> int:
+    """Run cells for another process, which compares them and tells what came of them."""
+    try:
+        with grid.stop.signals_heard():
+            return grid.run().exit_code
+    except StoppedError:
+        return grid.stop.exit_code
+
+
+def run_grid(grid: Grid, arguments: argparse.Namespace) -> int:
     """Run the cells, compare them where none is left, and tell what came of them."""
     root, plan = grid.root, grid.plan
     go_on = f"python {PROG} --resume {shlex.quote(str(root))}"
     keep = f"what is done is kept: go on with {go_on}, or python analyze_results.py {root}"
     try:
         with grid.stop.signals_heard():
-            outcome = grid.run()
+            outcome = run_cells(grid, arguments)
     except StoppedError as stopped:
         print(f"{PROG}: {stopped}; {keep}", file=sys.stderr)
         return grid.stop.exit_code
@@ -291,11 +304,13 @@ def run_grid(grid: Grid) -> int:
 
 def run(argv: list[str]) -> int:
     arguments = make_parser().parse_args(argv)
-    stop = StopRequest(arguments.max_minutes)
+    part = arguments.one_of is not None
+    stop = StopRequest(arguments.max_minutes, parent=os.getppid() if part else None)
     if arguments.retry_failed and arguments.resume is None:
         raise InputError("--retry-failed needs --resume with the results folder whose cells failed")
     if arguments.tensorboard:
         check_tensorboard()
+    check_options(arguments)
     if arguments.list:
         print(listing(arguments))
         return EXIT_DONE
@@ -304,16 +319,19 @@ def run(argv: list[str]) -> int:
         return dry_run(*load_tasks(plan))
     new = arguments.resume is None
     root, plan, tasks = prepared(arguments, argv) if new else resumed(arguments)
-    choice = Choice(arguments.cell_index, arguments.retry_failed, arguments.fail_fast, arguments.tensorboard)
+    given = arguments.cell_index, arguments.retry_failed, arguments.fail_fast, arguments.tensorboard
+    choice = Choice(*given, processes=arguments.one_of)
     grid = Grid(root, plan, tasks, stop, choice)
     if not new:
         check_space(root, plan, tasks, grid.to_run())
         write_cells(root, plan, tasks)
+    if part:
+        return run_part(grid)
     cells = f"{len(grid.to_run())} of {len(plan.cells)} cells to run"
     print(f"results: {root} ({cells}, preset {plan.preset}, {plan.device})", flush=True)
     if plan.preset == "smoke":
         print("smoke: a test that everything runs; its figures mean nothing")
-    return EXIT_DONE if arguments.prepare else run_grid(grid)
+    return EXIT_DONE if arguments.prepare else run_grid(grid, arguments)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -175,9 +175,10 @@ def write_status(folder: Path, state: str, reason: str = "") -> None:
 
 
 def note_sharing(folder: Path, processes: int) -> None:
-    """Note in a cell's config.json that it was one of so many processes on its device: the most there were."""
+    """Note in a cell's config.json that it was one of so many on a device at a time, the most there were."""
     config = read_json(folder / "config.json")
-    if processes > config.get(SHARED_BY, 1):
+    known = config.get(SHARED_BY)
+    if processes > (known if isinstance(known, int) else 1):
         write_json(folder / "config.json", config | {SHARED_BY: processes})
 
 

@@ -109,11 +109,10 @@ def child_arguments(grid: Grid, arguments: argparse.Namespace, device: str, shar
     argv = ["--resume", str(grid.root.resolve()), "--one-of", str(sharing), "--device", device]
     argv += ["--threads", str(torch.get_num_threads())]
     argv += [option_name(name) for name in ("fail_fast", "tensorboard") if getattr(arguments, name)]
-    for settings in grid.plan.data.values():
-        for place in PLACES:
-            if (folder := getattr(settings, place)) is not None:
-                argv += [option_name(place), str(Path(folder).expanduser().resolve())]
-        break  # the places are the same for all tasks
+    settings = next(iter(grid.plan.data.values()))  # the places are the same for all tasks
+    for place in PLACES:
+        if (folder := getattr(settings, place)) is not None:
+            argv += [option_name(place), str(Path(folder).expanduser().resolve())]
     return argv
 
 

@@ -2,7 +2,7 @@
 
     outcome = RayCells(grid, arguments).run()
 
-A task is `run_experiment.py --resume --cell-index` in a process of Ray's. Of its lines the last is shown when it
+A task is `run_experiment.py --resume --cell-index` in a process of Ray's; what it prints is shown when it
 ends. Where its process or machine died, that is told and the cell is a task again, which goes on from the
 checkpoint. Ray itself retries nothing, so that nothing is retried in silence or for ever. Needs the package
 ray (requirements-ray.txt), which nothing else does.
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import logging
 import os
 import re
 import socket
@@ -20,11 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from command_line import InputError
 from experiment.cell_lock import HEARTBEAT_SECONDS, LOCK, STALE_SECONDS
-from experiment.experiment_grid import GIVEN_UP, Grid, Outcome, verified_cell
+from experiment.experiment_grid import Grid, Outcome, verified_cell
 from experiment.experiment_plan import find_device
 from experiment.many_cells import Deaths, child_arguments, outcome_of_all, reopen
 from experiment.stop_request import EXIT_RUN_AGAIN
@@ -66,7 +65,7 @@ def _connect(address: str) -> None:
         ray.init(
             address=address,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": paths}},
             **options,
         )
@@ -83,9 +82,10 @@ def _largest(kind: str) -> float:
 
 def _check_fits(cpus: float, gpus: float) -> None:
     for kind, wanted in (("CPU", cpus), ("GPU", gpus)):
-        if wanted > _largest(kind):
+        there = _largest(kind)
+        if wanted > there:
             raise InputError(
-                f"a cell takes {wanted:g} {kind}s, and no machine of the cluster has more than {_largest(kind):g}"
+                f"a cell takes {wanted:g} {kind}s, and no machine of the cluster has more than {there:g}"
             )
 
 
@@ -95,7 +95,7 @@ def cells_on_a_device(cpus: float, gpus: float, largest: float, cells: int) -> i
 
 
 def run_cell(argv: list[str], folder: str) -> str:
-    """The task: run a cell, and return what it printed. Waits for the lock of one that died with its machine."""
+    """The task: run a cell and return what it printed. Waits for the lock that a dead machine left."""
     import run_experiment
 
     give_up = time.monotonic() + STALE_SECONDS + HEARTBEAT_SECONDS

@@ -69,7 +69,8 @@ class WorkerProcesses:
         argv = child_arguments(self.grid, self.arguments, device, self.devices.count(device))
         if (minutes := self.grid.stop.minutes_left) is not None:
             argv += ["--max-minutes", str(max(SHORTEST_MINUTES, minutes))]
-        paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)  # also where a user's models are
+        # All places of modules: a model of the user's is to be found too.
+        paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         threads = str(torch.get_num_threads())
         process = subprocess.Popen(
             [sys.executable, str(SCRIPT), *argv],

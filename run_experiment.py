@@ -304,7 +304,8 @@ def run_grid(grid: Grid, arguments: argparse.Namespace) -> int:
 
 def run(argv: list[str]) -> int:
     arguments = make_parser().parse_args(argv)
-    part = arguments.one_of is not None
+    processes, since = arguments.one_of
+    part = processes is not None
     stop = StopRequest(arguments.max_minutes, parent=os.getppid() if part else None)
     if arguments.retry_failed and arguments.resume is None:
         raise InputError("--retry-failed needs --resume with the results folder whose cells failed")
@@ -320,7 +321,7 @@ def run(argv: list[str]) -> int:
     new = arguments.resume is None
     root, plan, tasks = prepared(arguments, argv) if new else resumed(arguments)
     given = arguments.cell_index, arguments.retry_failed, arguments.fail_fast, arguments.tensorboard
-    choice = Choice(*given, processes=arguments.one_of)
+    choice = Choice(*given, processes, since)
     grid = Grid(root, plan, tasks, stop, choice)
     if not new:
         check_space(root, plan, tasks, grid.to_run())

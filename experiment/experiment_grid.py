@@ -32,13 +32,15 @@ SETTLED = ("done", *GIVEN_UP)
 class Choice:
     """Which cells to run. index: of the only one, None for all. retry_failed: also those that were given up.
     fail_fast: none after one that is given up. tensorboard: whether to write what TensorBoard shows.
-    processes: how many share the device, where this process is one of those that another one started."""
+    processes, since: where another process started this one, how many share the device, and when the last
+    change of a cell's state before the start was, in nanoseconds."""
 
     index: int | None = None
     retry_failed: bool = False
     fail_fast: bool = False
     tensorboard: bool = False
     processes: int | None = None
+    since: int | None = None
 
 
 @dataclass
@@ -81,7 +83,8 @@ class Grid:
         self.cells = plan.cells if choice.index is None else [plan.cells[choice.index]]
         self.elsewhere: dict[Cell, str] = {}
         # Of cells that were given up before: one that another process gave up meanwhile is not tried again.
-        self.given_up = {cell: self.noted(cell) for cell in plan.cells}
+        self.given_up = {cell: self.noted(cell) for cell in self.cells}
+        self.since = max(map(self.noted, plan.cells)) if choice.since is None else choice.since
 
     def noted(self, cell: Cell) -> int:
         """When the cell's state was last noted, in nanoseconds."""
@@ -102,8 +105,8 @@ class Grid:
     def some_gave_up(self) -> bool:
         """Whether a cell failed or diverged since the start, whichever process ran it."""
         return any(
-            verified_cell(self.root, cell).state in GIVEN_UP and self.noted(cell) != noted
-            for cell, noted in self.given_up.items()
+            verified_cell(self.root, cell).state in GIVEN_UP and self.noted(cell) > self.since
+            for cell in self.plan.cells
         )
 
     def run(self) -> Outcome:

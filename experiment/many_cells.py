@@ -59,8 +59,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             metavar="X",
             help=f"with --ray: {kind.upper()[:3]}s that a cell takes, also a fraction (default: {default})",
         )
-    # Of a process that one of the ways started: how many share its device.
-    group.add_argument("--one-of", type=int, help=argparse.SUPPRESS)
+    # Of a process that one of the ways started: how many share its device, and the grid's `since`.
+    group.add_argument("--one-of", nargs=2, type=int, default=(None, None), help=argparse.SUPPRESS)
 
 
 def check_options(arguments: argparse.Namespace) -> None:
@@ -73,7 +73,8 @@ def check_options(arguments: argparse.Namespace) -> None:
         raise InputError("--ray and --workers exclude each other: Ray starts its own processes")
     way = "--ray" if arguments.ray is not None else "--workers" if arguments.workers > 1 else ""
     for name in NOT_WITH if way else ():
-        if getattr(arguments, name) not in (None, False):
+        given = getattr(arguments, name)
+        if given is not None and given is not False:
             raise InputError(f"{way} runs many cells, so it cannot go with {option_name(name)}")
     for name in ("cpus_per_cell", "gpus_per_cell"):
         value = getattr(arguments, name)
@@ -106,7 +107,8 @@ def run_cells(grid: Grid, arguments: argparse.Namespace) -> Outcome:
 
 def child_arguments(grid: Grid, arguments: argparse.Namespace, device: str, sharing: int) -> list[str]:
     """What a process is started with that is to run cells of the grid's folder."""
-    argv = ["--resume", str(grid.root.resolve()), "--one-of", str(sharing), "--device", device]
+    argv = ["--resume", str(grid.root.resolve()), "--device", device]
+    argv += ["--one-of", str(sharing), str(grid.since)]
     argv += ["--threads", str(torch.get_num_threads())]
     argv += [option_name(name) for name in ("fail_fast", "tensorboard") if getattr(arguments, name)]
     settings = next(iter(grid.plan.data.values()))  # the places are the same for all tasks

@@ -48,8 +48,6 @@ def check_ray(arguments: argparse.Namespace) -> None:
 
 
 def _connect(address: str) -> None:
-    import ray
-
     if address not in ("local", "auto"):
         found = re.fullmatch(r"([^/\s]+):(\d{1,5})", address)
         if found is None:
@@ -58,6 +56,8 @@ def _connect(address: str) -> None:
             socket.create_connection((found[1], int(found[2])), CONNECT_SECONDS).close()
         except (OSError, OverflowError) as error:
             raise InputError(f"--ray {address}: no cluster answers there: {error}") from error
+    import ray
+
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers
     paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}

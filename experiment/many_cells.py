@@ -89,7 +89,9 @@ def check_options(arguments: argparse.Namespace) -> None:
     shared = max(1, torch.get_num_threads() // arguments.workers)
     if arguments.ray is not None:
         shared = max(1, int(arguments.cpus_per_cell or 1))
-    torch.set_num_threads(arguments.threads or shared)
+    threads = arguments.threads or shared
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
 
 
 def run_cells(grid: Grid, arguments: argparse.Namespace) -> Outcome:

@@ -124,7 +124,7 @@ class Analysis:
         """What must be said of the task's times and memory; "" where no cell shared its device."""
         done = [record for record in done_cells(self.results) if record.cell.task == task]
         most = max(map(most_on_a_device, done), default=1)
-        return f"times and memory of up to {most} cells at once on a device" if most > 1 else ""
+        return f"times and memory: {most} cells on a device" if most > 1 else ""
 
 
 def shown_mean(mean: Estimate, scale: float = 1.0, *, of: int = 0) -> str:

@@ -255,7 +255,7 @@ def test_cells_that_shared_a_device_are_told_at_the_top_and_wherever_times_are_s
     for model, processes in zip(MODELS, (2, 3), strict=False):
         note_sharing(Cell("listops", model, 0).folder(root), processes)
     analyze(root)
-    text, notice = report_of(root), "times and memory of up to 3 cells at once on a device"
+    text, notice = report_of(root), "times and memory: 3 cells on a device"
     assert "**Shared devices.** 2 of 4 cells were trained with others" in text.split("## What was run")[0]
     assert text.count(f"multiple of Conventional's ({notice})") == 2
     written = (root / "analysis" / "summary.md").read_text(encoding="utf-8")

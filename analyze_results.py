@@ -24,6 +24,7 @@ from command_line import EXIT_DONE, InputError, Parser, choose, exit_code
 from reporting.accuracy_against_cost import progress_metrics, progress_table, target_accuracies
 from reporting.analysis_report import report
 from reporting.comparison_tables import (
+    TIMED_METRICS,
     compare,
     default_baseline,
     epoch_table,
@@ -134,9 +135,12 @@ def check_replaceable(target: Path) -> None:
 
 
 def summary_csv(analysis: Analysis) -> str:
-    """The tidy table: task, model, seed, metric, value and the task's notice (smoke run, stand-in data)."""
-    notices = {task: analysis.notice(task) for task in analysis.facts}
-    table: pd.DataFrame = analysis.table.assign(notice=analysis.table["task"].map(notices))
+    """The tidy table: task, model, seed, metric, value, notice (smoke run, stand-in data, shared device)."""
+    notices = [
+        analysis.notice(task, timed=metric in TIMED_METRICS)
+        for task, metric in zip(analysis.table["task"], analysis.table["metric"], strict=True)
+    ]
+    table: pd.DataFrame = analysis.table.assign(notice=notices)
     return table.to_csv(index=False, lineterminator="\n")
 
 

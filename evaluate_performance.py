@@ -22,7 +22,15 @@ import numpy as np
 
 from command_line import EXIT_DONE, InputError, Parser, exit_code
 from reporting.array_files import read_arrays
-from results_folder import ANALYSIS, CellRecord, Results, file_name, read_results, replaced_folder
+from results_folder import (
+    ANALYSIS,
+    SHARED_BY,
+    CellRecord,
+    Results,
+    file_name,
+    read_results,
+    replaced_folder,
+)
 
 PROG = "evaluate_performance.py"
 PATTERNS = "attention_patterns.npz"
@@ -153,6 +161,8 @@ def run_numbers(record: CellRecord, patterns: AttentionPatterns | None) -> list[
     """What there is to say about one run, a line each."""
     lines = [f"{record.cell}: {record.state}" + (f" ({record.reason})" if record.reason else "")]
     numbers: dict[str, Any] = dict(record.result or {})
+    if SHARED_BY in record.config:
+        numbers[SHARED_BY] = record.config[SHARED_BY]
     if record.metrics:
         numbers |= {f"last {name}": value for name, value in record.metrics[-1].items()}
     if patterns is not None:

@@ -39,6 +39,7 @@ from command_line import InputError
 SCHEMA_VERSION = 1
 STATES = ("pending", "running", "done", "failed", "diverged", "interrupted")
 ANALYSIS = "analysis"
+SHARED_BY = "device_shared_by"
 LARGEST_JSON = 2**24  # bytes; the largest file of a long run is a tenth of it
 MOST_CELLS = 10_000
 MOST_EPOCHS = 1_000_000
@@ -171,6 +172,14 @@ def write_status(folder: Path, state: str, reason: str = "") -> None:
         folder / "status.json",
         {"state": state, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
     )
+
+
+def note_sharing(folder: Path, processes: int) -> None:
+    """Note in a cell's config.json that it was one of so many on a device at a time, the most there were."""
+    config = read_json(folder / "config.json")
+    known = config.get(SHARED_BY)
+    if processes > (known if isinstance(known, int) else 1):
+        write_json(folder / "config.json", config | {SHARED_BY: processes})
 
 
 def create_results_folder(parent: Path) -> Path:

@@ -14,7 +14,8 @@
 Results go to a new folder `results_YYYYmmdd_HHMMSS` (see results_folder.py), the comparison into its
 `analysis/`. A run that was stopped or killed goes on with --resume, from the last epoch's end, or from the
 last step where it was stopped by a signal or its time limit. Several processes, also of several machines,
-may work on one folder at a time: each takes cells that no other has, and the last one compares. Resume only
+may work on one folder at a time: each takes cells that no other has, and the last one compares; --workers
+and --ray start them (docs/scaling.md). Resume only
 folders that you trust: the models that one names as package.module:Class are imported.
 
 With torchrun all processes train one cell together, each a share of every batch. Where --dropout is 0 the
@@ -29,6 +30,7 @@ interrupted by SIGINT or SIGTERM, resumable.
 """
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -70,6 +72,7 @@ from experiment.experiment_plan import (
     settings_by_cell,
 )
 from experiment.experiment_progress import duration
+from experiment.many_cells import add_options, check_options, run_cells
 from experiment.model_cost import count_parameters
 from experiment.model_variants import OWN, SYNTAX
 from experiment.plan_files import (
@@ -134,6 +137,7 @@ def make_parser() -> Parser:
         help="also write each epoch's numbers for TensorBoard (pip install -r requirements-tensorboard.txt)",
     )
     _add_resilience(parser)
+    add_options(parser)
     for settings in (ModelSettings, TrainingSettings, DataSettings):
         add_settings(parser, settings)
     return parser
@@ -301,14 +305,23 @@ def _check_index(arguments: argparse.Namespace, plan: Plan) -> None:
         raise InputError(f"--cell-index must be 0 to {count - 1}, got {index}; see --list")
 
 
-def run_grid(grid: Grid) -> int:
+def run_part(grid: Grid) -> int:
+    """Run cells for another process, which compares them and tells what came of them."""
+    try:
+        with grid.stop.signals_heard():
+            return grid.run().exit_code
+    except StoppedError:
+        return grid.stop.exit_code
+
+
+def run_grid(grid: Grid, arguments: argparse.Namespace) -> int:
     """Run the cells, compare them where none is left, and tell what came of them."""
     root, plan = grid.root, grid.plan
     go_on = f"python {PROG} --resume {shlex.quote(str(root))}"
     keep = f"what is done is kept: go on with {go_on}, or python analyze_results.py {root}"
     try:
         with grid.stop.signals_heard():
-            outcome = grid.run()
+            outcome = run_cells(grid, arguments)
     except StoppedError as stopped:
         print(f"{PROG}: {stopped}; {keep}", file=sys.stderr)
         return grid.stop.exit_code
@@ -332,13 +345,16 @@ def run_grid(grid: Grid) -> int:
 
 def run(argv: list[str]) -> int:
     arguments = make_parser().parse_args(argv)
-    stop = StopRequest(arguments.max_minutes)
+    processes, since = arguments.one_of
+    part = processes is not None
+    stop = StopRequest(arguments.max_minutes, parent=os.getppid() if part else None)
     if arguments.retry_failed and arguments.resume is None:
         raise InputError("--retry-failed needs --resume with the results folder whose cells failed")
     if arguments.dry_run and launched():
         raise InputError("--dry-run measures one process: leave torchrun out")
     if arguments.tensorboard:
         check_tensorboard()
+    check_options(arguments)
     if arguments.list:
         print(listing(arguments))
         return EXIT_DONE
@@ -349,16 +365,19 @@ def run(argv: list[str]) -> int:
     arguments.resume = from_first(lambda: arguments.resume or earlier_folder())
     new = arguments.resume is None
     root, plan, tasks = opened(arguments, argv)
-    choice = Choice(arguments.cell_index, arguments.retry_failed, arguments.fail_fast, arguments.tensorboard)
+    given = arguments.cell_index, arguments.retry_failed, arguments.fail_fast, arguments.tensorboard
+    choice = Choice(*given, processes, since)
     grid = Grid(root, plan, tasks, stop, choice)
     if not new:
         from_first(lambda: check_space(root, plan, tasks, grid.to_run()))
         from_first(lambda: write_cells(root, plan, tasks))
+    if part:
+        return run_part(grid)
     cells = f"{len(grid.to_run())} of {len(plan.cells)} cells to run"
     print(f"results: {root} ({cells}, preset {plan.preset}, {plan.device})", flush=True)
     if plan.preset == "smoke":
         print("smoke: a test that everything runs; its figures mean nothing")
-    return EXIT_DONE if arguments.prepare else run_grid(grid)
+    return EXIT_DONE if arguments.prepare else run_grid(grid, arguments)
 
 
 def attempt(argv: list[str]) -> int:

@@ -161,6 +161,24 @@ class CellLock:
                     os.utime(self.path)
 
 
+def holder_of(folder: Path) -> str:
+    """Who works in the folder; empty where nobody does, as far as is known."""
+    try:
+        holder, stale = _holder(folder / LOCK)
+    except FileNotFoundError:
+        return ""
+    return "" if stale else f"{holder} works on it"
+
+
+def was_held_by(folder: Path, pid: int) -> bool:
+    """Whether the folder's lock names this machine's process `pid`."""
+    try:
+        owner = _read(folder / LOCK)
+    except FileNotFoundError:
+        return False
+    return owner is not None and (owner.pid, owner.machine) == (pid, _machine())
+
+
 def _create(path: Path, owner: Owner) -> bool:
     """Whether the lock could be made: no other process had it."""
     try:

@@ -19,11 +19,11 @@ from experiment.cell_lock import CellLock, LockedError, LockLostError
 from experiment.cell_runner import ERROR, follow_cell, run_cell, why_not_done
 from experiment.distributed import agree, from_first, rank
 from experiment.experiment_plan import Plan, attention_factory, settings_by_cell
-from experiment.experiment_progress import make_progress
+from experiment.experiment_progress import RAN_ELSEWHERE, make_progress
 from experiment.stop_request import EXIT_RUN_AGAIN, StopRequest
 from experiment.tensorboard_log import TensorboardProgress
 from experiment.training_progress import Progress
-from results_folder import Cell, CellRecord, read_cell
+from results_folder import Cell, CellRecord, note_sharing, read_cell
 
 GIVEN_UP = ("failed", "diverged")
 SETTLED = ("done", *GIVEN_UP)
@@ -32,22 +32,27 @@ SETTLED = ("done", *GIVEN_UP)
 @dataclass(frozen=True)
 class Choice:
     """Which cells to run. index: of the only one, None for all. retry_failed: also those that were given up.
-    fail_fast: none after one that is given up. tensorboard: whether to write what TensorBoard shows."""
+    fail_fast: none after one that is given up. tensorboard: whether to write what TensorBoard shows.
+    processes, since: where another process started this one, how many share the device, and when the last
+    change of a cell's state before the start was, in nanoseconds."""
 
     index: int | None = None
     retry_failed: bool = False
     fail_fast: bool = False
     tensorboard: bool = False
+    processes: int | None = None
+    since: int | None = None
 
 
 @dataclass
 class Outcome:
     """What a process leaves: each planned cell as its folder has it, its own, and who has which it could not
-    take."""
+    take. broken: whether a cell was left although nobody has it and nobody asked to stop."""
 
     records: list[CellRecord]
     own: list[CellRecord]
     elsewhere: dict[Cell, str]
+    broken: bool = False
 
     @property
     def settled(self) -> bool:
@@ -57,7 +62,7 @@ class Outcome:
     @property
     def exit_code(self) -> int:
         states = {record.state for record in self.own}
-        if states & set(GIVEN_UP):
+        if self.broken or states & set(GIVEN_UP):
             return EXIT_FAILED
         return EXIT_DONE if states <= {"done"} else EXIT_RUN_AGAIN
 
@@ -80,6 +85,7 @@ class Grid:
         self.elsewhere: dict[Cell, str] = {}
         # Of cells that were given up before: one that another process gave up meanwhile is not tried again.
         self.given_up = {cell: self.noted(cell) for cell in self.cells}
+        self.since = max(map(self.noted, plan.cells)) if choice.since is None else choice.since
 
     def noted(self, cell: Cell) -> int:
         """When the cell's state was last noted, in nanoseconds."""
@@ -97,11 +103,18 @@ class Grid:
             return self.choice.retry_failed and self.noted(record.cell) == self.given_up[record.cell]
         return record.state != "done"
 
+    def some_gave_up(self) -> bool:
+        """Whether a cell failed or diverged since the start, whichever process ran it."""
+        return any(
+            verified_cell(self.root, cell).state in GIVEN_UP and self.noted(cell) > self.since
+            for cell in self.plan.cells
+        )
+
     def run(self) -> Outcome:
         """Run the cells; an error ends its own cell only. StoppedError where that was asked for, WriteError
         where the folder cannot be written."""
         cells = from_first(self.to_run)
-        progress = make_progress(cells, self.plan.training.max_epochs)
+        progress = make_progress(cells, self.plan.training.max_epochs, self.choice.processes)
         try:
             for number, cell in enumerate(cells):
                 if number:  # each process takes a step, so that the shortest time limit comes to an end
@@ -109,10 +122,13 @@ class Grid:
                 progress.cell_started(cell)
                 state, outcome = self.run_one(cell, progress)
                 progress.cell_ended(state, outcome)
-                if self.choice.fail_fast and state in GIVEN_UP:
+                if self.choice.fail_fast and self.some_gave_up():
                     break
         finally:
             progress.close()
+        return self.outcome()
+
+    def outcome(self) -> Outcome:
         records = [verified_cell(self.root, cell) for cell in self.plan.cells]
         own = [record for record in records if record.cell in self.cells]
         return Outcome(records, own, self.elsewhere)
@@ -141,7 +157,7 @@ class Grid:
             progress.note(f"taken over: {held[0].took_over}")
         record = verified_cell(self.root, cell)
         if not self.is_open(record):
-            return record.state, "another process ran it"
+            return record.state, RAN_ELSEWHERE
         if record.damaged:
             progress.note(f"run again: {record.reason}")
         return None
@@ -152,6 +168,8 @@ class Grid:
                 lock.check()  # first: nothing is written into a folder that is another's
             self.stop.check()
 
+        if self.choice.processes is not None:
+            note_sharing(cell.folder(self.root), self.choice.processes)
         settings = settings_by_cell(self.plan, self.tasks)[cell.task, cell.model]
         watcher: Progress = progress
         if self.choice.tensorboard and rank() == 0:

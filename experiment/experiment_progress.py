@@ -16,6 +16,8 @@ from tqdm import tqdm
 from experiment.training_progress import Progress
 from results_folder import Cell
 
+RAN_ELSEWHERE = "another process ran it"
+
 
 class RunProgress(Progress):
     """One line per cell and per epoch, on standard output."""
@@ -107,8 +109,36 @@ class TerminalProgress(RunProgress):
             self.step_bar = None
 
 
-def make_progress(cells: Sequence[Cell], max_epochs: int) -> RunProgress:
-    """Bars where standard error, which they are drawn on, is a terminal."""
+class WorkerProgress(RunProgress):
+    """The same lines, each with its cell's name: they are shown among those of other processes."""
+
+    def __init__(self, cells: Sequence[Cell], max_epochs: int, processes: int) -> None:
+        super().__init__(cells, max_epochs)
+        self.processes = processes
+
+    def cell_started(self, cell: Cell) -> None:
+        self.cell = cell
+        self.cells_started += 1
+
+    def say(self, line: str) -> None:
+        super().say(f"{self.cell}: {line.strip()}")
+
+    def seconds_left(self, epoch: int) -> float:
+        """As if the cells to come were shared out evenly."""
+        this_cell = (self.max_epochs - epoch) * self.seconds / self.epochs_done
+        return this_cell + (super().seconds_left(epoch) - this_cell) / self.processes
+
+    def cell_ended(self, state: str, outcome: str) -> None:
+        if state != "left" and outcome != RAN_ELSEWHERE:
+            super().cell_ended(state, outcome)
+
+
+def make_progress(cells: Sequence[Cell], max_epochs: int, processes: int | None = None) -> RunProgress:
+    """Bars where standard error, which they are drawn on, is a terminal.
+
+    processes: how many share the work, where this one was started by another that shows its lines."""
+    if processes is not None:
+        return WorkerProgress(cells, max_epochs, processes)
     kind = TerminalProgress if sys.stderr.isatty() else RunProgress
     return kind(cells, max_epochs)
 

@@ -5,6 +5,8 @@
         train(check=stop.check)          # StoppedError after the step in which it was asked to stop
     sys.exit(stop.exit_code)             # 130 (SIGINT), 143 (SIGTERM), 75 (time limit: run again)
 
+A process that another one started for its own sake stops where that one has ended.
+
 The first SIGINT or SIGTERM is a wish, the second an order: it ends the process at once, as it would one that
 does not listen. A signal that comes twice within a second is one: `timeout` and some batch systems send it
 to the process and to its group.
@@ -31,12 +33,14 @@ class StoppedError(Exception):
 
 
 class StopRequest:
-    """Whether a run is to stop, asked after every step. The clock starts at construction."""
+    """Whether a run is to stop, asked after every step. The clock starts at construction.
 
-    def __init__(self, max_minutes: float | None = None) -> None:
+    parent: the process without which this one is not to go on."""
+
+    def __init__(self, max_minutes: float | None = None, parent: int | None = None) -> None:
         if max_minutes is not None and not 0 < max_minutes < 1e6:
             raise InputError(f"--max-minutes must be above 0 and below 1e6, got {max_minutes}")
-        self.max_minutes = max_minutes
+        self.max_minutes, self.parent = max_minutes, parent
         self.signum: int | None = None
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._heard = 0.0
@@ -48,7 +52,14 @@ class StopRequest:
             return f"stopped by {signal.Signals(self.signum).name}"
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return f"the time limit of {self.max_minutes:g} minutes was reached"
+        if self.parent is not None and self.parent != os.getppid():
+            return "the process that started this one has ended"
         return ""
+
+    @property
+    def minutes_left(self) -> float | None:
+        """None where there is no limit, 0 where it was reached."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic()) / 60
 
     @property
     def exit_code(self) -> int:

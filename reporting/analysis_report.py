@@ -12,7 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from reporting.accuracy_against_cost import TARGET_SHARE
-from reporting.comparison_tables import BASELINE, NEAR, TaskFacts, default_baseline
+from reporting.comparison_tables import (
+    BASELINE,
+    NEAR,
+    TaskFacts,
+    default_baseline,
+    done_cells,
+    most_on_a_device,
+)
 from reporting.joined_results import MIXED
 from reporting.report_blocks import Block, Bullets, Code, Facts, FigureNote, Heading, Notice, Paragraph
 from reporting.report_findings import findings
@@ -74,6 +81,14 @@ def _notices(analysis: Analysis) -> list[Block]:
     if len(set(_per_folder(analysis, _device))) > 1:
         text = "Times and memory of different machines are in one mean; ratios are taken within a seed."
         blocks.append(Notice("Several machines.", text))
+    on_a_device = [most_on_a_device(record) for record in done_cells(analysis.results)]
+    if shared := [most for most in on_a_device if most > 1]:
+        text = (
+            f"{len(shared)} of {len(on_a_device)} cells were trained with others on the same device, up to "
+            f"{max(shared)} at once. Their times are longer than those of a cell that is alone, and "
+            "the memory is that of each process by itself: compare costs with care."
+        )
+        blocks.append(Notice("Shared devices.", text))
     if not analysis.results.cells or len(analysis.unfinished()) == len(analysis.results.cells):
         blocks.append(Notice("No cell is done.", "There are no results to compare."))
     return blocks

@@ -31,7 +31,7 @@ from reporting.seed_statistics import (
     sign_flip_p,
     smallest_sign_flip_p,
 )
-from results_folder import Cell, CellRecord, Results
+from results_folder import SHARED_BY, Cell, CellRecord, Results
 
 BASELINE = "conventional"
 ACCURACY = "test_accuracy_best"
@@ -54,6 +54,15 @@ RESULT_METRICS = (
     "attention_parameters",
     "forward_flops",
     "wall_seconds",
+)
+# What depends on what else ran on the device.
+TIMED_METRICS = (
+    "seconds_per_epoch",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "wall_seconds",
+    "seconds_to_best",
+    "seconds_to_target",
 )
 EPOCH_COLUMNS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 # Metric, and whether more of it is better.
@@ -141,6 +150,11 @@ def default_baseline(models: Sequence[str]) -> str:
 
 def done_cells(results: Results) -> list[CellRecord]:
     return [record for record in results.cells if record.state == "done"]
+
+
+def most_on_a_device(record: CellRecord) -> int:
+    """How many cells were on the cell's device at a time, itself included; 1 where nothing is noted."""
+    return int(number(record.config.get(SHARED_BY)) or 1)
 
 
 def read_patterns(results: Results) -> tuple[dict[Cell, AttentionPatterns], dict[Cell, str]]:

@@ -9,7 +9,15 @@ Holm's correction is called better or worse.
 
 import math
 
-from reporting.comparison_tables import ACCURACY, BASELINE, SIGNIFICANCE, Difference, TaskFacts, by_seed
+from reporting.comparison_tables import (
+    ACCURACY,
+    BASELINE,
+    SIGNIFICANCE,
+    TIMED_METRICS,
+    Difference,
+    TaskFacts,
+    by_seed,
+)
 from reporting.published_results import comparable
 from reporting.report_blocks import Block, Bullets, Heading, Paragraph
 from reporting.seed_statistics import Estimate
@@ -167,6 +175,8 @@ def _cost_findings(analysis: Analysis, task: str) -> list[str]:
         if ratios:
             measured = metric in ("seconds_per_epoch", "peak_memory_bytes")
             mean = " (mean of the seeds' ratios)" if len(base) > 1 and measured else ""
+            if metric in TIMED_METRICS and (sharing := analysis.sharing(task)):
+                mean += f" ({sharing})"
             caveat = " A difference in accuracy may also come from a difference in size."
             sentences.append(
                 f"{what} as a multiple of {analysis.baseline_name}'s{mean}: {'; '.join(ratios)}."

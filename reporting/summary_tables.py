@@ -3,7 +3,8 @@
     for table in tables(analysis):
         print(markdown_table(table))
 
-Every table of a smoke run or of stand-in data says so in its title. See comparison_tables.py for the numbers.
+Every table of a smoke run or of stand-in data says so in its title, and one with times also where cells
+shared a device. See comparison_tables.py for the numbers.
 """
 
 import math
@@ -12,7 +13,15 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from reporting.comparison_tables import ACCURACY, CONVERGENCE, NEAR, Difference, TaskFacts
+from reporting.comparison_tables import (
+    ACCURACY,
+    CONVERGENCE,
+    NEAR,
+    Difference,
+    TaskFacts,
+    done_cells,
+    most_on_a_device,
+)
 from reporting.joined_results import JoinedResults
 from reporting.paired_predictions import PairedPredictions
 from reporting.published_results import comparable
@@ -104,13 +113,23 @@ class Analysis:
         n, mean, low, high = (float(rows[column].iloc[0]) for column in Estimate._fields)
         return Estimate(int(n), mean, low, high)
 
-    def notice(self, task: str) -> str:
-        """What must be said wherever numbers of the task are shown; "" for a full run on its own data."""
+    def notice(self, task: str, *, timed: bool = False) -> str:
+        """What must be said wherever numbers of the task are shown; "" for a full run on its own data.
+
+        timed: whether times or memory are among them."""
         notices = [SMOKE] if self.results.config.get("preset") == "smoke" else []
         stand_in = self.facts[task].stand_in_for
         if stand_in:
             notices.append(f"stand-in data: {task}, not {stand_in}")
+        if timed and (sharing := self.sharing(task)):
+            notices.append(sharing)
         return "; ".join(notices)
+
+    def sharing(self, task: str) -> str:
+        """What must be said of the task's times and memory; "" where no cell shared its device."""
+        done = [record for record in done_cells(self.results) if record.cell.task == task]
+        most = max(map(most_on_a_device, done), default=1)
+        return f"times and memory: {most} cells on a device" if most > 1 else ""
 
 
 def shown_mean(mean: Estimate, scale: float = 1.0, *, of: int = 0) -> str:
@@ -152,11 +171,11 @@ def _task_table(
         cells = [shown_mean(mean, scale, of=n) for mean, scale in means]
         rows.append([name, str(n), *cells])
     header = ["model", "n", *(heading for _, heading, _ in columns)]
-    return TextTable(_title(analysis, facts, kind), header, rows, note=INTERVAL)
+    return TextTable(_title(analysis, facts, kind, timed=kind == "cost"), header, rows, note=INTERVAL)
 
 
-def _title(analysis: Analysis, facts: TaskFacts, kind: str) -> str:
-    notice = analysis.notice(facts.name)
+def _title(analysis: Analysis, facts: TaskFacts, kind: str, *, timed: bool = False) -> str:
+    notice = analysis.notice(facts.name, timed=timed)
     return f"{facts.name} ({facts.title}): {kind}" + (f" ({notice})" if notice else "")
 
 
@@ -174,7 +193,8 @@ def _target_table(analysis: Analysis, facts: TaskFacts) -> TextTable:
         f"{INTERVAL}. Target: a validation accuracy of {target}. To the target: mean over the seeds that "
         "reached it. Time is training time alone"
     )
-    return TextTable(_title(analysis, facts, f"time to an accuracy of {target}"), header, rows, note)
+    title = _title(analysis, facts, f"time to an accuracy of {target}", timed=True)
+    return TextTable(title, header, rows, note)
 
 
 def _published_table(analysis: Analysis, facts: TaskFacts) -> TextTable:

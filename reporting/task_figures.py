@@ -3,7 +3,8 @@
     for note, figure in TaskFigures(analysis, task, stem, epochs, progress, patterns, styles).draw():
         save_figure(figure, folder, note.stem)
 
-File names hold the task's own name. Every title holds the notice of smoke runs and stand-in data.
+File names hold the task's own name. Every title holds the notice of smoke runs and stand-in data,
+and one with times also that of cells that shared a device.
 """
 
 from collections import Counter
@@ -71,6 +72,7 @@ IMPROVEMENT_PANELS = (
     ("seconds_per_epoch", "time per epoch: saving (%)"),
     ("peak_memory_bytes", "peak memory: saving (%)"),
 )
+TIMED = ("accuracy_time", "cost", "improvement", "radar")  # figures with times or memory
 Drawn = Iterator[tuple[FigureNote, Figure]]
 
 
@@ -135,7 +137,7 @@ class TaskFigures:
 
     def _note(self, kind: str, what: str, caption: str) -> tuple[FigureNote, str]:
         """The figure's note, and its title with the notice."""
-        notice = self.analysis.notice(self.task)
+        notice = self.analysis.notice(self.task, timed=kind in TIMED)
         title = f"{what}: {drawable(self.facts.title, 60)}"
         return FigureNote(f"{kind}_{self.stem}", f"{what}, {self.task}", caption), (
             f"{title}\n{drawable(notice, 90)}" if notice else title

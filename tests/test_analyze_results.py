@@ -24,7 +24,7 @@ from reporting.comparison_tables import (
     usable,
 )
 from reporting.text_tables import latex, markdown, short
-from results_folder import Cell, read_results
+from results_folder import Cell, note_sharing, read_results
 
 REPOSITORY = Path(analyze_results.__file__).parent
 HOSTILE = "my_pkg.x:A$|*_<b>&%#{\\`[n](u)\u0001\u6f22" + "y" * 60
@@ -245,6 +245,28 @@ def test_smoke_runs_and_stand_in_data_are_said_at_the_top_in_every_table_and_in_
     tex = (analysis / "summary.tex").read_text(encoding="utf-8")
     assert tex.count(latex(notice)) == tex.count(r"\begin{tabular}") == 6
     assert all(path.stem.endswith("_synthetic_reviews") for path in (analysis / "figures").iterdir())
+
+
+def test_cells_that_shared_a_device_are_told_at_the_top_and_wherever_times_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_figures(monkeypatch)
+    root = make_results(tmp_path / "shared", tasks=("listops", "imdb"), models=MODELS[:2], seeds=(0,))
+    for model, processes in zip(MODELS, (2, 3), strict=False):
+        note_sharing(Cell("listops", model, 0).folder(root), processes)
+    analyze(root)
+    text, notice = report_of(root), "times and memory: 3 cells on a device"
+    assert "**Shared devices.** 2 of 4 cells were trained with others" in text.split("## What was run")[0]
+    assert text.count(f"multiple of Conventional's ({notice})") == 2
+    written = (root / "analysis" / "summary.md").read_text(encoding="utf-8")
+    titled = [line for line in written.splitlines() if line.startswith("**") and notice in line]
+    assert len(titled) == 2 and all("listops" in line for line in titled)
+    assert "cost" in titled[0] and "time to an accuracy" in titled[1]
+    table = pd.read_csv(root / "analysis" / "summary.csv")
+    marked = table[table["notice"] == notice]
+    assert set(marked["task"]) == {"listops"} and table["notice"].isna().sum() == len(table) - len(marked)
+    assert {"seconds_per_epoch", "peak_memory_bytes"} <= set(marked["metric"])
+    assert ACCURACY not in set(marked["metric"])
 
 
 def test_a_full_run_on_its_own_data_carries_no_notice(holed: Path) -> None:

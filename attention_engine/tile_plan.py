@@ -188,7 +188,8 @@ class Problems:
         self.block = plan.blocks[span.start]
         self.keys = blocks_of(max(plan.lengths[span]), self.block)
         self.rows = blocks_of(self.length, self.block)
-        self.sides = () if self.rate is None else (self._side(before=True), self._side(before=False))
+        beside = self.rate is not None and len(self.rows) + len(self.keys) > 2
+        self.sides = (self._side(before=True), self._side(before=False)) if beside else ()
         # Views are made once: making one costs a hundredth of a tile.
         self.values = by_block(self.u, self.keys)
         self.slowest = [0.0] * self.weightings if self.rate is None else self.rate.amax(0).tolist()
@@ -238,13 +239,17 @@ class Problems:
             if self.rate is None:
                 factors = [self.a.new_ones(1, *shape)] * self.weightings
             else:
-                steps = self.distance(*(rows, keys) if rows_first else (keys, rows)).flatten()
-                powers = self.powers(steps, self.block).unflatten(2, shape)
-                factors = [part.contiguous() for part in powers.unbind(1)]
+                factors = self._toeplitz(*shape)
             if self.plan.causal:
                 factors = [part.tril_() if rows_first else part.triu_() for part in factors]
             self.diagonal_factors[shape] = factors
         return self.diagonal_factors[shape]
+
+    def _toeplitz(self, height: int, width: int) -> list[Tensor]:
+        """gamma^|i-j| for each weighting: (problems, height, width), from the powers of each distance."""
+        steps = torch.arange(1 - height, width, device=self.a.device, dtype=self.a.dtype).abs_()
+        powers = self.powers(steps, max(height, width))
+        return [part.unfold(1, width, 1).flip(1) for part in powers.unbind(1)]
 
     def vanishing(self, rows: Block, keys: Block) -> list[bool]:
         """For each weighting whether decay alone makes the tile so light that it is bounded, not summed."""

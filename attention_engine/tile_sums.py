@@ -37,7 +37,7 @@ class ForwardSums:
     def __init__(self, problems: Problems, y: Tensor, moment: Tensor | None, tile: Buffer) -> None:
         self.problems, self.y, self.moment, self.tile = problems, y.zero_(), moment, tile
         p = problems
-        self.a_columns = by_block(p.a.mT.contiguous(), p.rows)
+        self.a = by_block(p.a.mT, p.rows)
         self.b = [p.b[:, keys.slice] for keys in p.keys]
         self.values = [by_block(p.u * side.key_factor, p.keys) for side in p.sides] or [p.values]
         self.of_rows = by_block(y, p.rows)
@@ -77,7 +77,7 @@ class ForwardSums:
             if explicit:
                 self._add_explicit(n, m)
                 continue
-            x = torch.bmm(self.b[m], self.a_columns[n], out=self.tile(p.count, keys.size, rows.size))
+            x = torch.bmm(self.b[m], self.a[n], out=self.tile(p.count, keys.size, rows.size))
             if p.on_diagonal(rows, keys):
                 self._add_diagonal(n, m, x)
                 continue
@@ -172,7 +172,6 @@ class BackwardSums:
         self.key_factor = [by_block(side.key_factor, p.keys) for side in p.sides]
         self.a = [p.a[:, rows.slice] for rows in p.rows]
         self.b = [p.b[:, keys.slice] for keys in p.keys]
-        self.b_columns = by_block(p.b.mT.contiguous(), p.keys)
         self.du_of_keys = by_block(self.du, p.keys)
         self.drate = None if p.rate is None else torch.zeros_like(p.rate)
 
@@ -182,7 +181,9 @@ class BackwardSums:
         # Sums of their own for each block: a batched product cannot add to a part of a tensor at full speed.
         da = [p.a.new_zeros(p.count, rows.size, p.a.shape[2]) for rows in p.rows]
         for m, keys in enumerate(p.keys):
-            values = [p.values[m] * factor[m] for factor in self.key_factor] or [p.values[m]]
+            values = [p.values[m] * factor[m] for factor in self.key_factor]
+            if p.rate is None:
+                values = [p.values[m]]
             db = p.b.new_zeros(p.count, p.b.shape[2], keys.size)
             du = [torch.zeros_like(part) for part in values]
             for n, rows in enumerate(p.rows):
@@ -227,7 +228,7 @@ class BackwardSums:
         if p.rate is not None:
             dy = dy * (self.row_factor[side][n] * p.gap_factor(p.rows[n], p.keys[m]))
         shape = (p.count, p.rows[n].size, p.keys[m].size)
-        x = torch.bmm(self.a[n], self.b_columns[m], out=self.tiles[0](*shape))
+        x = torch.bmm(self.a[n], self.b[m].mT, out=self.tiles[0](*shape))
         dx = torch.bmm(dy.mT, values, out=self.tiles[1](*shape))
         p.plan.weight.weigh_with_slope_(x, dx)
         du.baddbmm_(dy, x)
@@ -237,7 +238,7 @@ class BackwardSums:
         p = self.problems
         rows, keys = p.rows[n], p.keys[m]
         x, dx, weights, spare = (tile(p.count, rows.size, keys.size) for tile in self.tiles)
-        slope = p.plan.weight.weigh_beside_(torch.bmm(self.a[n], self.b_columns[m], out=x), weights)
+        slope = p.plan.weight.weigh_beside_(torch.bmm(self.a[n], self.b[m].mT, out=x), weights)
         factors = p.diagonal_factor(rows, keys, rows_first=True)
         for w, factor in enumerate(factors):
             columns, first, last = p.columns_of(w), w == 0, w == len(factors) - 1
@@ -280,11 +281,12 @@ class BackwardSums:
 def forward_sums(
     plan: Plan, a: Tensor, b: Tensor, u: Tensor, log_decay: Tensor | None, want_moment: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """y (B, C, L) and, if wanted, its moment, of the same shape; see the top of the file.
+    """y (B, C, L) and, if wanted and not 0, its moment, of the same shape; see the top of the file.
 
     a (B, L, A), b (B, S, A), u (B, C, S), all of one floating type; log_decay (B, U), below 0, or None."""
     y = a.new_empty(len(a), u.shape[1], a.shape[1])
-    moment = torch.empty_like(y) if want_moment else None
+    all_on_diagonal = max(a.shape[1], b.shape[1]) <= min(plan.blocks, default=0)
+    moment = torch.empty_like(y) if want_moment and not all_on_diagonal else None
     tile = Buffer(a)
     for span in spans_of(plan, a.shape[1], b.shape[1]):
         problems = Problems(plan, span, a, b, u, log_decay)
@@ -302,18 +304,25 @@ class Gradients(NamedTuple):
 
 
 def backward_sums(
-    plan: Plan, a: Tensor, b: Tensor, u: Tensor, log_decay: Tensor | None, dy: Tensor, moment: Tensor | None
+    plan: Plan,
+    a: Tensor,
+    b: Tensor,
+    u: Tensor,
+    log_decay: Tensor | None,
+    dy: Tensor,
+    moment: Tensor | None,
+    want_rate: bool,
 ) -> Gradients:
-    """The gradients from that of y (B, C, L) and the moment of the forward, or None where log gamma has no
-    gradient."""
+    """The gradients from that of y (B, C, L) and the moment of the forward; by log gamma if wanted."""
     da, db, du = torch.empty_like(a), torch.empty_like(b), torch.empty_like(u)
-    drate = None if moment is None or log_decay is None else torch.empty_like(log_decay)
+    drate = torch.empty_like(log_decay) if want_rate and log_decay is not None else None
     tiles = [Buffer(a) for _ in range(4)]
     for span in spans_of(plan, a.shape[1], b.shape[1]):
         problems = Problems(plan, span, a, b, u, log_decay)
-        sums = BackwardSums(problems, dy[span], (da[span], db[span], du[span]), tiles, moment is not None)
+        sums = BackwardSums(problems, dy[span], (da[span], db[span], du[span]), tiles, want_rate)
         sums.run()
-        if drate is not None and sums.drate is not None and moment is not None:
+        if moment is not None and want_rate:
             sums.add_rate((dy[span] * moment[span]).sum(2))
+        if drate is not None and sums.drate is not None:
             drate[span] = sums.drate
     return Gradients(da, db, du, drate)

@@ -142,7 +142,8 @@ class TiledAttention(torch.autograd.Function):
         assert q is not None and k is not None and v is not None
         output = v.new_empty(len(q), call.timescales, *q.shape[2:4], v.shape[-1])
         learned = ctx.needs_input_grad[-1]
-        ctx.call, ctx.chunks, kept = call, [], [output]
+        ctx.call, ctx.chunks = call, []
+        kept: list[Tensor | None] = [output]
         for number, chunk in enumerate(call.chunks(q, k)):
             lowered = call.lowered(chunk, chunk.cut(tensors))
             plan = _plan(call, chunk, lowered, learned, call.seed + number)
@@ -152,7 +153,7 @@ class TiledAttention(torch.autograd.Function):
             of_chunk = chunk.of("output", output)
             of_chunk.copy_(call.heads_last(parts[:, :, :-1] / total, of_chunk))
             ctx.chunks.append((chunk, plan))
-            kept += [total, *([] if moment is None else [moment])]
+            kept += [total, moment]
         ctx.save_for_backward(*tensors, *kept)
         return output
 
@@ -164,7 +165,7 @@ class TiledAttention(torch.autograd.Function):
         grads = {name: torch.zeros_like(x) for name, x in zip(TENSORS, tensors, strict=True) if needed[name]}
         of_chunks = iter(kept)
         for chunk, plan in ctx.chunks:
-            total, moment = next(of_chunks), next(of_chunks) if needed["log_decay"] else None
+            total, moment = next(of_chunks), next(of_chunks)
             parts = {
                 name: None if x is None else x.detach().requires_grad_(needed[name])
                 for name, x in chunk.cut(tensors).items()
@@ -193,7 +194,8 @@ def _backward(
     dy = _quotient_backward(call.heads_first(output), call.heads_first(doutput), total)
     a, b, u, log_decay = (None if x is None else x.detach() for x in lowered[:4])
     assert a is not None and b is not None and u is not None
-    gradients = backward_sums(plan, a, b, u, log_decay, dy.flatten(1, 2), moment)
+    learned = lowered.log_decay is not None and lowered.log_decay.requires_grad
+    gradients = backward_sums(plan, a, b, u, log_decay, dy.flatten(1, 2), moment, learned)
     outputs, upstream = [], []
     for x, dx in zip(lowered[:4], gradients, strict=True):
         if isinstance(x, Tensor) and x.requires_grad:

@@ -58,25 +58,21 @@ class PairWeight:
             x.exp_()
             upstream.mul_(x)
 
-    def weigh_beside_(self, x: Tensor, weights: Tensor) -> Tensor | None:
-        """weights <- e(x), and x -> the derivative of log e(x), which is returned, or None where it is 1."""
+    def weights_and_slope_(self, x: Tensor, room: Tensor) -> tuple[Tensor, Tensor | None]:
+        """e(x) and the derivative of log e(x), or None where it is 1; in the places of x and, if need be, of
+        the room, or both in one where they are equal."""
         self._hold_(x)
         if self.power is None:
-            torch.exp(x, out=weights)
-            return None
+            return x.exp_(), None
+        if self.power == 1.0 and not self.exponential:
+            return x.reciprocal_(), x
         if self.power == 1.0:
-            x.reciprocal_()
-            if self.exponential:
-                torch.exp(x, out=weights)
-                return x.square_()
-            weights.copy_(x)
-            return x
-        _inverse_power_(weights.copy_(x), self.power)
+            return torch.exp(x.reciprocal_(), out=room), x.square_()
+        _inverse_power_(room.copy_(x), self.power)
         if not self.exponential:
-            return x.reciprocal_()
-        torch.div(weights, x, out=x)
-        weights.exp_()
-        return x
+            return room, x.reciprocal_()
+        torch.div(room, x, out=x)
+        return room.exp_(), x
 
     def _hold_(self, x: Tensor) -> None:
         if self.floor is not None:

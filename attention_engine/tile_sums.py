@@ -21,6 +21,7 @@ that share a tile, C = U W rows of u and y, W = C / U.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,41 +31,30 @@ from attention_engine.tile_plan import LARGEST_SUM, Block, Buffer, Plan, Problem
 
 
 class ForwardSums:
-    """y of some problems and its moment, which the gradient by log gamma needs: the same sum over the tiles
-    that are neither explicit nor on the diagonal, each term times |i - j| less the steps from j to the near
-    end of its block."""
+    """y (problems, C, L) of some problems."""
 
-    def __init__(self, problems: Problems, y: Tensor, moment: Tensor | None, tile: Buffer) -> None:
-        self.problems, self.y, self.moment, self.tile = problems, y.zero_(), moment, tile
+    def __init__(self, problems: Problems, y: Tensor, tile: Buffer) -> None:
+        self.problems, self.y, self.tile = problems, y.zero_(), tile
         p = problems
         self.a = by_block(p.a.mT, p.rows)
         self.b = [p.b[:, keys.slice] for keys in p.keys]
         self.values = [by_block(p.u * side.key_factor, p.keys) for side in p.sides] or [p.values]
         self.of_rows = by_block(y, p.rows)
         self.sums = [torch.zeros_like(y) for _ in p.sides]
-        self.moments = [] if moment is None else [torch.zeros_like(y) for _ in p.sides]
         self.sums_of_rows = [by_block(part, p.rows) for part in self.sums]
-        self.moments_of_rows = [by_block(part, p.rows) for part in self.moments]
         self.left_out: dict[Block, Tensor] = {}  # (problems, U) log of what vanishing tiles add at most
 
     def run(self) -> None:
-        """Fill y and the moment; rows whose sums cannot be trusted are computed again."""
+        """Fill y; rows whose sums cannot be trusted are computed again."""
         p = self.problems
-        if self.moment is not None:
-            self.moment.zero_()
         for n in range(len(p.rows)):
             self._add_rows(n)
-        for number, side in enumerate(p.sides):
-            self.y.addcmul_(side.row_factor, self.sums[number])
-            if self.moment is not None:
-                moments = self.moments[number].addcmul_(side.row_steps, self.sums[number])
-                self.moment.addcmul_(side.row_factor, moments)
+        for side, sums in zip(p.sides, self.sums, strict=True):
+            self.y.addcmul_(side.row_factor, sums)
         for n in self._untrusted():
             rows = p.rows[n]
             p.plan.shifts[p.span.start, rows.start] = self._shift(rows)
             self.of_rows[n].zero_()
-            if self.moment is not None:
-                self.moment[:, :, rows.slice] = 0.0
             self._add_rows(n)
 
     def _add_rows(self, n: int) -> None:
@@ -87,8 +77,6 @@ class ForwardSums:
             if p.rate is not None:
                 part = torch.bmm(self.values[side][m], weights).mul_(p.gap_factor(rows, keys))
                 self.sums_of_rows[side][n].add_(part)
-                if self.moments:
-                    self.moments_of_rows[side][n].add_(part, alpha=p.gap(rows, keys))
             # Sums of their own: a batched product cannot add to a part of a tensor at full speed.
             elif undecayed is None:
                 undecayed = torch.bmm(self.values[side][m], weights)
@@ -176,7 +164,7 @@ class BackwardSums:
         self.drate = None if p.rate is None else torch.zeros_like(p.rate)
 
     def run(self) -> None:
-        """Fill da, db, du and drate, but for what drate has from the moment of the forward."""
+        """Fill da, db, du and drate."""
         p = self.problems
         # Sums of their own for each block: a batched product cannot add to a part of a tensor at full speed.
         da = [p.a.new_zeros(p.count, rows.size, p.a.shape[2]) for rows in p.rows]
@@ -212,45 +200,63 @@ class BackwardSums:
         if p.rate is not None:
             du.mul_(self.key_factor[side][m])
         self.du_of_keys[m].add_(du)
-        if self.want_rate:
-            self.add_rate(du.mul_(p.values[m]) @ p.sides[side].key_steps[p.keys[m].slice])
-
-    def add_rate(self, columns: Tensor) -> None:
-        """Add (problems, C), summed over the rows of u of each weighting, to the gradient of log gamma."""
-        p = self.problems
-        assert self.drate is not None
-        self.drate.add_(columns.unflatten(-1, (p.weightings, p.width)).sum(-1))
+        if self.want_rate and self.drate is not None:
+            of_columns = du.mul_(p.values[m]) @ p.sides[side].key_steps[p.keys[m].slice]  # (problems, C)
+            self.drate.add_(of_columns.unflatten(-1, (p.weightings, p.width)).sum(-1))
 
     def _beside(self, n: int, m: int, side: int, values: Tensor, du: Tensor) -> Tensor:
         """The gradient of the x of a tile, rows n and keys m; adds to the du (problems, C, keys) of a side,
         yet without the factor of the keys, which its values have."""
         p, dy = self.problems, self.dy[n]
-        if p.rate is not None:
-            dy = dy * (self.row_factor[side][n] * p.gap_factor(p.rows[n], p.keys[m]))
-        shape = (p.count, p.rows[n].size, p.keys[m].size)
-        x = torch.bmm(self.a[n], self.b[m].mT, out=self.tiles[0](*shape))
-        dx = torch.bmm(dy.mT, values, out=self.tiles[1](*shape))
-        p.plan.weight.weigh_with_slope_(x, dx)
-        du.baddbmm_(dy, x)
-        return dx
+        if p.rate is None:
+            return self._tile(n, m, dy, values, du)
+        gap = p.gap_factor(p.rows[n], p.keys[m])
+        steps = p.sides[side].row_steps[p.rows[n].slice] + p.gap(p.rows[n], p.keys[m])
+        dy = dy * (self.row_factor[side][n] * gap)
+        return self._tile(n, m, dy, values, du, add_rate=lambda dlogits: dlogits.sum(2) @ steps)
 
     def _diagonal(self, n: int, m: int) -> Tensor:
         p = self.problems
-        rows, keys = p.rows[n], p.keys[m]
-        x, dx, weights, spare = (tile(p.count, rows.size, keys.size) for tile in self.tiles)
-        slope = p.plan.weight.weigh_beside_(torch.bmm(self.a[n], self.b[m].mT, out=x), weights)
-        factors = p.diagonal_factor(rows, keys, rows_first=True)
-        for w, factor in enumerate(factors):
-            columns, first, last = p.columns_of(w), w == 0, w == len(factors) - 1
-            dy = self.dy[n][:, columns]
-            of_weighting = weights.mul_(factor) if last else weights * factor
-            self.du_of_keys[m][:, columns] += torch.bmm(dy, of_weighting)
-            dlogits = torch.bmm(dy.mT, p.values[m][:, columns], out=dx if first else spare)
-            dlogits *= of_weighting
-            if self.want_rate and self.drate is not None:
-                self.drate[:, w] += dlogits.flatten(1) @ p.distance(rows, keys).flatten()
-            if not first:
-                dx += dlogits
+        factors = p.diagonal_factor(p.rows[n], p.keys[m], rows_first=True)
+        of_tile = self.dy[n], p.values[m], self.du_of_keys[m], factors
+        if p.rate is None:
+            return self._tile(n, m, *of_tile)
+        distance = p.distance(p.rows[n], p.keys[m]).flatten()
+        return self._tile(n, m, *of_tile, add_rate=lambda dlogits: dlogits.flatten(1) @ distance)
+
+    def _tile(
+        self,
+        n: int,
+        m: int,
+        dy: Tensor,
+        values: Tensor,
+        du: Tensor,
+        factors: Sequence[Tensor] = (),
+        add_rate: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The gradient of the x of a tile; adds to du (problems, C, keys), and to that of log gamma what
+        `add_rate` makes of the gradient of the logits (problems, rows, keys) of a weighting.
+
+        dy (problems, C, rows) and values (problems, C, keys), with the decay but for the factors."""
+        p = self.problems
+        x, dx, *rest = (tile(p.count, p.rows[n].size, p.keys[m].size) for tile in self.tiles)
+        torch.bmm(self.a[n], self.b[m].mT, out=x)
+        want_rate = self.want_rate and add_rate is not None
+        if not factors and not want_rate:
+            p.plan.weight.weigh_with_slope_(x, torch.bmm(dy.mT, values, out=dx))
+            du.add_(torch.bmm(dy, x))
+            return dx
+        room, decayed, spare = rest
+        weights, slope = p.plan.weight.weights_and_slope_(x, room)
+        for w in range(p.weightings):
+            columns = p.columns_of(w)
+            own = torch.mul(weights, factors[w], out=decayed) if factors else weights
+            du[:, columns].add_(torch.bmm(dy[:, columns], own))
+            dlogits = torch.bmm(dy[:, columns].mT, values[:, columns], out=spare if w else dx).mul_(own)
+            if want_rate and add_rate is not None and self.drate is not None:
+                self.drate[:, w].add_(add_rate(dlogits))
+            if w:
+                dx.add_(dlogits)
         return dx if slope is None else dx.mul_(slope)
 
     def _explicit(self, n: int, m: int) -> Tensor:
@@ -278,20 +284,15 @@ class BackwardSums:
         return dlogits if slope is None else dlogits * slope
 
 
-def forward_sums(
-    plan: Plan, a: Tensor, b: Tensor, u: Tensor, log_decay: Tensor | None, want_moment: bool
-) -> tuple[Tensor, Tensor | None]:
-    """y (B, C, L) and, if wanted and not 0, its moment, of the same shape; see the top of the file.
+def forward_sums(plan: Plan, a: Tensor, b: Tensor, u: Tensor, log_decay: Tensor | None) -> Tensor:
+    """y (B, C, L); see the top of the file.
 
     a (B, L, A), b (B, S, A), u (B, C, S), all of one floating type; log_decay (B, U), below 0, or None."""
     y = a.new_empty(len(a), u.shape[1], a.shape[1])
-    all_on_diagonal = max(a.shape[1], b.shape[1]) <= min(plan.blocks, default=0)
-    moment = torch.empty_like(y) if want_moment and not all_on_diagonal else None
     tile = Buffer(a)
     for span in spans_of(plan, a.shape[1], b.shape[1]):
-        problems = Problems(plan, span, a, b, u, log_decay)
-        ForwardSums(problems, y[span], None if moment is None else moment[span], tile).run()
-    return y, moment
+        ForwardSums(Problems(plan, span, a, b, u, log_decay), y[span], tile).run()
+    return y
 
 
 class Gradients(NamedTuple):
@@ -304,25 +305,16 @@ class Gradients(NamedTuple):
 
 
 def backward_sums(
-    plan: Plan,
-    a: Tensor,
-    b: Tensor,
-    u: Tensor,
-    log_decay: Tensor | None,
-    dy: Tensor,
-    moment: Tensor | None,
-    want_rate: bool,
+    plan: Plan, a: Tensor, b: Tensor, u: Tensor, log_decay: Tensor | None, dy: Tensor, want_rate: bool
 ) -> Gradients:
-    """The gradients from that of y (B, C, L) and the moment of the forward; by log gamma if wanted."""
+    """The gradients from that of y (B, C, L); by log gamma if wanted."""
     da, db, du = torch.empty_like(a), torch.empty_like(b), torch.empty_like(u)
     drate = torch.empty_like(log_decay) if want_rate and log_decay is not None else None
-    tiles = [Buffer(a) for _ in range(4)]
+    tiles = [Buffer(a) for _ in range(5)]
     for span in spans_of(plan, a.shape[1], b.shape[1]):
         problems = Problems(plan, span, a, b, u, log_decay)
         sums = BackwardSums(problems, dy[span], (da[span], db[span], du[span]), tiles, want_rate)
         sums.run()
-        if moment is not None and want_rate:
-            sums.add_rate((dy[span] * moment[span]).sum(2))
         if drate is not None and sums.drate is not None:
             drate[span] = sums.drate
     return Gradients(da, db, du, drate)

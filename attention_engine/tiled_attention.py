@@ -1,8 +1,8 @@
 """Exact attention in O(L + S) memory, for every score: `lowered_scores` brings it into the form that
 `tile_sums` sums, for a few problems at a time, and the sums are divided.
 
-Kept for the gradient are the inputs, the output, the sums of weights and, for a learned decay, one more
-tensor of the output's size; everything else is made again, chunk by chunk.
+Kept for the gradient are the inputs, the output and the sums of weights; everything else is made again, chunk
+by chunk.
 
 Far keys are skipped where decay makes their total weight provably less than 2^-24 of a row's: a weight at
 distance d is at most e_max gamma^d, all beyond W together at most 2 e_max gamma^(W+1) / (1 - gamma). W is
@@ -143,17 +143,17 @@ class TiledAttention(torch.autograd.Function):
         output = v.new_empty(len(q), call.timescales, *q.shape[2:4], v.shape[-1])
         learned = ctx.needs_input_grad[-1]
         ctx.call, ctx.chunks = call, []
-        kept: list[Tensor | None] = [output]
+        kept = [output]
         for number, chunk in enumerate(call.chunks(q, k)):
             lowered = call.lowered(chunk, chunk.cut(tensors))
             plan = _plan(call, chunk, lowered, learned, call.seed + number)
-            y, moment = forward_sums(plan, lowered.a, lowered.b, lowered.u, lowered.log_decay, learned)
+            y = forward_sums(plan, lowered.a, lowered.b, lowered.u, lowered.log_decay)
             parts = y.unflatten(1, (lowered.weightings, -1))  # (B, U, D + 1, L)
             total = parts[:, :, -1:].masked_fill(parts[:, :, -1:] == 0, 1.0)  # of a row with no key
             of_chunk = chunk.of("output", output)
             of_chunk.copy_(call.heads_last(parts[:, :, :-1] / total, of_chunk))
             ctx.chunks.append((chunk, plan))
-            kept += [total, moment]
+            kept.append(total)
         ctx.save_for_backward(*tensors, *kept)
         return output
 
@@ -163,15 +163,13 @@ class TiledAttention(torch.autograd.Function):
         needed = dict(zip(TENSORS, ctx.needs_input_grad[1:], strict=True))
         tensors, (output, *kept) = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
         grads = {name: torch.zeros_like(x) for name, x in zip(TENSORS, tensors, strict=True) if needed[name]}
-        of_chunks = iter(kept)
-        for chunk, plan in ctx.chunks:
-            total, moment = next(of_chunks), next(of_chunks)
+        for (chunk, plan), total in zip(ctx.chunks, kept, strict=True):
             parts = {
                 name: None if x is None else x.detach().requires_grad_(needed[name])
                 for name, x in chunk.cut(tensors).items()
             }
             outputs = (chunk.of("output", output), chunk.of("output", doutput))
-            of_parts = _backward(ctx.call, chunk, plan, parts, *outputs, total, moment)
+            of_parts = _backward(ctx.call, chunk, plan, parts, *outputs, total)
             for name, grad in of_parts.items():
                 chunk.of(name, grads[name]).add_(grad)
         return None, *(grads.get(name) for name in TENSORS)
@@ -185,17 +183,16 @@ def _backward(
     output: Tensor,
     doutput: Tensor,
     total: Tensor,
-    moment: Tensor | None,
 ) -> dict[str, Tensor]:
     """The gradients of those of a chunk's parts that need one. The outputs (N, T, H, L, D) are the chunk's
-    too, total is (B, U, 1, L), moment (B, C, L)."""
+    too, total is (B, U, 1, L)."""
     with torch.enable_grad():
         lowered = call.lowered(chunk, parts)
     dy = _quotient_backward(call.heads_first(output), call.heads_first(doutput), total)
     a, b, u, log_decay = (None if x is None else x.detach() for x in lowered[:4])
     assert a is not None and b is not None and u is not None
     learned = lowered.log_decay is not None and lowered.log_decay.requires_grad
-    gradients = backward_sums(plan, a, b, u, log_decay, dy.flatten(1, 2), moment, learned)
+    gradients = backward_sums(plan, a, b, u, log_decay, dy.flatten(1, 2), learned)
     outputs, upstream = [], []
     for x, dx in zip(lowered[:4], gradients, strict=True):
         if isinstance(x, Tensor) and x.requires_grad:

@@ -1,7 +1,9 @@
 """A tiny task, cells trained on it, and what two equal runs of a cell have in common."""
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,15 @@ CPU = torch.device("cpu")
 CONVENTIONAL = partial(ConventionalAttention, 8, 2)
 TIMES = ("train_seconds", "eval_seconds", "tokens_per_second", "seconds_per_epoch", "wall_seconds")
 MEMORY = ("peak_memory_bytes", "memory_kind", "memory_reason")
+
+
+@contextlib.contextmanager
+def meanwhile(action: Callable[[], None]) -> Iterator[None]:
+    """Let another thread do something while this one is in the run."""
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(action)
+        yield
+    done.result()
 
 
 def make_split(size: int, seed: int) -> TokenDataset:

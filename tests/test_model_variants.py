@@ -1,12 +1,10 @@
 """A model's name may hold settings: read, refused, built, and the model's name everywhere after that."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import run_experiment
 from command_line import InputError
@@ -41,12 +39,7 @@ THREE = "multi_timescale,gammas=0.6:0.9:0.99"
 SETTINGS = ModelSettings(embed_dim=8, num_heads=2)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -1,17 +1,15 @@
 """--ray: the cells as tasks of a local cluster, whose processes are killed and stopped; mistakes."""
 
-import contextlib
 import importlib.util
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from cell_cases import outcome
+from cell_cases import meanwhile, outcome
 
 import run_experiment
 from experiment.cell_lock import LOCK
@@ -42,15 +40,6 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
     torch.set_num_threads(1)
     yield folders
     torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def meanwhile(action: Callable[[], None]) -> Iterator[None]:
-    """Let another thread do something while this one is in the run."""
-    with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(action)
-        yield
-    done.result()
 
 
 def only(parent: Path) -> Path:

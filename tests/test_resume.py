@@ -4,7 +4,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,7 @@ MECHANISMS: dict[str, Callable[[], nn.Module]] = {
 CHECKS = 3 * (5 + 3) + 3 + 1  # of a cell: after each step and batch of validation and test, and at the end
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,18 @@
 """--workers: the same results from several processes, and what becomes of those that are killed."""
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cell_cases import outcome
+from cell_cases import meanwhile, outcome
 
 import run_experiment
 from experiment.cell_lock import LOCK
@@ -79,15 +77,6 @@ def compared(code: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]
     torch.set_num_threads(1)
     yield folders
     torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def meanwhile(action: Callable[[], None]) -> Iterator[None]:
-    """Let another thread do something while this one is in the run."""
-    with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(action)
-        yield
-    done.result()
 
 
 def wait_for_epoch(parent: Path, *seeds: int) -> None:

@@ -15,8 +15,8 @@ Results go to a new folder `results_YYYYmmdd_HHMMSS` (see results_folder.py), th
 `analysis/`. A run that was stopped or killed goes on with --resume, from the last epoch's end, or from the
 last step where it was stopped by a signal or its time limit. Several processes, also of several machines,
 may work on one folder at a time: each takes cells that no other has, and the last one compares; --workers
-and --ray start them (docs/scaling.md). Resume only
-folders that you trust: the models that one names as package.module:Class are imported.
+and --ray start them (docs/scaling.md). Resume only folders that you trust: the models that one names as
+package.module:Class are imported.
 
 With torchrun all processes train one cell together, each a share of every batch. Where --dropout is 0 the
 result is that of one process up to the order of float sums; else they draw other masks. Where a process dies,

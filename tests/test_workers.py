@@ -80,10 +80,10 @@ def compared(code: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]
 
 
 def wait_for_epoch(parent: Path, *seeds: int) -> None:
-    """Until the first epoch of these cells of SLEEPY is over."""
+    """Until the first epoch of these cells of SLEEPY is over, its checkpoint, which comes last, included."""
     end = time.monotonic() + PATIENCE
     for seed in seeds:
-        while not list(parent.glob(f"*/listops/*/seed{seed}/metrics.jsonl")):
+        while not list(parent.glob(f"*/listops/*/seed{seed}/checkpoint_last.pt")):
             assert time.monotonic() < end, "no epoch was finished"
             time.sleep(0.05)
 

@@ -83,8 +83,8 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
     def score(self, query: Tensor, key: Tensor) -> Gravity:
         return self.field.score(query, key, self.discounts.log_gamma(), self.discounts.discount)
 
-    def decode(self, heads: Tensor) -> Tensor:
-        return self.decoder(heads)
+    def project_out(self, read: Tensor) -> Tensor:
+        return self.decoder(read, self.out_proj)
 
     def masses(self, query: Tensor, key: Tensor) -> dict[str, Tensor]:
         """Masses of the inputs query (N, L, E) and key (N, S, E), by role: each (N, T, H, L or S)."""

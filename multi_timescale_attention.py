@@ -102,12 +102,13 @@ def laplace_mixing(gammas: Sequence[float], regularization: float = 0.1) -> Tens
 
 
 class TimescaleDecoder(nn.Module):
-    """Joins what T timescales read: (N, T, L, E) -> (N, L, out_features), before the output projection.
+    """Joins what T timescales read, and projects it: (N, L, T E) -> (N, L, E).
 
     "laplace": a learnable mixing matrix (B x T, B = T), started at `laplace_mixing`, turns the T outputs into
     B lag bins. The attention outputs are normalised sums where the transform has plain ones, so the matrix
-    is a start, not an inverse. "linear": no mixing. "mlp": a hidden layer of width E with GELU, as the
-    paper's agents have. The output projection, linear, joins the bins.
+    is a start, not an inverse. Mixing and projection are both linear: the mixing matrix is multiplied into
+    the projection's weight, which is small, and not into what was read. "linear": no mixing. "mlp": a hidden
+    layer of width E with GELU, as the paper's agents have.
     """
 
     def __init__(
@@ -129,11 +130,12 @@ class TimescaleDecoder(nn.Module):
         elif decoder == "mlp":
             self.hidden = nn.Linear(len(gammas) * embed_dim, embed_dim, device=device, dtype=dtype)
 
-    def forward(self, timescales: Tensor) -> Tensor:
+    def forward(self, read: Tensor, out_proj: nn.Linear) -> Tensor:
         if self.kind == "laplace":
-            timescales = torch.einsum("bt,ntle->nble", self.mixing, timescales)
-        joined = timescales.transpose(1, 2).flatten(2)  # (N, T, L, E) -> (N, L, T E)
-        return F.gelu(self.hidden(joined)) if self.kind == "mlp" else joined
+            of_bins = out_proj.weight.unflatten(1, (len(self.mixing), -1))  # (E, B, E)
+            weight = torch.einsum("obe,bt->ote", of_bins, self.mixing).flatten(1)
+            return F.linear(read, weight, out_proj.bias)
+        return out_proj(F.gelu(self.hidden(read)) if self.kind == "mlp" else read)
 
 
 class MultiTimescaleAttention(AttentionModule):
@@ -197,8 +199,8 @@ class MultiTimescaleAttention(AttentionModule):
     def score(self, query: Tensor, key: Tensor) -> DotProduct:
         return DotProduct(self.head_dim**-0.5, self.discounts.log_gamma(), self.discounts.discount)
 
-    def decode(self, heads: Tensor) -> Tensor:
-        return self.decoder(heads)
+    def project_out(self, read: Tensor) -> Tensor:
+        return self.decoder(read, self.out_proj)
 
     def learned_scalars(self) -> dict[str, Tensor]:
         return self.discounts.learned_scalars()

@@ -89,9 +89,9 @@ class AttentionModule(nn.Module):
         """How a pair is weighed, from the inputs query (N, L, E) and key (N, S, E)."""
         raise NotImplementedError(f"{type(self).__name__} must define score(query, key)")
 
-    def decode(self, heads: Tensor) -> Tensor:
-        """Join what the timescales read: (N, T, L, E) -> (N, L, in_features of the output projection)."""
-        return heads.squeeze(1)
+    def project_out(self, read: Tensor) -> Tensor:
+        """What the timescales read, side by side, (N, L, T E) -> the output (N, L, E)."""
+        return self.out_proj(read)
 
     def learned_scalars(self) -> dict[str, Tensor]:
         """What a reader would like to follow over training, each (T, H), detached."""
@@ -126,8 +126,8 @@ class AttentionModule(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             need_weights=need_weights,
         )
-        joined = self.decode(heads.transpose(2, 3).flatten(3))  # (N, T, H, L, D) -> (N, T, L, E) -> (N, L, .)
-        output = self.out_proj(joined).to(query.dtype)
+        read = heads.permute(0, 3, 1, 2, 4).flatten(2)  # (N, T, H, L, D) -> (N, L, T E)
+        output = self.project_out(read).to(query.dtype)
         if weights is not None:
             weights = weights.mean(1).to(output.dtype)  # (N, T, H, L, S) -> (N, H, L, S)
             weights = weights.mean(1) if average_attn_weights else weights

@@ -13,7 +13,6 @@ head) with U weightings each.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ class LoweredScore(NamedTuple):
     u: Tensor  # (B, U (D + 1), S)
     log_decay: Tensor | None  # (B, U)
     weight: PairWeight
-    log_largest: Tensor  # (B, U) bound on the logarithm of a weight, detached
+    log_largest: Tensor | None  # (B, U) bound on the logarithm of a weight; None: that of a product is one
     padding: Tensor | None  # (B, S) bool, True = blocked
     weightings: int
 
@@ -50,81 +49,76 @@ def shares_tiles(score: Score, projections: int, dropout: float) -> bool:
 def lower(q: Tensor, k: Tensor, v: Tensor, score: Score, mask: Mask, share: bool) -> LoweredScore:
     """q (N, T', H, L, D), k and v (N, T', H, S, D), T' = T or 1. share: see `shares_tiles`."""
     batch, _, heads = q.shape[:3]
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    kept = padding = log_decay = None
     if mask.padding is not None:
-        k = k.masked_fill(mask.padding[:, None, None, :, None], 0.0)
+        kept = (~mask.padding).to(k.dtype)[:, None, :, None]  # (N, 1, S, 1)
+        k = k * kept
     if isinstance(score, DotProduct):
-        a, b, u, weight, log_largest = _lower_dot_product(q, k, v, score)
+        parts: Parts = q * score.scale, k, _with_ones(v, kept), PairWeight(None, True), None
     else:
-        a, b, u, weight, log_largest = _lower_gravity(q, k, v, score, mask, share)
-    weightings = log_largest.shape[1]
-    padding = None
+        parts = _lower_gravity(q, k, v, score, kept, share)
+    a, b, u, weight, log_largest = parts
+    timescales = max(len(a), len(u), 1 if score.log_decay is None else len(score.log_decay))
+    if log_largest is not None:
+        timescales, log_largest = len(log_largest), _by_problem(log_largest, share)
+    weightings, timescales = (timescales, 1) if share else (1, timescales)
+    a, b, u = (x.expand(timescales, -1, -1, -1, -1).flatten(0, 2) for x in (a, b, u))
     if mask.padding is not None:
-        timescales = len(a) // (batch * heads)
         padding = mask.padding[None, :, None].expand(timescales, -1, heads, -1).flatten(0, 2)
-        u = u.masked_fill(padding.unsqueeze(1), 0.0)
-    log_decay = None
     if score.log_decay is not None:
-        rates = score.log_decay.to(a.dtype)[:, None].expand(-1, batch, -1)  # (T, N, H)
-        log_decay = rates.flatten(1).mT if share else rates.reshape(-1, 1)
+        log_decay = _by_problem(score.log_decay.to(a.dtype)[:, None].expand(-1, batch, -1), share)
     return LoweredScore(a, b, u, log_decay, weight, log_largest, padding, weightings)
 
 
-Parts = tuple[Tensor, Tensor, Tensor, PairWeight, Tensor]
+Parts = tuple[Tensor, Tensor, Tensor, PairWeight, Tensor | None]
 
 
-def _problems(x: Tensor, timescales: int) -> Tensor:
-    """(N, T or 1, H, ...) -> (B, ...)."""
-    return x.transpose(0, 1).expand(timescales, *([-1] * (x.dim() - 1))).flatten(0, 2)
+def _by_problem(x: Tensor, share: bool) -> Tensor:
+    """What each weighting has: (T, N, H) -> (B, U)."""
+    return x.flatten(1).mT if share else x.reshape(-1, 1)
 
 
-def _with_ones(v: Tensor) -> Tensor:
-    """(..., S, D) -> (..., D + 1, S)."""
+def _with_ones(v: Tensor, scale: Tensor | None) -> Tensor:
+    """(..., S, D) -> (..., D + 1, S), times the scale (..., S, 1)."""
     v = v.mT
-    return torch.cat([v, torch.ones_like(v[..., :1, :])], -2)
+    u = torch.cat([v, torch.ones_like(v[..., :1, :])], -2)
+    return u if scale is None else u * scale.mT
 
 
-def _lower_dot_product(q: Tensor, k: Tensor, v: Tensor, score: DotProduct) -> Parts:
-    timescales = q.shape[1] if score.log_decay is None else len(score.log_decay)
-    a, b = _problems(q * score.scale, timescales), _problems(k, timescales)
-    with torch.no_grad():
-        largest = a.norm(dim=-1).amax(-1, keepdim=True) * b.norm(dim=-1).amax(-1, keepdim=True)
-    return a, b, _problems(_with_ones(v), timescales), PairWeight(None, True), largest
-
-
-def _lower_gravity(q: Tensor, k: Tensor, v: Tensor, score: Gravity, mask: Mask, share: bool) -> Parts:
-    power, timescales = score.distance_power / 2, score.key_mass.shape[1]
-    key_mass = score.key_mass
-    if mask.padding is not None:
-        key_mass = key_mass.masked_fill(mask.padding[:, None, None, :], 1.0)
+def _lower_gravity(
+    q: Tensor, k: Tensor, v: Tensor, score: Gravity, kept: Tensor | None, share: bool
+) -> Parts:
+    power = score.distance_power / 2
+    key_mass = score.key_mass.transpose(0, 1).unsqueeze(-1)  # (T, N, H, S, 1)
+    if kept is not None:
+        key_mass = key_mass.masked_fill(kept == 0, 1.0)
     strength = None
     if score.query_mass is not None and score.log_gravity is not None:
-        strength = score.log_gravity.exp().unsqueeze(-1) * score.query_mass  # G m_i: (N, T, H, L)
-    near_q, near_k = _centred(q, k, mask, torch.nanmean)
+        gravity = score.log_gravity.exp()[:, None, :, None]
+        strength = (gravity * score.query_mass.transpose(0, 1)).unsqueeze(-1)  # G m_i: (T, N, H, L, 1)
     masses = [] if strength is None else [strength, key_mass]
-    floor = None
-    if _needs_float64(near_q, near_k, score.softening, masses, power):
+    near, floor = Centred.of(q, k, kept, by_median=False), None
+    if near.needs_float64(score.softening, masses, power):
         q, k, v, key_mass = q.double(), k.double(), v.double(), key_mass.double()
         strength = None if strength is None else strength.double()
+        kept = None if kept is None else kept.double()
         # No few outliers pull a median away; what even float64 cannot tell from 0 is held above it.
-        near_q, near_k = _centred(q, k, mask, _nanmedian)
-        floor = LARGEST_FORCE ** (-1 / power)
-    q, k = near_q, near_k
-    roots = None if strength is None else (_inverse_root(strength, power), _inverse_root(key_mass, power))
-    a, b = _distance_factors(q, k, score.softening, roots)
-    log_largest = key_mass.detach().amax(-1).log() - power * math.log(score.softening)  # (N, T, H)
-    if strength is None:
-        u = _with_ones(v) * key_mass.unsqueeze(-2)  # (N, T, H, D + 1, S)
-        weight = PairWeight(power, exponential=False, floor=floor)
-        if share:
-            u = u.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (N H, T (D + 1), S)
-            bound = log_largest.transpose(1, 2).flatten(0, 1)
-            return a.flatten(0, 2), b.flatten(0, 2), u, weight, bound
-    else:
-        u, weight = _with_ones(v), PairWeight(power, exponential=True, floor=floor)
-        log_largest = log_largest.exp() * strength.detach().amax(-1)
-    bound = _problems(log_largest, timescales).unsqueeze(-1)
-    a, b, u = (_problems(x, timescales) for x in (a, b, u))
-    return a, b, u, weight, bound
+        near, floor = Centred.of(q, k, kept, by_median=True), LARGEST_FORCE ** (-1 / power)
+    log_largest = key_mass.detach().squeeze(-1).amax(-1).log() - power * math.log(score.softening)
+    weight = PairWeight(power, exponential=strength is not None, floor=floor)
+    if strength is not None:
+        scales = _inverse_root(strength, power), _inverse_root(key_mass, power)
+        a, b = near.distance_factors(score.softening, *scales)
+        log_largest = log_largest.exp() * strength.detach().squeeze(-1).amax(-1)
+        return a, b, _with_ones(v, kept), weight, log_largest
+    a, b = near.distance_factors(score.softening)
+    if kept is not None:
+        key_mass = key_mass * kept
+    if not share:
+        return a, b, _with_ones(v, key_mass), weight, log_largest
+    u = _with_ones(v[0].unsqueeze(2), key_mass.permute(1, 2, 0, 3, 4))  # (N, H, T, D + 1, S)
+    return a, b, u.flatten(2, 3).unsqueeze(0), weight, log_largest
 
 
 def _inverse_root(mass: Tensor, power: float) -> Tensor:
@@ -132,45 +126,46 @@ def _inverse_root(mass: Tensor, power: float) -> Tensor:
     return (mass.log() / -power).clamp(-LARGEST_LOG, LARGEST_LOG).exp()
 
 
-def _centred(
-    q: Tensor, k: Tensor, mask: Mask, centre_of: Callable[[Tensor, int, bool], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """q and k with a common centre taken off, which no distance sees; k is 0 where it is padding."""
-    padding = None if mask.padding is None else mask.padding[:, None, None, :, None]
-    with torch.no_grad():
-        true_k = k if padding is None else k.masked_fill(padding, math.nan)
-        centre = centre_of(true_k, -2, True)
-        centre = centre.masked_fill(centre.isnan(), 0.0)
-    q, k = q - centre, k - centre
-    return q, k if padding is None else k.masked_fill(padding, 0.0)
+class Centred(NamedTuple):
+    """Queries and keys with a common centre taken off, which no distance sees, and their squared norms."""
 
+    q: Tensor  # (T', N, H, L, D)
+    k: Tensor  # (T', N, H, S, D), 0 where a key is padding
+    q_norm: Tensor  # (T', N, H, L, 1)
+    k_norm: Tensor
 
-def _nanmedian(x: Tensor, dim: int, keepdim: bool) -> Tensor:
-    return x.nanmedian(dim, keepdim).values
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, kept: Tensor | None, by_median: bool) -> "Centred":
+        """kept: (N, 1, S, 1), 0 where a key is padding, and k 0 with it, and 1 elsewhere; or None."""
+        with torch.no_grad():
+            if by_median:
+                true_k = k if kept is None else k.masked_fill(kept == 0, math.nan)
+                centre = true_k.nanmedian(-2, keepdim=True).values.nan_to_num(0.0)
+            elif kept is None:
+                centre = k.mean(-2, keepdim=True)
+            else:
+                centre = k.sum(-2, keepdim=True) / kept.sum(-2, keepdim=True).clamp(min=1.0)
+        q = q - centre
+        k = k - centre if kept is None else torch.addcmul(k, centre, kept, value=-1)
+        return cls(q, k, *(x.square().sum(-1, keepdim=True) for x in (q, k)))
 
+    @torch.no_grad()
+    def needs_float64(self, softening: float, masses: list[Tensor], power: float) -> bool:
+        """Whether float32 is not enough for `|q|^2 - 2 q . k + |k|^2`, which cancels terms of the size of
+        |q|^2, or for the masses' roots."""
+        largest = self.q_norm.amax() + self.k_norm.amax()
+        error = largest * torch.finfo(self.q.dtype).eps / (self.q.shape[-1] * softening)
+        logs = sum((mass.log().abs().amax() for mass in masses), torch.zeros_like(error)) / power
+        return not bool((error <= ROUNDING) & (logs <= LARGEST_LOG_32))
 
-@torch.no_grad()
-def _needs_float64(q: Tensor, k: Tensor, softening: float, masses: list[Tensor], power: float) -> bool:
-    """Whether float32 is not enough for `|q|^2 - 2 q . k + |k|^2`, which cancels terms of the size of |q|^2,
-    or for the masses' roots."""
-    largest = q.square().sum(-1).amax() + k.square().sum(-1).amax()
-    error = largest * torch.finfo(q.dtype).eps / (q.shape[-1] * softening)
-    logs = sum((mass.log().abs().amax() for mass in masses), torch.zeros_like(error)) / power
-    return not bool((error <= ROUNDING) & (logs <= LARGEST_LOG_32))
-
-
-def _distance_factors(
-    q: Tensor, k: Tensor, softening: float, scales: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """a (N, T, H, L, D + 2) and b (N, T, H, S, D + 2) with a_i . b_j = |q_i - k_j|^2 / D + softening, times
-    the scales of i and j, (N, T, H, L) and (N, T, H, S), if given. T is T' without scales.
-
-    The scales go into the parts, so that the unscaled factors need not be kept for the gradient."""
-    head_dim = q.shape[-1]
-    q_norm, k_norm = q.square().sum(-1, keepdim=True), k.square().sum(-1, keepdim=True)
-    if scales is None:
-        of_q, of_k = torch.ones_like(q_norm), torch.ones_like(k_norm)
-    else:
-        of_q, of_k = (scale.unsqueeze(-1) for scale in scales)
-    a = torch.cat([q * (of_q * (-2 / head_dim)), (q_norm / head_dim + softening) * of_q, of_q / head_dim], -1)
-    return a, torch.cat([k * of_k, of_k, k_norm * of_k], -1)
+    def distance_factors(
+        self, softening: float, of_q: Tensor | None = None, of_k: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """a (T, N, H, L, D + 2) and b (T, N, H, S, D + 2) with a_i . b_j = |q_i - k_j|^2 / D + softening,
+        times the scales of i and j, (T, N, H, L, 1) and (T, N, H, S, 1), if given. T is T' without."""
+        head_dim = self.q.shape[-1]
+        halved = (self.q_norm + head_dim * softening) / -2
+        a = torch.cat([self.q, halved, torch.full_like(halved, -0.5)], -1)
+        b = torch.cat([self.k, torch.ones_like(self.k_norm), self.k_norm], -1)
+        a = a * (-2 / head_dim if of_q is None else of_q * (-2 / head_dim))
+        return a, b if of_k is None else b * of_k

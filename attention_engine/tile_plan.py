@@ -170,7 +170,14 @@ class Problems:
     """Some problems, worked on together: their tensors and their decay."""
 
     def __init__(
-        self, plan: Plan, span: slice, a: Tensor, b: Tensor, u: Tensor, log_decay: Tensor | None
+        self,
+        plan: Plan,
+        span: slice,
+        a: Tensor,
+        b: Tensor,
+        u: Tensor,
+        log_decay: Tensor | None,
+        before: "Problems | None",
     ) -> None:
         self.plan, self.span = plan, span
         self.a, self.b, self.u = a[span], b[span], u[span]
@@ -188,11 +195,16 @@ class Problems:
         self.sides = (self._side(before=True), self._side(before=False)) if beside else ()
         # Views are made once: making one costs a hundredth of a tile.
         self.values = by_block(self.u, self.keys)
-        self.slowest = [0.0] * self.weightings if self.rate is None else self.rate.amax(0).tolist()
+        rates = [[0.0] * self.weightings] if self.rate is None else self.rate.tolist()
+        self.slowest = [max(of_weighting) for of_weighting in zip(*rates, strict=True)]
         self.fastest, self.none_vanish = min(self.slowest), [False] * self.weightings
         self.distances: dict[tuple[int, int, int], Tensor] = {}
         self.gap_factors: dict[int, Tensor] = {}
+        # Heads have the same decay in every example, so that the problems before often have these factors.
+        self.decay = rates, plan.windows[span]
         self.diagonal_factors: dict[tuple[int, int], list[Tensor]] = {}
+        if before is not None and before.decay == self.decay:
+            self.diagonal_factors = before.diagonal_factors
 
     def _side(self, before: bool) -> Side:
         def steps(length: int, to_start: bool) -> Tensor:
@@ -343,13 +355,16 @@ class Problems:
         return kept.bernoulli_(1 - self.plan.dropout, generator=generator).div_(1 - self.plan.dropout)
 
 
-def spans_of(plan: Plan, rows: int, keys: int) -> Iterator[slice]:
+def groups_of(plan: Plan, a: Tensor, b: Tensor, u: Tensor, log_decay: Tensor | None) -> Iterator[Problems]:
     """Problems of one block size, in groups that fill a tile."""
-    start = 0
+    start, problems = 0, None
     for block, group in itertools.groupby(plan.blocks):
         stop = start + len(list(group))
-        count = max(1, TILE_PAIRS // max(1, min(block, rows) * min(block, keys)))
-        yield from (slice(first, min(first + count, stop)) for first in range(start, stop, count))
+        count = max(1, TILE_PAIRS // max(1, min(block, a.shape[1]) * min(block, b.shape[1])))
+        for first in range(start, stop, count):
+            span = slice(first, min(first + count, stop))
+            problems = Problems(plan, span, a, b, u, log_decay, problems)
+            yield problems
         start = stop
 
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attention_engine.tile_plan import LARGEST_SUM, Block, Buffer, Plan, Problems, by_block, spans_of
+from attention_engine.tile_plan import LARGEST_SUM, Block, Buffer, Plan, Problems, by_block, groups_of
 
 
 class ForwardSums:
@@ -191,8 +191,9 @@ class BackwardSums:
                 self._add_side(m, side, part)
         self.db[:, max((keys.stop for keys in p.keys), default=0) :] = 0.0
         torch.cat(da, 1, out=self.da)
-        self.da *= p.plan.weight.slope_factor
-        self.db *= p.plan.weight.slope_factor
+        if p.plan.weight.slope_factor != 1.0:
+            self.da *= p.plan.weight.slope_factor
+            self.db *= p.plan.weight.slope_factor
 
     def _add_side(self, m: int, side: int, du: Tensor) -> None:
         """Add what the values of a side contribute to the gradients by u and log gamma."""
@@ -290,8 +291,8 @@ def forward_sums(plan: Plan, a: Tensor, b: Tensor, u: Tensor, log_decay: Tensor 
     a (B, L, A), b (B, S, A), u (B, C, S), all of one floating type; log_decay (B, U), below 0, or None."""
     y = a.new_empty(len(a), u.shape[1], a.shape[1])
     tile = Buffer(a)
-    for span in spans_of(plan, a.shape[1], b.shape[1]):
-        ForwardSums(Problems(plan, span, a, b, u, log_decay), y[span], tile).run()
+    for problems in groups_of(plan, a, b, u, log_decay):
+        ForwardSums(problems, y[problems.span], tile).run()
     return y
 
 
@@ -311,8 +312,8 @@ def backward_sums(
     da, db, du = torch.empty_like(a), torch.empty_like(b), torch.empty_like(u)
     drate = torch.empty_like(log_decay) if want_rate and log_decay is not None else None
     tiles = [Buffer(a) for _ in range(5)]
-    for span in spans_of(plan, a.shape[1], b.shape[1]):
-        problems = Problems(plan, span, a, b, u, log_decay)
+    for problems in groups_of(plan, a, b, u, log_decay):
+        span = problems.span
         sums = BackwardSums(problems, dy[span], (da[span], db[span], du[span]), tiles, want_rate)
         sums.run()
         if drate is not None and sums.drate is not None:

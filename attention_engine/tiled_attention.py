@@ -45,11 +45,14 @@ class Chunk(NamedTuple):
     examples: slice
     heads: slice
 
-    def of(self, name: str, x: Tensor) -> Tensor:
-        """The chunk's part of q, k, v or the output, or of a tensor of the score."""
+    def part(self, name: str, x: Tensor) -> tuple[slice, ...]:
+        """Where the chunk's part of q, k, v or the output, or of a tensor of the score, is."""
         if name in OF_HEADS:
-            return x[self.timescales, self.heads]
-        return x[self.examples, self.timescales if x.shape[1] > 1 else slice(None), self.heads]
+            return self.timescales, self.heads
+        return self.examples, self.timescales if x.shape[1] > 1 else slice(0, 1), self.heads
+
+    def of(self, name: str, x: Tensor) -> Tensor:
+        return x[self.part(name, x)]
 
     def cut(self, tensors: Sequence[Tensor | None]) -> Parts:
         """The chunk's parts of all tensors of a call, by name."""
@@ -97,14 +100,8 @@ class Call:
         of_score: dict[str, Any] = {name: parts[name] for name in OF_SCORE if hasattr(self.score, name)}
         return lower(q, k, v, replace(self.score, **of_score), self.mask_of(chunk), self.share)
 
-    def heads_first(self, x: Tensor) -> Tensor:
-        """The chunk's part of the output (N, T, H, L, D) -> (B, U, D, L)."""
-        if self.share:
-            return x.permute(0, 2, 1, 4, 3).flatten(0, 1)
-        return x.permute(1, 0, 2, 4, 3).flatten(0, 2).unsqueeze(1)
-
     def heads_last(self, x: Tensor, like: Tensor) -> Tensor:
-        """The inverse: (B, U, D, L) -> the shape of `like`, (N, T, H, L, D)."""
+        """A view: a chunk's (B, U, D, L) -> the shape of `like`, (N, T, H, L, D)."""
         batch, timescales, heads = like.shape[:3]
         if self.share:
             return x.unflatten(0, (batch, heads)).permute(0, 2, 1, 4, 3)
@@ -151,7 +148,8 @@ class TiledAttention(torch.autograd.Function):
             parts = y.unflatten(1, (lowered.weightings, -1))  # (B, U, D + 1, L)
             total = parts[:, :, -1:].masked_fill(parts[:, :, -1:] == 0, 1.0)  # of a row with no key
             of_chunk = chunk.of("output", output)
-            of_chunk.copy_(call.heads_last(parts[:, :, :-1] / total, of_chunk))
+            parts, of_parts = (call.heads_last(x, of_chunk) for x in (parts[:, :, :-1], total))
+            torch.div(parts, of_parts, out=of_chunk)
             ctx.chunks.append((chunk, plan))
             kept.append(total)
         ctx.save_for_backward(*tensors, *kept)
@@ -162,7 +160,8 @@ class TiledAttention(torch.autograd.Function):
     def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
         needed = dict(zip(TENSORS, ctx.needs_input_grad[1:], strict=True))
         tensors, (output, *kept) = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
-        grads = {name: torch.zeros_like(x) for name, x in zip(TENSORS, tensors, strict=True) if needed[name]}
+        grads = {name: torch.empty_like(x) for name, x in zip(TENSORS, tensors, strict=True) if needed[name]}
+        begun = set()
         for (chunk, plan), total in zip(ctx.chunks, kept, strict=True):
             parts = {
                 name: None if x is None else x.detach().requires_grad_(needed[name])
@@ -171,7 +170,10 @@ class TiledAttention(torch.autograd.Function):
             outputs = (chunk.of("output", output), chunk.of("output", doutput))
             of_parts = _backward(ctx.call, chunk, plan, parts, *outputs, total)
             for name, grad in of_parts.items():
-                chunk.of(name, grads[name]).add_(grad)
+                index = chunk.part(name, grads[name])
+                key = name, *(of_axis.start for of_axis in index)
+                (grads[name][index].add_ if key in begun else grads[name][index].copy_)(grad)
+                begun.add(key)
         return None, *(grads.get(name) for name in TENSORS)
 
 
@@ -188,7 +190,7 @@ def _backward(
     too, total is (B, U, 1, L)."""
     with torch.enable_grad():
         lowered = call.lowered(chunk, parts)
-    dy = _quotient_backward(call.heads_first(output), call.heads_first(doutput), total)
+    dy = _quotient_backward(call, output, doutput, total)
     a, b, u, log_decay = (None if x is None else x.detach() for x in lowered[:4])
     assert a is not None and b is not None and u is not None
     learned = lowered.log_decay is not None and lowered.log_decay.requires_grad
@@ -202,11 +204,13 @@ def _backward(
     return dict(zip(leaves, torch.autograd.grad(outputs, tuple(leaves.values()), upstream), strict=True))
 
 
-def _quotient_backward(heads: Tensor, dheads: Tensor, total: Tensor) -> Tensor:
-    """The gradient (B, U, D + 1, L) by y, from that by heads = y[:D] / y[D], (B, U, D, L); total = y[D]."""
-    dy = total.new_empty(*total.shape[:2], heads.shape[2] + 1, total.shape[3])
-    torch.div(dheads, total, out=dy[:, :, :-1])
-    dy[:, :, -1:] = (dy[:, :, :-1] * heads).sum(2, keepdim=True).neg_()
+def _quotient_backward(call: Call, output: Tensor, doutput: Tensor, total: Tensor) -> Tensor:
+    """The gradient (B, U, D + 1, L) by y, from that by output = y[:D] / y[D]; total = y[D]."""
+    dy = total.new_empty(*total.shape[:2], output.shape[-1] + 1, total.shape[3])
+    of_values, of_total = (call.heads_last(part, output) for part in (dy[:, :, :-1], dy[:, :, -1:]))
+    total = call.heads_last(total, output)
+    torch.div(doutput, total, out=of_values)
+    torch.div((doutput * output).sum(-1, keepdim=True).neg_(), total, out=of_total)
     return dy
 
 
@@ -267,10 +271,12 @@ def _windows(
     row, that what lies beyond weighs less than the tolerance."""
     a, b, u, log_decay, weight, log_largest, padding, weightings = lowered
     everything = max(a.shape[1], b.shape[1])
-    least_sum = torch.full_like(log_largest, SMALLEST_SUM)
+    least_sum = a.new_full((len(a), weightings), SMALLEST_SUM)
     added = mask.pairs is not None and mask.pairs.dtype != torch.bool
-    if log_decay is None or not skip_far_keys or added or not u.numel():
+    if log_decay is None or not skip_far_keys or added or everything <= BLOCK:
         return [everything] * len(a), least_sum
+    if log_largest is None:
+        log_largest = a.norm(dim=-1).amax(-1, keepdim=True) * b.norm(dim=-1).amax(-1, keepdim=True)
     own_keys = slice(0, min(a.shape[1], b.shape[1]))
     own = weight.log_weight((a[:, own_keys] * b[:, own_keys]).sum(-1)).unsqueeze(-1)
     if not weight.exponential:

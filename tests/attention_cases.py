@@ -130,5 +130,5 @@ def gradients(module: nn.Module) -> list[Tensor]:
 
 def nothing_read(module: AttentionModule) -> Tensor:
     """The output (E,) of a row that attends to nothing."""
-    zeros = torch.zeros(1, module.num_timescales, 1, module.embed_dim)
-    return module.out_proj(module.decode(zeros)).detach().view(-1)
+    zeros = torch.zeros(1, 1, module.num_timescales * module.embed_dim)
+    return module.project_out(zeros).detach().view(-1)

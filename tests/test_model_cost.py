@@ -32,7 +32,7 @@ def by_hand(name: str, length: int) -> int:
     if "gravitational" in name:
         products += 2 * length * E * timescales * H  # masses of both roles
     if timescales > 1:
-        products += timescales * timescales * length * E  # the mixing matrix
+        products += timescales * timescales * E * E  # the mixing matrix into the projection
     products += 2 * length * E * F
     return 2 * (2 * products + E * C)
 

@@ -2,14 +2,15 @@
 
 - The dot product: a = q * scale, b = k, e(x) = exp(x).
 - Gravity: the softened distance is a dot product of augmented vectors,
-  `r2 + softening = [-2 q, |q|^2 + D softening, 1] . [k, 1, |k|^2] / D`. Masses and G are divided into a and
-  b, so that the force is x^(-p/2) and their gradients come out of ordinary autograd on a and b. With
-  normalization "force" the weight itself is that power, no exponential at all; the key mass goes into u, so
-  that all timescales share one tile.
+  `r2 + softening = [-2 q, |q|^2 + D softening, 1] . [k, 1, |k|^2] / D`. Of a single timescale, masses and G
+  are divided into a and b, so that the force is x^(-p/2) and their gradients come out of ordinary autograd
+  on a and b. Several timescales of the same q and k share the tile of distances; their masses and G are the
+  scales of rows and keys. With normalization "force" the weight itself is that power, no exponential at all;
+  the key mass goes into u.
 - u = [v, 1], zero where a key is padding.
 
-A chunk is lowered twice, so passes over memory count: padding is multiplied away, which takes a quarter of the
-time of `masked_fill` with a mask that is broadcast, and scales go on last.
+A chunk is lowered twice, so passes over memory count: padding is multiplied away, which takes a quarter of
+the time of `masked_fill` with a mask that is broadcast.
 
 Symbols as in `attention_kernels`, but inside this file the timescales of a tensor come first. B problems are
 (timescale, example, head), in this order, or (example, head) with U weightings each.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score
-from attention_engine.tile_plan import PairWeight
+from attention_engine.tile_plan import PairWeight, Terms
 
 ROUNDING = 1e-4  # the most that float32 may err in the softened distance, relative to the softening
 LARGEST_FORCE = 1e30
@@ -32,10 +33,7 @@ LARGEST_LOG_32, LARGEST_LOG = 40.0, 300.0  # of the masses' roots, in float32 an
 class LoweredScore(NamedTuple):
     """A score in the form of `tile_sums`."""
 
-    a: Tensor  # (B, L, A)
-    b: Tensor  # (B, S, A)
-    u: Tensor  # (B, U (D + 1), S)
-    log_decay: Tensor | None  # (B, U)
+    terms: Terms
     weight: PairWeight
     log_largest: Tensor | None  # (B, U) bound on the logarithm of a weight; None: that of a product is one
     padding: Tensor | None  # (B, S) bool, True = blocked
@@ -43,10 +41,12 @@ class LoweredScore(NamedTuple):
 
 
 def shares_tiles(score: Score, projections: int, dropout: float) -> bool:
-    """Whether the timescales of a score are weightings of one tile: where their weights differ by factors of
-    the key and of the distance only. A weight is dropped for one timescale, not for all."""
-    force = isinstance(score, Gravity) and score.normalization == "force"
-    return force and projections == 1 and not dropout
+    """Whether the timescales of a score are weightings of one tile: gravity, of the same q and k, whose
+    timescales differ by masses and decay. A weight is dropped for one timescale, not for all. A single
+    timescale with softmax is better off with its masses in a and b."""
+    if not isinstance(score, Gravity) or projections > 1 or dropout:
+        return False
+    return score.normalization == "force" or (score.log_decay is not None and len(score.log_decay) > 1)
 
 
 def lower(q: Tensor, k: Tensor, v: Tensor, score: Score, mask: Mask, share: bool) -> LoweredScore:
@@ -58,23 +58,33 @@ def lower(q: Tensor, k: Tensor, v: Tensor, score: Score, mask: Mask, share: bool
         kept = (~mask.padding).to(k.dtype)[:, None, :, None]  # (N, 1, S, 1)
         k = k * kept
     if isinstance(score, DotProduct):
-        parts: Parts = q * score.scale, k, _with_ones(v, kept), PairWeight(None, True), None
+        parts = Parts(q * score.scale, k, _with_ones(v, kept), PairWeight(None, True))
     else:
         parts = _lower_gravity(q, k, v, score, kept, share)
-    a, b, u, weight, log_largest = parts
-    timescales = max(len(a), len(u), 1 if score.log_decay is None else len(score.log_decay))
+    timescales = max(len(parts.a), len(parts.u), 1 if score.log_decay is None else len(score.log_decay))
+    log_largest = parts.log_largest
     if log_largest is not None:
         timescales, log_largest = len(log_largest), _by_problem(log_largest, share)
     weightings, timescales = (timescales, 1) if share else (1, timescales)
-    a, b, u = (x.expand(timescales, -1, -1, -1, -1).flatten(0, 2) for x in (a, b, u))
+    a, b, u = (x.expand(timescales, -1, -1, -1, -1).flatten(0, 2) for x in parts[:3])
     if mask.padding is not None:
         padding = mask.padding[None, :, None].expand(timescales, -1, heads, -1).flatten(0, 2)
     if score.log_decay is not None:
         log_decay = _by_problem(score.log_decay.to(a.dtype)[:, None].expand(-1, batch, -1), share)
-    return LoweredScore(a, b, u, log_decay, weight, log_largest, padding, weightings)
+    terms = Terms(a, b, u, log_decay, parts.row_scale, parts.key_scale)
+    return LoweredScore(terms, parts.weight, log_largest, padding, weightings)
 
 
-Parts = tuple[Tensor, Tensor, Tensor, PairWeight, Tensor | None]
+class Parts(NamedTuple):
+    """What a score contributes to a `LoweredScore`, before timescales, examples and heads are joined."""
+
+    a: Tensor  # (T or 1, N, H, L, A)
+    b: Tensor
+    u: Tensor  # (T or 1, N, H, C, S)
+    weight: PairWeight
+    log_largest: Tensor | None = None  # (T, N, H)
+    row_scale: Tensor | None = None  # as in Terms
+    key_scale: Tensor | None = None
 
 
 def _by_problem(x: Tensor, share: bool) -> Tensor:
@@ -111,17 +121,22 @@ def _lower_gravity(
     log_largest = key_mass.detach().squeeze(-1).amax(-1).log() - power * math.log(score.softening)
     weight = PairWeight(power, exponential=strength is not None, floor=floor)
     if strength is not None:
-        scales = _inverse_root(strength, power), _inverse_root(key_mass, power)
-        a, b = near.distance_factors(score.softening, *scales)
         log_largest = log_largest.exp() * strength.detach().squeeze(-1).amax(-1)
-        return a, b, _with_ones(v, kept), weight, log_largest
+        if not share:
+            roots = _inverse_root(strength, power), _inverse_root(key_mass, power)
+            a, b = near.distance_factors(score.softening, *roots)
+            return Parts(a, b, _with_ones(v, kept), weight, log_largest)
     a, b = near.distance_factors(score.softening)
+    if share and strength is not None:
+        u = _with_ones(v, kept)[0].unsqueeze(2).expand(-1, -1, len(strength), -1, -1)  # (N, H, T, D + 1, S)
+        scales = (x.squeeze(-1).permute(1, 2, 0, 3).flatten(0, 1) for x in (strength, key_mass))
+        return Parts(a, b, u.flatten(2, 3).unsqueeze(0), weight, log_largest, *scales)
     if kept is not None:
         key_mass = key_mass * kept
     if not share:
-        return a, b, _with_ones(v, key_mass), weight, log_largest
+        return Parts(a, b, _with_ones(v, key_mass), weight, log_largest)
     u = _with_ones(v[0].unsqueeze(2), key_mass.permute(1, 2, 0, 3, 4))  # (N, H, T, D + 1, S)
-    return a, b, u.flatten(2, 3).unsqueeze(0), weight, log_largest
+    return Parts(a, b, u.flatten(2, 3).unsqueeze(0), weight, log_largest)
 
 
 def _inverse_root(mass: Tensor, power: float) -> Tensor:

@@ -33,6 +33,20 @@ class PairWeight:
     exponential: bool
     floor: float | None = None
 
+    def forces_and_reciprocal_(self, x: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+        """x^(-power) and 1 / x; in the places of the room and of x, or both in one where they are equal."""
+        assert self.power is not None
+        self._hold_(x)
+        if self.power == 1.0:
+            return x.reciprocal_(), x
+        return _inverse_power_(room.copy_(x), self.power), x.reciprocal_()
+
+    def forces_(self, x: Tensor) -> Tensor:
+        """x -> x^(-power), in place."""
+        assert self.power is not None
+        self._hold_(x)
+        return _inverse_power_(x, self.power)
+
     @property
     def slope_factor(self) -> float:
         """A constant factor of e'(x), left out below and multiplied in at the end."""
@@ -108,7 +122,8 @@ class Plan:
     """What a call needs besides its tensors.
 
     causal: keys after a row's own position are blocked.
-    lengths, windows: for each problem the number of leading keys to look at, and the largest |i - j|.
+    lengths: for each problem the number of leading keys to look at.
+    windows: for each problem the largest |i - j| to look at, for each weighting.
     blocks: for each problem the rows and keys of a tile; so few that gamma^(2 block), or gamma^(2 window) if
         that is less, is far from underflow, since arithmetic on denormal numbers is a hundred times slower.
     least_sum: (B, U), sums of weights below it are not trusted.
@@ -122,7 +137,7 @@ class Plan:
     weight: PairWeight
     causal: bool
     lengths: list[int]
-    windows: list[int]
+    windows: list[list[int]]
     blocks: list[int]
     least_sum: Tensor
     tolerance: float
@@ -152,6 +167,21 @@ def blocks_of(length: int, block: int) -> list[Block]:
     return [Block(start, min(start + block, length)) for start in range(0, length, block)]
 
 
+class Terms(NamedTuple):
+    """What is summed, or the gradient by it: all of one floating type, of B problems."""
+
+    a: Tensor  # (B, L, A)
+    b: Tensor  # (B, S, A)
+    u: Tensor  # (B, C, S)
+    log_decay: Tensor | None  # (B, U), below 0
+    row_scale: Tensor | None  # (B, U, L), above 0: with the key's, what multiplies the logarithm of a weight
+    key_scale: Tensor | None  # (B, U, S)
+
+    def of(self, span: slice) -> "Terms":
+        scalars = (None if x is None else x[span] for x in self[3:])
+        return Terms(self.a[span], self.b[span], self.u[span], *scalars)
+
+
 class Side(NamedTuple):
     """Decay towards the gap between rows and keys, where the keys lie before the rows, or after them."""
 
@@ -169,25 +199,17 @@ def by_block(columns: Tensor, blocks: list[Block]) -> list[Tensor]:
 class Problems:
     """Some problems, worked on together: their tensors and their decay."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        span: slice,
-        a: Tensor,
-        b: Tensor,
-        u: Tensor,
-        log_decay: Tensor | None,
-        before: "Problems | None",
-    ) -> None:
+    def __init__(self, plan: Plan, span: slice, terms: Terms, before: "Problems | None") -> None:
         self.plan, self.span = plan, span
-        self.a, self.b, self.u = a[span], b[span], u[span]
-        self.rate = None if log_decay is None else log_decay[span]
+        self.a, self.b, self.u, self.rate, self.row_scale, self.key_scale = terms.of(span)
         self.count, self.length, _ = self.a.shape
-        self.columns = u.shape[1]
+        self.columns = self.u.shape[1]
         self.weightings = plan.least_sum.shape[1]
         self.width = self.columns // self.weightings
-        self.window, self.shortest_window = max(plan.windows[span]), min(plan.windows[span])
-        self.reach = a.new_tensor(plan.windows[span])[:, None, None]
+        windows = plan.windows[span]
+        self.windows = [max(of_weighting) for of_weighting in zip(*windows, strict=True)]
+        self.shortest_window = min(min(of_problem) for of_problem in windows)
+        self.reach = self.a.new_tensor(windows).unsqueeze(2)
         self.block = plan.blocks[span.start]
         self.keys = blocks_of(max(plan.lengths[span]), self.block)
         self.rows = blocks_of(self.length, self.block)
@@ -197,11 +219,11 @@ class Problems:
         self.values = by_block(self.u, self.keys)
         rates = [[0.0] * self.weightings] if self.rate is None else self.rate.tolist()
         self.slowest = [max(of_weighting) for of_weighting in zip(*rates, strict=True)]
-        self.fastest, self.none_vanish = min(self.slowest), [False] * self.weightings
+        self.none_vanish = [False] * self.weightings
         self.distances: dict[tuple[int, int, int], Tensor] = {}
         self.gap_factors: dict[int, Tensor] = {}
         # Heads have the same decay in every example, so that the problems before often have these factors.
-        self.decay = rates, plan.windows[span]
+        self.decay = rates, windows
         self.diagonal_factors: dict[tuple[int, int], list[Tensor]] = {}
         if before is not None and before.decay == self.decay:
             self.diagonal_factors = before.diagonal_factors
@@ -260,11 +282,19 @@ class Problems:
         return [part.unfold(1, width, 1).flip(1) for part in powers.unbind(1)]
 
     def vanishing(self, rows: Block, keys: Block) -> list[bool]:
-        """For each weighting whether decay alone makes the tile so light that it is bounded, not summed."""
-        gap = self.gap(rows, keys)
-        if gap * self.fastest >= LOG_VANISHED or self.explicit(rows):
+        """For each weighting whether the tile is left out: beyond the window, or `decayed`."""
+        if self.explicit(rows):
             return self.none_vanish
-        return [gap * slowest < LOG_VANISHED for slowest in self.slowest]
+        gap = self.gap(rows, keys)
+        each = zip(self.windows, self.decayed(rows, keys), strict=True)
+        return [gap > window or decayed for window, decayed in each]
+
+    def decayed(self, rows: Block, keys: Block) -> list[bool]:
+        """For each weighting whether decay alone makes a tile within the window so light that it is bounded,
+        not summed."""
+        gap = self.gap(rows, keys)
+        each = zip(self.windows, self.slowest, strict=True)
+        return [gap <= window and gap * slowest < LOG_VANISHED for window, slowest in each]
 
     def side(self, rows: Block, keys: Block) -> int:
         """Which side of the rows the keys lie on: 0 before, 1 after; 0 for all without decay."""
@@ -275,6 +305,9 @@ class Problems:
         assert self.rate is not None
         extreme = x.amax((1, 2)) if self.plan.weight.power is None else x.amin((1, 2))
         log_weight = self.plan.weight.log_weight(extreme).unsqueeze(1)
+        if self.row_scale is not None and self.key_scale is not None:
+            log_weight = log_weight * self.row_scale[:, :, rows.slice].amax(2)
+            log_weight = log_weight * self.key_scale[:, :, keys.slice].amax(2)
         largest = self.u[:, self.width - 1 :: self.width, keys.slice].amax(2)
         return log_weight + largest.log() + self.gap(rows, keys) * self.rate + math.log(keys.size)
 
@@ -297,7 +330,14 @@ class Problems:
         """Whether any of these rows attends to any of these keys."""
         if self.plan.causal and keys.start >= rows.stop:
             return False
-        return self.shifted(rows) or rows.start == keys.start or self.gap(rows, keys) <= self.window
+        near = rows.start == keys.start or self.gap(rows, keys) <= max(self.windows)
+        return near or self.shifted(rows)
+
+    def scaled(self, forces: Tensor, w: int, rows: Block, keys: Block, out: Tensor) -> Tensor:
+        """The logits of a weighting: forces (problems, rows, keys) times the scales of rows and keys."""
+        assert self.row_scale is not None and self.key_scale is not None
+        torch.mul(forces, self.row_scale[:, w, rows.slice, None], out=out)
+        return out.mul_(self.key_scale[:, w, None, keys.slice])
 
     def distance(self, rows: Block, keys: Block) -> Tensor:
         """|i - j| (rows, keys)."""
@@ -323,23 +363,31 @@ class Problems:
             added = padding if added is None else added + padding
         return added
 
-    def explicit_logits(self, rows: Block, keys: Block) -> tuple[Tensor, list[Tensor]]:
-        """x (problems, rows, keys) and, for each of the U weightings, its logits with decay and masks."""
+    def explicit_logits(self, rows: Block, keys: Block) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """x (problems, rows, keys) and, for each of the U weightings, its logits without and with decay and
+        masks."""
         x = self.a[:, rows.slice] @ self.b[:, keys.slice].mT
-        logits, mask = self.plan.weight.log_weight(x), self.mask(rows, keys)
-        if mask is not None:
-            logits = logits + mask
-        if self.rate is None:
-            return x, [logits] * self.weightings
-        distance = self.distance(rows, keys)
-        return x, [torch.addcmul(logits, rate[:, None, None], distance) for rate in self.rate.unbind(1)]
+        plain, mask = [self.plan.weight.log_weight(x)] * self.weightings, self.mask(rows, keys)
+        if self.row_scale is not None:
+            plain = [
+                self.scaled(forces, w, rows, keys, torch.empty_like(x)) for w, forces in enumerate(plain)
+            ]
+        logits = plain if mask is None else [own + mask for own in plain]
+        if self.rate is not None:
+            distance = self.distance(rows, keys)
+            logits = [
+                torch.addcmul(own, rate[:, None, None], distance)
+                for own, rate in zip(logits, self.rate.unbind(1), strict=True)
+            ]
+        return x, plain, logits
 
-    def explicit_weights(self, rows: Block, keys: Block) -> tuple[Tensor, list[Tensor]]:
-        x, logits = self.explicit_logits(rows, keys)
+    def explicit_weights(self, rows: Block, keys: Block) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The same, with the weights instead of the logits."""
+        x, plain, logits = self.explicit_logits(rows, keys)
         shift = self.plan.shifts.get((self.span.start, rows.start))
         if shift is None:
-            return x, [logit.exp() for logit in logits]
-        return x, [(logit - shift[:, n, :, None]).exp_() for n, logit in enumerate(logits)]
+            return x, plain, [logit.exp() for logit in logits]
+        return x, plain, [(logit - shift[:, n, :, None]).exp_() for n, logit in enumerate(logits)]
 
     def columns_of(self, weighting: int) -> slice:
         return slice(weighting * self.width, (weighting + 1) * self.width)
@@ -355,15 +403,14 @@ class Problems:
         return kept.bernoulli_(1 - self.plan.dropout, generator=generator).div_(1 - self.plan.dropout)
 
 
-def groups_of(plan: Plan, a: Tensor, b: Tensor, u: Tensor, log_decay: Tensor | None) -> Iterator[Problems]:
+def groups_of(plan: Plan, terms: Terms) -> Iterator[Problems]:
     """Problems of one block size, in groups that fill a tile."""
     start, problems = 0, None
     for block, group in itertools.groupby(plan.blocks):
         stop = start + len(list(group))
-        count = max(1, TILE_PAIRS // max(1, min(block, a.shape[1]) * min(block, b.shape[1])))
+        count = max(1, TILE_PAIRS // max(1, min(block, terms.a.shape[1]) * min(block, terms.b.shape[1])))
         for first in range(start, stop, count):
-            span = slice(first, min(first + count, stop))
-            problems = Problems(plan, span, a, b, u, log_decay, problems)
+            problems = Problems(plan, slice(first, min(first + count, stop)), terms, problems)
             yield problems
         start = stop
 

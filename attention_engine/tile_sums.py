@@ -21,24 +21,23 @@ that share a tile, C = U W rows of u and y, W = C / U.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from attention_engine.tile_plan import LARGEST_SUM, Block, Buffer, Plan, Problems, by_block, groups_of
+from attention_engine.tile_plan import LARGEST_SUM, Block, Buffer, Plan, Problems, Terms, by_block, groups_of
 
 
 class ForwardSums:
     """y (problems, C, L) of some problems."""
 
-    def __init__(self, problems: Problems, y: Tensor, tile: Buffer) -> None:
-        self.problems, self.y, self.tile = problems, y.zero_(), tile
+    def __init__(self, problems: Problems, y: Tensor, tiles: list[Buffer]) -> None:
+        self.problems, self.y, self.tiles = problems, y.zero_(), tiles
         p = problems
         self.a = by_block(p.a.mT, p.rows)
         self.b = [p.b[:, keys.slice] for keys in p.keys]
-        self.values = [by_block(p.u * side.key_factor, p.keys) for side in p.sides] or [p.values]
+        self.key_factor = [by_block(side.key_factor, p.keys) for side in p.sides]
         self.of_rows = by_block(y, p.rows)
         self.sums = [torch.zeros_like(y) for _ in p.sides]
         self.sums_of_rows = [by_block(part, p.rows) for part in self.sums]
@@ -47,67 +46,82 @@ class ForwardSums:
     def run(self) -> None:
         """Fill y; rows whose sums cannot be trusted are computed again."""
         p = self.problems
-        for n in range(len(p.rows)):
-            self._add_rows(n)
+        for m in range(len(p.keys)):
+            self._add_keys(m)
         for side, sums in zip(p.sides, self.sums, strict=True):
             self.y.addcmul_(side.row_factor, sums)
+        for n, rows in enumerate(p.rows):
+            if p.explicit(rows):
+                self._add_explicit_rows(n)
         for n in self._untrusted():
             rows = p.rows[n]
             p.plan.shifts[p.span.start, rows.start] = self._shift(rows)
             self.of_rows[n].zero_()
-            self._add_rows(n)
+            self._add_explicit_rows(n)
 
-    def _add_rows(self, n: int) -> None:
-        p = self.problems
-        rows, explicit = p.rows[n], p.explicit(p.rows[n])
-        undecayed: Tensor | None = None
-        for m, keys in enumerate(p.keys):
-            if not p.visible(rows, keys):
+    def _add_keys(self, m: int) -> None:
+        p, keys = self.problems, self.problems.keys[m]
+        values = [p.values[m] * factor[m] for factor in self.key_factor] or [p.values[m]]
+        for n, rows in enumerate(p.rows):
+            if p.explicit(rows) or not p.visible(rows, keys):
                 continue
-            if explicit:
-                self._add_explicit(n, m)
-                continue
-            x = torch.bmm(self.b[m], self.a[n], out=self.tile(p.count, keys.size, rows.size))
+            x = torch.bmm(self.b[m], self.a[n], out=self.tiles[0](p.count, keys.size, rows.size))
             if p.on_diagonal(rows, keys):
-                self._add_diagonal(n, m, x)
+                for columns, weights in self._weights(x, n, m, p.diagonal_factor(rows, keys, False)):
+                    self.of_rows[n][:, columns].add_(torch.bmm(p.values[m][:, columns], weights))
                 continue
             if self._vanishes(x, rows, keys):
                 continue
-            weights, side = p.plan.weight.weigh_(x), p.side(rows, keys)
-            if p.rate is not None:
-                part = torch.bmm(self.values[side][m], weights).mul_(p.gap_factor(rows, keys))
-                self.sums_of_rows[side][n].add_(part)
-            # Sums of their own: a batched product cannot add to a part of a tensor at full speed.
-            elif undecayed is None:
-                undecayed = torch.bmm(self.values[side][m], weights)
-            else:
-                undecayed.baddbmm_(self.values[side][m], weights)
-        if undecayed is not None:
-            self.of_rows[n].add_(undecayed)
+            side = p.side(rows, keys)
+            into = self.sums_of_rows[side][n] if p.sides else self.of_rows[n]
+            for columns, weights in self._weights(x, n, m):
+                part = torch.bmm(values[side][:, columns], weights)
+                if p.rate is not None:
+                    gap = p.gap_factor(rows, keys)
+                    part.mul_(gap if gap.shape[1] == 1 else gap[:, columns])
+                into[:, columns].add_(part)
+
+    def _weights(
+        self, x: Tensor, n: int, m: int, factors: Sequence[Tensor] = ()
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The weights (problems, keys, rows) that x becomes, times the factors of each weighting, and the
+        columns of u that they weigh. Those of the last weighting take the place of x."""
+        p, rows, keys = self.problems, self.problems.rows[n], self.problems.keys[m]
+        if p.row_scale is None:
+            weights = p.plan.weight.weigh_(x)
+            if not factors:
+                yield slice(0, p.columns), weights
+            for w, factor in enumerate(factors):
+                yield p.columns_of(w), weights.mul_(factor) if w == len(factors) - 1 else weights * factor
+            return
+        forces, room = p.plan.weight.forces_(x), self.tiles[1](*x.shape)
+        vanishing = p.vanishing(rows, keys)
+        for w in range(p.weightings):
+            if vanishing[w]:
+                continue
+            weights = p.scaled(forces.mT, w, rows, keys, out=room.mT).mT.exp_()
+            yield p.columns_of(w), weights.mul_(factors[w]) if factors else weights
 
     def _vanishes(self, x: Tensor, rows: Block, keys: Block) -> bool:
-        """Whether no weighting needs the tile x (problems, keys, rows); what it would add is bounded."""
-        vanishing = self.problems.vanishing(rows, keys)
-        if not any(vanishing):
-            return False
-        bound = self.problems.log_bound(x, rows, keys)
-        bound[:, [not vanishes for vanishes in vanishing]] = -math.inf
-        self.left_out[rows] = torch.logaddexp(self.left_out.get(rows, bound), bound)
-        return all(vanishing)
-
-    def _add_diagonal(self, n: int, m: int, x: Tensor) -> None:
+        """Whether no weighting needs the tile x (problems, keys, rows). What decayed is bounded."""
         p = self.problems
-        weights = p.plan.weight.weigh_(x)
-        factors = p.diagonal_factor(p.rows[n], p.keys[m], rows_first=False)
-        for w, factor in enumerate(factors):
-            of_weighting = weights.mul_(factor) if w == len(factors) - 1 else weights * factor
-            columns = p.columns_of(w)
-            self.of_rows[n][:, columns].add_(torch.bmm(p.values[m][:, columns], of_weighting))
+        decayed = p.decayed(rows, keys)
+        if any(decayed):
+            bound = p.log_bound(x, rows, keys)
+            bound[:, [not of_weighting for of_weighting in decayed]] = -math.inf
+            self.left_out[rows] = torch.logaddexp(self.left_out.get(rows, bound), bound)
+        return all(p.vanishing(rows, keys))
+
+    def _add_explicit_rows(self, n: int) -> None:
+        p = self.problems
+        for m, keys in enumerate(p.keys):
+            if p.visible(p.rows[n], keys):
+                self._add_explicit(n, m)
 
     def _add_explicit(self, n: int, m: int) -> None:
         p = self.problems
         kept = p.kept(p.rows[n], p.keys[m])
-        for w, weights in enumerate(p.explicit_weights(p.rows[n], p.keys[m])[1]):
+        for w, weights in enumerate(p.explicit_weights(p.rows[n], p.keys[m])[2]):
             columns = p.columns_of(w)
             y, values = self.of_rows[n][:, columns], p.values[m][:, columns]
             if kept is None:
@@ -122,7 +136,7 @@ class ForwardSums:
         largest = p.a.new_full((p.count, p.weightings, rows.size), -math.inf)
         for keys in p.keys:
             if not p.plan.causal or keys.start < rows.stop:
-                for w, logits in enumerate(p.explicit_logits(rows, keys)[1]):
+                for w, logits in enumerate(p.explicit_logits(rows, keys)[2]):
                     largest[:, w] = torch.maximum(largest[:, w], logits.amax(-1))
         return largest.masked_fill_(largest == -math.inf, 0.0)
 
@@ -141,31 +155,25 @@ class ForwardSums:
 
 
 class BackwardSums:
-    """The gradients of some problems, from that of y (problems, C, L): fills `into`, those by a, b and u."""
+    """The gradients of some problems, from that of y (problems, C, L): fills `into`, of the shapes of the
+    problems' terms; that by log gamma where it is there."""
 
-    def __init__(
-        self,
-        problems: Problems,
-        dy: Tensor,
-        into: tuple[Tensor, Tensor, Tensor],
-        tiles: list[Buffer],
-        want_rate: bool,
-    ) -> None:
-        self.problems, self.tiles, self.want_rate = problems, tiles, want_rate
-        self.da, self.db, self.du = into
-        self.du.zero_()
+    def __init__(self, problems: Problems, dy: Tensor, into: Terms, tiles: list[Buffer]) -> None:
+        self.problems, self.into, self.tiles = problems, into, tiles
         p = problems
+        for sums in into[2:]:
+            if sums is not None:
+                sums.zero_()
         self.dy = by_block(dy, p.rows)
         self.row_factor = [by_block(side.row_factor, p.rows) for side in p.sides]
         self.key_factor = [by_block(side.key_factor, p.keys) for side in p.sides]
         self.a = [p.a[:, rows.slice] for rows in p.rows]
         self.b = [p.b[:, keys.slice] for keys in p.keys]
-        self.du_of_keys = by_block(self.du, p.keys)
-        self.drate = None if p.rate is None else torch.zeros_like(p.rate)
+        self.du_of_keys = by_block(into.u, p.keys)
 
     def run(self) -> None:
-        """Fill da, db, du and drate."""
-        p = self.problems
+        """Fill the gradients."""
+        p, into = self.problems, self.into
         # Sums of their own for each block: a batched product cannot add to a part of a tensor at full speed.
         da = [p.a.new_zeros(p.count, rows.size, p.a.shape[2]) for rows in p.rows]
         for m, keys in enumerate(p.keys):
@@ -186,14 +194,18 @@ class BackwardSums:
                     dx = self._beside(n, m, side, values[side], du[side])
                 da[n].baddbmm_(dx, self.b[m])
                 db.baddbmm_(self.a[n].mT, dx)
-            self.db[:, keys.slice] = db.mT
+            into.b[:, keys.slice] = db.mT
             for side, part in enumerate(du):
                 self._add_side(m, side, part)
-        self.db[:, max((keys.stop for keys in p.keys), default=0) :] = 0.0
-        torch.cat(da, 1, out=self.da)
+        into.b[:, max((keys.stop for keys in p.keys), default=0) :] = 0.0
+        torch.cat(da, 1, out=into.a)
         if p.plan.weight.slope_factor != 1.0:
-            self.da *= p.plan.weight.slope_factor
-            self.db *= p.plan.weight.slope_factor
+            into.a.mul_(p.plan.weight.slope_factor)
+            into.b.mul_(p.plan.weight.slope_factor)
+        # So far that by the logarithm of a scale.
+        for gradient, scale in ((into.row_scale, p.row_scale), (into.key_scale, p.key_scale)):
+            if gradient is not None and scale is not None:
+                gradient.div_(scale)
 
     def _add_side(self, m: int, side: int, du: Tensor) -> None:
         """Add what the values of a side contribute to the gradients by u and log gamma."""
@@ -201,9 +213,9 @@ class BackwardSums:
         if p.rate is not None:
             du.mul_(self.key_factor[side][m])
         self.du_of_keys[m].add_(du)
-        if self.want_rate and self.drate is not None:
+        if self.into.log_decay is not None and p.sides:
             of_columns = du.mul_(p.values[m]) @ p.sides[side].key_steps[p.keys[m].slice]  # (problems, C)
-            self.drate.add_(of_columns.unflatten(-1, (p.weightings, p.width)).sum(-1))
+            self.into.log_decay.add_(of_columns.unflatten(-1, (p.weightings, p.width)).sum(-1))
 
     def _beside(self, n: int, m: int, side: int, values: Tensor, du: Tensor) -> Tensor:
         """The gradient of the x of a tile, rows n and keys m; adds to the du (problems, C, keys) of a side,
@@ -240,82 +252,115 @@ class BackwardSums:
 
         dy (problems, C, rows) and values (problems, C, keys), with the decay but for the factors."""
         p = self.problems
-        x, dx, *rest = (tile(p.count, p.rows[n].size, p.keys[m].size) for tile in self.tiles)
+        shape = p.count, p.rows[n].size, p.keys[m].size
+        x, dx = (tile(*shape) for tile in self.tiles[:2])
         torch.bmm(self.a[n], self.b[m].mT, out=x)
-        want_rate = self.want_rate and add_rate is not None
-        if not factors and not want_rate:
+        drate = None if add_rate is None else self.into.log_decay
+        if p.row_scale is not None:
+            return self._scaled_tile(n, m, x, dy, values, du, factors, add_rate)
+        if not factors and drate is None:
             p.plan.weight.weigh_with_slope_(x, torch.bmm(dy.mT, values, out=dx))
             du.add_(torch.bmm(dy, x))
             return dx
-        room, decayed, spare = rest
+        room, decayed, spare = (tile(*shape) for tile in self.tiles[2:5])
         weights, slope = p.plan.weight.weights_and_slope_(x, room)
         for w in range(p.weightings):
             columns = p.columns_of(w)
             own = torch.mul(weights, factors[w], out=decayed) if factors else weights
             du[:, columns].add_(torch.bmm(dy[:, columns], own))
             dlogits = torch.bmm(dy[:, columns].mT, values[:, columns], out=spare if w else dx).mul_(own)
-            if want_rate and add_rate is not None and self.drate is not None:
-                self.drate[:, w].add_(add_rate(dlogits))
+            if drate is not None and add_rate is not None:
+                drate[:, w].add_(add_rate(dlogits))
             if w:
                 dx.add_(dlogits)
         return dx if slope is None else dx.mul_(slope)
+
+    def _scaled_tile(
+        self,
+        n: int,
+        m: int,
+        x: Tensor,
+        dy: Tensor,
+        values: Tensor,
+        du: Tensor,
+        factors: Sequence[Tensor],
+        add_rate: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        """The same where weightings have scales, from the x (problems, rows, keys) that they share. A
+        logit is proportional to both its scales and to x^(-p/2): the gradient by the logarithm of any is
+        that of the logit times the logit."""
+        p, rows, keys = self.problems, self.problems.rows[n], self.problems.keys[m]
+        dx, room, own, spare, space = (tile(*x.shape) for tile in self.tiles[1:])
+        forces, reciprocal = p.plan.weight.forces_and_reciprocal_(x, space)
+        vanishing, begun = p.vanishing(rows, keys), False
+        for w in range(p.weightings):
+            if vanishing[w]:
+                continue
+            columns = p.columns_of(w)
+            logits = p.scaled(forces, w, rows, keys, out=room)
+            weights = torch.exp(logits, out=own)
+            if factors:
+                weights.mul_(factors[w])
+            du[:, columns].add_(torch.bmm(dy[:, columns], weights))
+            dlogits = torch.bmm(dy[:, columns].mT, values[:, columns], out=spare if begun else dx)
+            dlogits.mul_(weights)
+            if self.into.log_decay is not None and add_rate is not None:
+                self.into.log_decay[:, w].add_(add_rate(dlogits))
+            self._add_scales(w, rows, keys, dlogits.mul_(logits))
+            if begun:
+                dx.add_(dlogits)
+            begun = True
+        return dx.mul_(reciprocal)
+
+    def _add_scales(self, w: int, rows: Block, keys: Block, dlogs: Tensor) -> None:
+        """Add the gradient by the logarithms of the scales of a weighting, from (problems, rows, keys)."""
+        if self.into.row_scale is not None and self.into.key_scale is not None:
+            self.into.row_scale[:, w, rows.slice].add_(dlogs.sum(2))
+            self.into.key_scale[:, w, keys.slice].add_(dlogs.sum(1))
 
     def _explicit(self, n: int, m: int) -> Tensor:
         p = self.problems
         rows, keys = p.rows[n], p.keys[m]
         kept = p.kept(rows, keys)
-        x, all_weights = p.explicit_weights(rows, keys)
-        dlogits = torch.zeros_like(x)
+        x, plain, all_weights = p.explicit_weights(rows, keys)
+        dx = torch.zeros_like(x)
         for w, weights in enumerate(all_weights):
             columns = p.columns_of(w)
             dy, u = self.dy[n][:, columns], p.values[m][:, columns]
             du = self.du_of_keys[m][:, columns]
             if kept is None:
                 du += dy @ weights
-                dweights = dy.mT @ u
+                dlogits = dy.mT @ u
             else:
                 du[:, :-1] += dy[:, :-1] @ (weights * kept)
                 du[:, -1:] += dy[:, -1:] @ weights
-                dweights = dy[:, :-1].mT @ u[:, :-1] * kept + dy[:, -1:].mT @ u[:, -1:]
-            dweights *= weights
-            if self.want_rate and self.drate is not None:
-                self.drate[:, w] += (dweights * p.distance(rows, keys)).sum((1, 2))
-            dlogits += dweights
-        slope = p.plan.weight.log_slope(x)
-        return dlogits if slope is None else dlogits * slope
+                dlogits = dy[:, :-1].mT @ u[:, :-1] * kept + dy[:, -1:].mT @ u[:, -1:]
+            dlogits *= weights
+            if self.into.log_decay is not None:
+                self.into.log_decay[:, w] += (dlogits * p.distance(rows, keys)).sum((1, 2))
+            if p.row_scale is not None:
+                dlogits *= plain[w]
+                self._add_scales(w, rows, keys, dlogits)
+            dx += dlogits
+        slope = x.reciprocal_() if p.row_scale is not None else p.plan.weight.log_slope(x)
+        return dx if slope is None else dx * slope
 
 
-def forward_sums(plan: Plan, a: Tensor, b: Tensor, u: Tensor, log_decay: Tensor | None) -> Tensor:
-    """y (B, C, L); see the top of the file.
-
-    a (B, L, A), b (B, S, A), u (B, C, S), all of one floating type; log_decay (B, U), below 0, or None."""
-    y = a.new_empty(len(a), u.shape[1], a.shape[1])
-    tile = Buffer(a)
-    for problems in groups_of(plan, a, b, u, log_decay):
-        ForwardSums(problems, y[problems.span], tile).run()
+def forward_sums(plan: Plan, terms: Terms) -> Tensor:
+    """y (B, C, L); see the top of the file."""
+    y = terms.a.new_empty(len(terms.a), terms.u.shape[1], terms.a.shape[1])
+    tiles = [Buffer(terms.a) for _ in range(2)]
+    for problems in groups_of(plan, terms):
+        ForwardSums(problems, y[problems.span], tiles).run()
     return y
 
 
-class Gradients(NamedTuple):
-    """By a (B, L, A), b (B, S, A), u (B, C, S) and log gamma (B, U)."""
-
-    a: Tensor
-    b: Tensor
-    u: Tensor
-    log_decay: Tensor | None
-
-
-def backward_sums(
-    plan: Plan, a: Tensor, b: Tensor, u: Tensor, log_decay: Tensor | None, dy: Tensor, want_rate: bool
-) -> Gradients:
+def backward_sums(plan: Plan, terms: Terms, dy: Tensor, want_rate: bool) -> Terms:
     """The gradients from that of y (B, C, L); by log gamma if wanted."""
-    da, db, du = torch.empty_like(a), torch.empty_like(b), torch.empty_like(u)
-    drate = torch.empty_like(log_decay) if want_rate and log_decay is not None else None
-    tiles = [Buffer(a) for _ in range(5)]
-    for problems in groups_of(plan, a, b, u, log_decay):
-        span = problems.span
-        sums = BackwardSums(problems, dy[span], (da[span], db[span], du[span]), tiles, want_rate)
-        sums.run()
-        if drate is not None and sums.drate is not None:
-            drate[span] = sums.drate
-    return Gradients(da, db, du, drate)
+    into = Terms(*(None if x is None else torch.empty_like(x) for x in terms))  # type: ignore[arg-type]
+    if not want_rate:
+        into = into._replace(log_decay=None)
+    tiles = [Buffer(terms.a) for _ in range(6)]
+    for problems in groups_of(plan, terms):
+        BackwardSums(problems, dy[problems.span], into.of(problems.span), tiles).run()
+    return into

@@ -75,9 +75,7 @@ class Call:
     def chunks(self, q: Tensor, k: Tensor) -> Iterator[Chunk]:
         """As many problems as CHUNK_ROWS allows: some heads, or some examples, or some timescales."""
         batch, _, heads, length, _ = q.shape
-        weightings = self.timescales if self.share else 1
-        rows = max(length, k.shape[3]) * (1 + weightings) // 2
-        room = max(1, CHUNK_ROWS // rows)
+        room = max(1, CHUNK_ROWS // max(length, k.shape[3]))
         of_timescales = self.timescales if self.share else room // (batch * heads)
         for timescales in _parts(self.timescales, of_timescales):
             for examples in _parts(batch, room // heads):
@@ -144,7 +142,7 @@ class TiledAttention(torch.autograd.Function):
         for number, chunk in enumerate(call.chunks(q, k)):
             lowered = call.lowered(chunk, chunk.cut(tensors))
             plan = _plan(call, chunk, lowered, learned, call.seed + number)
-            y = forward_sums(plan, lowered.a, lowered.b, lowered.u, lowered.log_decay)
+            y = forward_sums(plan, lowered.terms)
             parts = y.unflatten(1, (lowered.weightings, -1))  # (B, U, D + 1, L)
             total = parts[:, :, -1:].masked_fill(parts[:, :, -1:] == 0, 1.0)  # of a row with no key
             of_chunk = chunk.of("output", output)
@@ -191,12 +189,12 @@ def _backward(
     with torch.enable_grad():
         lowered = call.lowered(chunk, parts)
     dy = _quotient_backward(call, output, doutput, total)
-    a, b, u, log_decay = (None if x is None else x.detach() for x in lowered[:4])
-    assert a is not None and b is not None and u is not None
-    learned = lowered.log_decay is not None and lowered.log_decay.requires_grad
-    gradients = backward_sums(plan, a, b, u, log_decay, dy.flatten(1, 2), learned)
+    terms, log_decay = lowered.terms, lowered.terms.log_decay
+    learned = log_decay is not None and log_decay.requires_grad
+    with torch.no_grad():
+        gradients = backward_sums(plan, terms, dy.flatten(1, 2), learned)
     outputs, upstream = [], []
-    for x, dx in zip(lowered[:4], gradients, strict=True):
+    for x, dx in zip(terms, gradients, strict=True):
         if isinstance(x, Tensor) and x.requires_grad:
             outputs.append(x)
             upstream.append(dx)
@@ -225,12 +223,13 @@ def _plan(call: Call, chunk: Chunk, lowered: LoweredScore, learned: bool, seed: 
     tolerance = TOLERANCE_LEARNED_DECAY if learned else TOLERANCE
     windows, least_sum = _windows(lowered, mask, tolerance, call.skip_far_keys)
     batch, heads = (part.stop - part.start for part in (chunk.examples, chunk.heads))
+    problems, key_length = lowered.terms.b.shape[:2]
     return Plan(
         lowered.weight,
         mask.causal,
-        _lengths(lowered.padding, len(lowered.a), lowered.b.shape[1]),
+        _lengths(lowered.padding, problems, key_length),
         windows,
-        _blocks(lowered.log_decay, windows, len(lowered.a) // (batch * heads)),
+        _blocks(lowered.terms.log_decay, windows, problems // (batch * heads)),
         least_sum,
         tolerance,
         lowered.padding,
@@ -266,44 +265,51 @@ def _pair_mask(pairs: Tensor, batch: int, heads: int) -> Callable[[slice, slice,
 @torch.no_grad()
 def _windows(
     lowered: LoweredScore, mask: Mask, tolerance: float, skip_far_keys: bool
-) -> tuple[list[int], Tensor]:
-    """For each problem the largest |i - j| to look at, and (B, U) the least sum of weights that proves, for a
-    row, that what lies beyond weighs less than the tolerance."""
-    a, b, u, log_decay, weight, log_largest, padding, weightings = lowered
+) -> tuple[list[list[int]], Tensor]:
+    """For each problem and weighting the largest |i - j| to look at, and (B, U) the least sum of weights that
+    proves, for a row, that what lies beyond weighs less than the tolerance."""
+    (a, b, u, log_decay, row_scale, key_scale), weight, log_largest, padding, weightings = lowered
     everything = max(a.shape[1], b.shape[1])
     least_sum = a.new_full((len(a), weightings), SMALLEST_SUM)
     added = mask.pairs is not None and mask.pairs.dtype != torch.bool
     if log_decay is None or not skip_far_keys or added or everything <= BLOCK:
-        return [everything] * len(a), least_sum
+        return [[everything] * weightings] * len(a), least_sum
     if log_largest is None:
         log_largest = a.norm(dim=-1).amax(-1, keepdim=True) * b.norm(dim=-1).amax(-1, keepdim=True)
-    own_keys = slice(0, min(a.shape[1], b.shape[1]))
-    own = weight.log_weight((a[:, own_keys] * b[:, own_keys]).sum(-1)).unsqueeze(-1)
+    near = slice(0, min(a.shape[1], b.shape[1]))
+    own = weight.log_weight((a[:, near] * b[:, near]).sum(-1)).unsqueeze(-1)  # of each row's own key
+    if row_scale is not None and key_scale is not None:
+        own = own * (row_scale[:, :, near] * key_scale[:, :, near]).mT
     if not weight.exponential:
-        own = own + u.unflatten(1, (weightings, -1))[:, :, -1, own_keys].mT.log()
+        own = own + u.unflatten(1, (weightings, -1))[:, :, -1, near].mT.log()
     if padding is not None:
-        own = own.masked_fill(padding[:, own_keys, None], math.inf)
+        own = own.masked_fill(padding[:, near, None], math.inf)
     log_beyond = log_largest + (2 / -log_decay.expm1()).log() - math.log(tolerance)  # of all keys, at d = 0
-    window = (log_beyond - own.amin(1)) / -log_decay
-    window = window.ceil().amax(1).clamp(min=0, max=everything)
-    needed = (log_beyond + (window[:, None] + 1) * log_decay).exp().clamp(min=SMALLEST_SUM)
-    least_sum = torch.where(window[:, None] >= everything, least_sum, needed)
-    windows: list[int] = window.long().tolist()
+    window = ((log_beyond - own.amin(1)) / -log_decay).ceil().clamp(min=0, max=everything)
+    needed = (log_beyond + (window + 1) * log_decay).exp().clamp(min=SMALLEST_SUM)
+    least_sum = torch.where(window >= everything, least_sum, needed)
+    windows: list[list[int]] = window.long().tolist()
     return windows, least_sum
 
 
-def _blocks(log_decay: Tensor | None, windows: list[int], timescales: int) -> list[int]:
-    """For each problem its block: a power of two, with gamma^block at least 1e-15 where that leaves 32; or
-    the largest, where the window is less, since factors beyond a window are 0."""
+def _blocks(log_decay: Tensor | None, windows: list[list[int]], timescales: int) -> list[int]:
+    """For each problem its block, the same in all problems of a timescale: the least that suits one of its
+    weightings."""
     if log_decay is None:
         return [BLOCK] * len(windows)
-    fastest = log_decay.detach().reshape(timescales, -1).amin(1).tolist()
     of_each, blocks = len(windows) // timescales, []
-    for n, rate in enumerate(fastest):
-        window = max(windows[n * of_each : (n + 1) * of_each])
-        if window < BLOCK and window * rate > LOG_WINDOW_DECAY:
-            block = BLOCK
-        else:
-            block = min(BLOCK, max(32, 2 ** int(math.log2(LOG_BLOCK_DECAY / rate))))
+    fastest = log_decay.detach().unflatten(0, (timescales, of_each)).amin(1).tolist()
+    for n, rates in enumerate(fastest):
+        of_problems = windows[n * of_each : (n + 1) * of_each]
+        widest = (max(of_weighting) for of_weighting in zip(*of_problems, strict=True))
+        block = min(_block(rate, window) for rate, window in zip(rates, widest, strict=True))
         blocks += [block] * of_each
     return blocks
+
+
+def _block(rate: float, window: int) -> int:
+    """A power of two, with gamma^block at least 1e-15 where that leaves 32; or the largest, where the window
+    is less, since factors beyond a window are 0."""
+    if window < BLOCK and window * rate > LOG_WINDOW_DECAY:
+        return BLOCK
+    return min(BLOCK, max(32, 2 ** int(math.log2(LOG_BLOCK_DECAY / rate))))

@@ -196,6 +196,13 @@ def by_block(columns: Tensor, blocks: list[Block]) -> list[Tensor]:
     return [columns[:, :, block.slice] for block in blocks]
 
 
+def by_weighting(scale: Tensor | None, blocks: list[Block]) -> dict[Block, list[Tensor]]:
+    """The parts of (problems, U, L) that belong to a block of L and a weighting, (problems, block)."""
+    if scale is None:
+        return {}
+    return {block: list(scale[:, :, block.slice].unbind(1)) for block in blocks}
+
+
 class Problems:
     """Some problems, worked on together: their tensors and their decay."""
 
@@ -217,6 +224,8 @@ class Problems:
         self.sides = (self._side(before=True), self._side(before=False)) if beside else ()
         # Views are made once: making one costs a hundredth of a tile.
         self.values = by_block(self.u, self.keys)
+        self.row_scales = by_weighting(self.row_scale, self.rows)
+        self.key_scales = by_weighting(self.key_scale, self.keys)
         rates = [[0.0] * self.weightings] if self.rate is None else self.rate.tolist()
         self.slowest = [max(of_weighting) for of_weighting in zip(*rates, strict=True)]
         self.none_vanish = [False] * self.weightings
@@ -335,9 +344,8 @@ class Problems:
 
     def scaled(self, forces: Tensor, w: int, rows: Block, keys: Block, out: Tensor) -> Tensor:
         """The logits of a weighting: forces (problems, rows, keys) times the scales of rows and keys."""
-        assert self.row_scale is not None and self.key_scale is not None
-        torch.mul(forces, self.row_scale[:, w, rows.slice, None], out=out)
-        return out.mul_(self.key_scale[:, w, None, keys.slice])
+        torch.mul(forces, self.row_scales[rows][w].unsqueeze(2), out=out)
+        return out.mul_(self.key_scales[keys][w].unsqueeze(1))
 
     def distance(self, rows: Block, keys: Block) -> Tensor:
         """|i - j| (rows, keys)."""

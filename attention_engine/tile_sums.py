@@ -26,7 +26,17 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from attention_engine.tile_plan import LARGEST_SUM, Block, Buffer, Plan, Problems, Terms, by_block, groups_of
+from attention_engine.tile_plan import (
+    LARGEST_SUM,
+    Block,
+    Buffer,
+    Plan,
+    Problems,
+    Terms,
+    by_block,
+    by_weighting,
+    groups_of,
+)
 
 
 class ForwardSums:
@@ -170,6 +180,8 @@ class BackwardSums:
         self.a = [p.a[:, rows.slice] for rows in p.rows]
         self.b = [p.b[:, keys.slice] for keys in p.keys]
         self.du_of_keys = by_block(into.u, p.keys)
+        self.of_row_scales = by_weighting(into.row_scale, p.rows)
+        self.of_key_scales = by_weighting(into.key_scale, p.keys)
 
     def run(self) -> None:
         """Fill the gradients."""
@@ -314,9 +326,8 @@ class BackwardSums:
 
     def _add_scales(self, w: int, rows: Block, keys: Block, dlogs: Tensor) -> None:
         """Add the gradient by the logarithms of the scales of a weighting, from (problems, rows, keys)."""
-        if self.into.row_scale is not None and self.into.key_scale is not None:
-            self.into.row_scale[:, w, rows.slice].add_(dlogs.sum(2))
-            self.into.key_scale[:, w, keys.slice].add_(dlogs.sum(1))
+        self.of_row_scales[rows][w].add_(dlogs.sum(2))
+        self.of_key_scales[keys][w].add_(dlogs.sum(1))
 
     def _explicit(self, n: int, m: int) -> Tensor:
         p = self.problems

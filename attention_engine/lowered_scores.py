@@ -135,8 +135,9 @@ def _lower_gravity(
         key_mass = key_mass * kept
     if not share:
         return Parts(a, b, _with_ones(v, key_mass), weight, log_largest)
-    u = _with_ones(v[0].unsqueeze(2), key_mass.permute(1, 2, 0, 3, 4))  # (N, H, T, D + 1, S)
-    return Parts(a, b, u.flatten(2, 3).unsqueeze(0), weight, log_largest)
+    ones = _with_ones(v[0], None)
+    u = torch.cat([ones * mass.mT for mass in key_mass], -2)  # (N, H, T (D + 1), S)
+    return Parts(a, b, u.unsqueeze(0), weight, log_largest)
 
 
 def _inverse_root(mass: Tensor, power: float) -> Tensor:

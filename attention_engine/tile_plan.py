@@ -187,13 +187,18 @@ class Side(NamedTuple):
 
     row_steps: Tensor  # (L,) steps from a row to the end of its block that is nearer to the keys
     key_steps: Tensor  # (S,) the same for keys
-    row_factor: Tensor  # (problems, C or 1, L), gamma to that power
-    key_factor: Tensor  # (problems, C or 1, S)
+    row_factor: Tensor  # (problems, U, L), gamma to that power
+    key_factor: Tensor  # (problems, U, S)
 
 
 def by_block(columns: Tensor, blocks: list[Block]) -> list[Tensor]:
     """The parts of (problems, X, L) that belong to blocks of L."""
     return [columns[:, :, block.slice] for block in blocks]
+
+
+def each_column(columns: Tensor, of_weightings: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of (problems, C, n) and of (problems, U, n or 1) that broadcast together: (problems, U, W, n)."""
+    return columns.unflatten(1, (of_weightings.shape[1], -1)), of_weightings.unsqueeze(2)
 
 
 def by_weighting(scale: Tensor | None, blocks: list[Block]) -> dict[Block, list[Tensor]]:
@@ -245,16 +250,10 @@ class Problems:
             return (within if to_start else last).to(self.a.dtype)
 
         rows, keys = steps(self.length, before), steps(self.u.shape[2], not before)
-        return Side(rows, keys, self.factor(rows, self.block), self.factor(keys, self.block))
-
-    def factor(self, distance: Tensor, largest: int) -> Tensor:
-        """gamma^distance: distance (n,), none above `largest` -> (problems, C, n), or (problems, 1, n) of a
-        single weighting."""
-        powers = self.powers(distance, largest)
-        return powers if self.weightings == 1 else powers.repeat_interleave(self.width, dim=1)
+        return Side(rows, keys, self.powers(rows, self.block), self.powers(keys, self.block))
 
     def powers(self, distance: Tensor, largest: int) -> Tensor:
-        """gamma^distance, 0 beyond a problem's window: distance (n,) -> (problems, U, n)."""
+        """gamma^distance, 0 beyond a window: distance (n,), none above `largest` -> (problems, U, n)."""
         assert self.rate is not None
         powers = (self.rate[:, :, None] * distance).exp_()
         return powers if largest <= self.shortest_window else powers.masked_fill_(distance > self.reach, 0.0)
@@ -325,13 +324,13 @@ class Problems:
         return rows.start - keys.stop + 1 if keys.start < rows.start else keys.start - rows.stop + 1
 
     def gap_factor(self, rows: Block, keys: Block) -> Tensor:
-        """gamma^gap (problems, C or 1, 1), 0 for weightings that vanish where others do not."""
+        """gamma^gap (problems, U, 1), 0 for weightings that vanish where others do not."""
         gap = self.gap(rows, keys)
         if gap not in self.gap_factors:
-            factor = self.factor(self.a.new_tensor([gap]), gap)
+            factor = self.powers(self.a.new_tensor([gap]), gap)
             for weighting, vanishes in enumerate(self.vanishing(rows, keys)):
                 if vanishes:
-                    factor[:, self.columns_of(weighting)] = 0.0
+                    factor[:, weighting] = 0.0
             self.gap_factors[gap] = factor
         return self.gap_factors[gap]
 
@@ -397,8 +396,8 @@ class Problems:
             return x, plain, [logit.exp() for logit in logits]
         return x, plain, [(logit - shift[:, n, :, None]).exp_() for n, logit in enumerate(logits)]
 
-    def columns_of(self, weighting: int) -> slice:
-        return slice(weighting * self.width, (weighting + 1) * self.width)
+    def columns_of(self, weightings: slice) -> slice:
+        return slice(weightings.start * self.width, weightings.stop * self.width)
 
     def kept(self, rows: Block, keys: Block) -> Tensor | None:
         """The factor (problems, rows, keys) of dropout, the same whenever it is asked for, or None."""

@@ -35,8 +35,21 @@ from attention_engine.tile_plan import (
     Terms,
     by_block,
     by_weighting,
+    each_column,
     groups_of,
 )
+
+
+def times(columns: Tensor, factor: Tensor) -> Tensor:
+    """(problems, C, n) times a factor of each weighting, (problems, U, n or 1)."""
+    x, y = each_column(columns, factor)
+    return (x * y).flatten(1, 2)
+
+
+def times_(columns: Tensor, factor: Tensor) -> None:
+    """The same, in place."""
+    x, y = each_column(columns, factor)
+    x.mul_(y)
 
 
 class ForwardSums:
@@ -59,7 +72,8 @@ class ForwardSums:
         for m in range(len(p.keys)):
             self._add_keys(m)
         for side, sums in zip(p.sides, self.sums, strict=True):
-            self.y.addcmul_(side.row_factor, sums)
+            sums, row_factor = each_column(sums, side.row_factor)
+            self.y.unflatten(1, sums.shape[1:3]).addcmul_(sums, row_factor)
         for n, rows in enumerate(p.rows):
             if p.explicit(rows):
                 self._add_explicit_rows(n)
@@ -71,38 +85,40 @@ class ForwardSums:
 
     def _add_keys(self, m: int) -> None:
         p, keys = self.problems, self.problems.keys[m]
-        values = [p.values[m] * factor[m] for factor in self.key_factor] or [p.values[m]]
+        values = [times(p.values[m], factor[m]) for factor in self.key_factor] or [p.values[m]]
         for n, rows in enumerate(p.rows):
             if p.explicit(rows) or not p.visible(rows, keys):
                 continue
             x = torch.bmm(self.b[m], self.a[n], out=self.tiles[0](p.count, keys.size, rows.size))
             if p.on_diagonal(rows, keys):
-                for columns, weights in self._weights(x, n, m, p.diagonal_factor(rows, keys, False)):
+                for which, weights in self._weights(x, n, m, p.diagonal_factor(rows, keys, False)):
+                    columns = p.columns_of(which)
                     self.of_rows[n][:, columns].add_(torch.bmm(p.values[m][:, columns], weights))
                 continue
             if self._vanishes(x, rows, keys):
                 continue
             side = p.side(rows, keys)
             into = self.sums_of_rows[side][n] if p.sides else self.of_rows[n]
-            for columns, weights in self._weights(x, n, m):
+            for which, weights in self._weights(x, n, m):
+                columns = p.columns_of(which)
                 part = torch.bmm(values[side][:, columns], weights)
                 if p.rate is not None:
-                    gap = p.gap_factor(rows, keys)
-                    part.mul_(gap if gap.shape[1] == 1 else gap[:, columns])
+                    times_(part, p.gap_factor(rows, keys)[:, which])
                 into[:, columns].add_(part)
 
     def _weights(
         self, x: Tensor, n: int, m: int, factors: Sequence[Tensor] = ()
     ) -> Iterator[tuple[slice, Tensor]]:
-        """The weights (problems, keys, rows) that x becomes, times the factors of each weighting, and the
-        columns of u that they weigh. Those of the last weighting take the place of x."""
+        """The weights (problems, keys, rows) that x becomes, times the factors of each weighting, and which
+        weightings they are of. Those of the last take the place of x."""
         p, rows, keys = self.problems, self.problems.rows[n], self.problems.keys[m]
         if p.row_scale is None:
             weights = p.plan.weight.weigh_(x)
             if not factors:
-                yield slice(0, p.columns), weights
+                yield slice(0, p.weightings), weights
             for w, factor in enumerate(factors):
-                yield p.columns_of(w), weights.mul_(factor) if w == len(factors) - 1 else weights * factor
+                last = w == len(factors) - 1
+                yield slice(w, w + 1), weights.mul_(factor) if last else weights * factor
             return
         forces, room = p.plan.weight.forces_(x), self.tiles[1](*x.shape)
         vanishing = p.vanishing(rows, keys)
@@ -110,7 +126,7 @@ class ForwardSums:
             if vanishing[w]:
                 continue
             weights = p.scaled(forces.mT, w, rows, keys, out=room.mT).mT.exp_()
-            yield p.columns_of(w), weights.mul_(factors[w]) if factors else weights
+            yield slice(w, w + 1), weights.mul_(factors[w]) if factors else weights
 
     def _vanishes(self, x: Tensor, rows: Block, keys: Block) -> bool:
         """Whether no weighting needs the tile x (problems, keys, rows). What decayed is bounded."""
@@ -132,7 +148,7 @@ class ForwardSums:
         p = self.problems
         kept = p.kept(p.rows[n], p.keys[m])
         for w, weights in enumerate(p.explicit_weights(p.rows[n], p.keys[m])[2]):
-            columns = p.columns_of(w)
+            columns = p.columns_of(slice(w, w + 1))
             y, values = self.of_rows[n][:, columns], p.values[m][:, columns]
             if kept is None:
                 y += values @ weights.mT
@@ -166,12 +182,12 @@ class ForwardSums:
 
 class BackwardSums:
     """The gradients of some problems, from that of y (problems, C, L): fills `into`, of the shapes of the
-    problems' terms; that by log gamma where it is there."""
+    problems' terms; that by log gamma where it is there. That by u takes the place of u."""
 
     def __init__(self, problems: Problems, dy: Tensor, into: Terms, tiles: list[Buffer]) -> None:
         self.problems, self.into, self.tiles = problems, into, tiles
         p = problems
-        for sums in into[2:]:
+        for sums in into[3:]:
             if sums is not None:
                 sums.zero_()
         self.dy = by_block(dy, p.rows)
@@ -179,7 +195,6 @@ class BackwardSums:
         self.key_factor = [by_block(side.key_factor, p.keys) for side in p.sides]
         self.a = [p.a[:, rows.slice] for rows in p.rows]
         self.b = [p.b[:, keys.slice] for keys in p.keys]
-        self.du_of_keys = by_block(into.u, p.keys)
         self.of_row_scales = by_weighting(into.row_scale, p.rows)
         self.of_key_scales = by_weighting(into.key_scale, p.keys)
 
@@ -189,9 +204,10 @@ class BackwardSums:
         # Sums of their own for each block: a batched product cannot add to a part of a tensor at full speed.
         da = [p.a.new_zeros(p.count, rows.size, p.a.shape[2]) for rows in p.rows]
         for m, keys in enumerate(p.keys):
-            values = [p.values[m] * factor[m] for factor in self.key_factor]
+            values = [times(p.values[m], factor[m]) for factor in self.key_factor]
             if p.rate is None:
                 values = [p.values[m]]
+            self.du = torch.zeros_like(p.values[m])
             db = p.b.new_zeros(p.count, p.b.shape[2], keys.size)
             du = [torch.zeros_like(part) for part in values]
             for n, rows in enumerate(p.rows):
@@ -209,7 +225,10 @@ class BackwardSums:
             into.b[:, keys.slice] = db.mT
             for side, part in enumerate(du):
                 self._add_side(m, side, part)
-        into.b[:, max((keys.stop for keys in p.keys), default=0) :] = 0.0
+            p.values[m].copy_(self.du)
+        beyond = max((keys.stop for keys in p.keys), default=0)
+        into.b[:, beyond:] = 0.0
+        into.u[:, :, beyond:] = 0.0
         torch.cat(da, 1, out=into.a)
         if p.plan.weight.slope_factor != 1.0:
             into.a.mul_(p.plan.weight.slope_factor)
@@ -223,8 +242,8 @@ class BackwardSums:
         """Add what the values of a side contribute to the gradients by u and log gamma."""
         p = self.problems
         if p.rate is not None:
-            du.mul_(self.key_factor[side][m])
-        self.du_of_keys[m].add_(du)
+            times_(du, self.key_factor[side][m])
+        self.du.add_(du)
         if self.into.log_decay is not None and p.sides:
             of_columns = du.mul_(p.values[m]) @ p.sides[side].key_steps[p.keys[m].slice]  # (problems, C)
             self.into.log_decay.add_(of_columns.unflatten(-1, (p.weightings, p.width)).sum(-1))
@@ -237,13 +256,13 @@ class BackwardSums:
             return self._tile(n, m, dy, values, du)
         gap = p.gap_factor(p.rows[n], p.keys[m])
         steps = p.sides[side].row_steps[p.rows[n].slice] + p.gap(p.rows[n], p.keys[m])
-        dy = dy * (self.row_factor[side][n] * gap)
+        dy = times(dy, self.row_factor[side][n] * gap)
         return self._tile(n, m, dy, values, du, add_rate=lambda dlogits: dlogits.sum(2) @ steps)
 
     def _diagonal(self, n: int, m: int) -> Tensor:
         p = self.problems
         factors = p.diagonal_factor(p.rows[n], p.keys[m], rows_first=True)
-        of_tile = self.dy[n], p.values[m], self.du_of_keys[m], factors
+        of_tile = self.dy[n], p.values[m], self.du, factors
         if p.rate is None:
             return self._tile(n, m, *of_tile)
         distance = p.distance(p.rows[n], p.keys[m]).flatten()
@@ -277,7 +296,7 @@ class BackwardSums:
         room, decayed, spare = (tile(*shape) for tile in self.tiles[2:5])
         weights, slope = p.plan.weight.weights_and_slope_(x, room)
         for w in range(p.weightings):
-            columns = p.columns_of(w)
+            columns = p.columns_of(slice(w, w + 1))
             own = torch.mul(weights, factors[w], out=decayed) if factors else weights
             du[:, columns].add_(torch.bmm(dy[:, columns], own))
             dlogits = torch.bmm(dy[:, columns].mT, values[:, columns], out=spare if w else dx).mul_(own)
@@ -308,7 +327,7 @@ class BackwardSums:
         for w in range(p.weightings):
             if vanishing[w]:
                 continue
-            columns = p.columns_of(w)
+            columns = p.columns_of(slice(w, w + 1))
             logits = p.scaled(forces, w, rows, keys, out=room)
             weights = torch.exp(logits, out=own)
             if factors:
@@ -336,9 +355,9 @@ class BackwardSums:
         x, plain, all_weights = p.explicit_weights(rows, keys)
         dx = torch.zeros_like(x)
         for w, weights in enumerate(all_weights):
-            columns = p.columns_of(w)
+            columns = p.columns_of(slice(w, w + 1))
             dy, u = self.dy[n][:, columns], p.values[m][:, columns]
-            du = self.du_of_keys[m][:, columns]
+            du = self.du[:, columns]
             if kept is None:
                 du += dy @ weights
                 dlogits = dy.mT @ u
@@ -367,8 +386,10 @@ def forward_sums(plan: Plan, terms: Terms) -> Tensor:
 
 
 def backward_sums(plan: Plan, terms: Terms, dy: Tensor, want_rate: bool) -> Terms:
-    """The gradients from that of y (B, C, L); by log gamma if wanted."""
-    into = Terms(*(None if x is None else torch.empty_like(x) for x in terms))  # type: ignore[arg-type]
+    """The gradients from that of y (B, C, L); by log gamma if wanted. u is used up: its gradient takes its
+    place, since the two are the larger part of the memory."""
+    scalars = [None if x is None else torch.empty_like(x) for x in terms[3:]]
+    into = Terms(torch.empty_like(terms.a), torch.empty_like(terms.b), terms.u, *scalars)
     if not want_rate:
         into = into._replace(log_decay=None)
     tiles = [Buffer(terms.a) for _ in range(6)]

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from attention_engine.attention_scores import Mask, Score
 from attention_engine.lowered_scores import LoweredScore, lower, shares_tiles
-from attention_engine.tile_plan import BLOCK, Plan
+from attention_engine.tile_plan import BLOCK, Plan, Terms
 from attention_engine.tile_sums import backward_sums, forward_sums
 
 SMALLEST_SUM = 1e-30
@@ -188,13 +188,16 @@ def _backward(
     too, total is (B, U, 1, L)."""
     with torch.enable_grad():
         lowered = call.lowered(chunk, parts)
-    dy = _quotient_backward(call, output, doutput, total)
-    terms, log_decay = lowered.terms, lowered.terms.log_decay
+    log_decay = lowered.terms.log_decay
     learned = log_decay is not None and log_decay.requires_grad
     with torch.no_grad():
-        gradients = backward_sums(plan, terms, dy.flatten(1, 2), learned)
+        a, b, u, *scalars = (None if x is None else x.detach() for x in lowered.terms)
+        assert a is not None and b is not None and u is not None
+        dy = _quotient_backward(call, output, doutput, total).flatten(1, 2)
+        gradients = backward_sums(plan, Terms(a, b, u, *scalars), dy, learned)
+        del dy
     outputs, upstream = [], []
-    for x, dx in zip(terms, gradients, strict=True):
+    for x, dx in zip(lowered.terms, gradients, strict=True):
         if isinstance(x, Tensor) and x.requires_grad:
             outputs.append(x)
             upstream.append(dx)
@@ -204,11 +207,12 @@ def _backward(
 
 def _quotient_backward(call: Call, output: Tensor, doutput: Tensor, total: Tensor) -> Tensor:
     """The gradient (B, U, D + 1, L) by y, from that by output = y[:D] / y[D]; total = y[D]."""
+    dtotal = (doutput * output).sum(-1, keepdim=True).neg_()  # first: it makes room for dy
     dy = total.new_empty(*total.shape[:2], output.shape[-1] + 1, total.shape[3])
     of_values, of_total = (call.heads_last(part, output) for part in (dy[:, :, :-1], dy[:, :, -1:]))
     total = call.heads_last(total, output)
     torch.div(doutput, total, out=of_values)
-    torch.div((doutput * output).sum(-1, keepdim=True).neg_(), total, out=of_total)
+    torch.div(dtotal, total, out=of_total)
     return dy
 
 

@@ -5,8 +5,8 @@
   `r2 + softening = [-2 q, |q|^2 + D softening, 1] . [k, 1, |k|^2] / D`. Of a single timescale, masses and G
   are divided into a and b, so that the force is x^(-p/2) and their gradients come out of ordinary autograd
   on a and b. Several timescales of the same q and k share the tile of distances; their masses and G are the
-  scales of rows and keys. With normalization "force" the weight itself is that power, no exponential at all;
-  the key mass goes into u.
+  scales of rows and keys. With normalization "force" the weight itself is that power, times the mass of the
+  key: no exponential at all.
 - u = [v, 1], zero where a key is padding.
 
 A chunk is lowered twice, so passes over memory count: padding is multiplied away, which takes a quarter of
@@ -127,17 +127,15 @@ def _lower_gravity(
             a, b = near.distance_factors(score.softening, *roots)
             return Parts(a, b, _with_ones(v, kept), weight, log_largest)
     a, b = near.distance_factors(score.softening)
-    if share and strength is not None:
-        u = _with_ones(v, kept)[0].unsqueeze(2).expand(-1, -1, len(strength), -1, -1)  # (N, H, T, D + 1, S)
-        scales = (x.squeeze(-1).permute(1, 2, 0, 3).flatten(0, 1) for x in (strength, key_mass))
-        return Parts(a, b, u.flatten(2, 3).unsqueeze(0), weight, log_largest, *scales)
-    if kept is not None:
-        key_mass = key_mass * kept
     if not share:
-        return Parts(a, b, _with_ones(v, key_mass), weight, log_largest)
-    ones = _with_ones(v[0], None)
-    u = torch.cat([ones * mass.mT for mass in key_mass], -2)  # (N, H, T (D + 1), S)
-    return Parts(a, b, u.unsqueeze(0), weight, log_largest)
+        return Parts(a, b, _with_ones(v, key_mass if kept is None else key_mass * kept), weight, log_largest)
+    row_scale, key_scale = (None if x is None else _of_weightings(x) for x in (strength, key_mass))
+    return Parts(a, b, _with_ones(v, kept), weight, log_largest, row_scale, key_scale)
+
+
+def _of_weightings(x: Tensor) -> Tensor:
+    """(T, N, H, L, 1) -> (B, U, L)."""
+    return x.squeeze(-1).permute(1, 2, 0, 3).flatten(0, 1)
 
 
 def _inverse_root(mass: Tensor, power: float) -> Tensor:

@@ -172,10 +172,10 @@ class Terms(NamedTuple):
 
     a: Tensor  # (B, L, A)
     b: Tensor  # (B, S, A)
-    u: Tensor  # (B, C, S)
+    u: Tensor  # (B, C, S), or (B, W, S) where key_scale is given: then all weightings weigh the same
     log_decay: Tensor | None  # (B, U), below 0
     row_scale: Tensor | None  # (B, U, L), above 0: with the key's, what multiplies the logarithm of a weight
-    key_scale: Tensor | None  # (B, U, S)
+    key_scale: Tensor | None  # (B, U, S), above 0: what multiplies the weight, where no row_scale is given
 
     def of(self, span: slice) -> "Terms":
         scalars = (None if x is None else x[span] for x in self[3:])
@@ -215,9 +215,9 @@ class Problems:
         self.plan, self.span = plan, span
         self.a, self.b, self.u, self.rate, self.row_scale, self.key_scale = terms.of(span)
         self.count, self.length, _ = self.a.shape
-        self.columns = self.u.shape[1]
         self.weightings = plan.least_sum.shape[1]
-        self.width = self.columns // self.weightings
+        self.width = self.u.shape[1] // (self.weightings if self.key_scale is None else 1)
+        self.columns = self.weightings * self.width
         windows = plan.windows[span]
         self.windows = [max(of_weighting) for of_weighting in zip(*windows, strict=True)]
         self.shortest_window = min(min(of_problem) for of_problem in windows)
@@ -228,7 +228,7 @@ class Problems:
         beside = self.rate is not None and len(self.rows) + len(self.keys) > 2
         self.sides = (self._side(before=True), self._side(before=False)) if beside else ()
         # Views are made once: making one costs a hundredth of a tile.
-        self.values = by_block(self.u, self.keys)
+        self.u_of_keys = by_block(self.u, self.keys)
         self.row_scales = by_weighting(self.row_scale, self.rows)
         self.key_scales = by_weighting(self.key_scale, self.keys)
         rates = [[0.0] * self.weightings] if self.rate is None else self.rate.tolist()
@@ -257,6 +257,19 @@ class Problems:
         assert self.rate is not None
         powers = (self.rate[:, :, None] * distance).exp_()
         return powers if largest <= self.shortest_window else powers.masked_fill_(distance > self.reach, 0.0)
+
+    def values(self, m: int) -> Tensor:
+        """The u of a block of keys for every weighting (problems, C, keys)."""
+        if self.key_scale is None:
+            return self.u_of_keys[m]
+        if self.row_scale is None:
+            return (self.u_of_keys[m].unsqueeze(1) * self.key_scale_of(m)).flatten(1, 2)
+        return self.u_of_keys[m].repeat(1, self.weightings, 1)
+
+    def key_scale_of(self, m: int) -> Tensor:
+        """(problems, U, 1, keys)."""
+        assert self.key_scale is not None
+        return self.key_scale[:, :, None, self.keys[m].slice]
 
     def shifted(self, rows: Block) -> bool:
         return (self.span.start, rows.start) in self.plan.shifts
@@ -316,7 +329,10 @@ class Problems:
         if self.row_scale is not None and self.key_scale is not None:
             log_weight = log_weight * self.row_scale[:, :, rows.slice].amax(2)
             log_weight = log_weight * self.key_scale[:, :, keys.slice].amax(2)
-        largest = self.u[:, self.width - 1 :: self.width, keys.slice].amax(2)
+        largest = self.u[:, self.width - 1 :: self.width, keys.slice]  # (problems, U or 1, keys)
+        if self.key_scale is not None and self.row_scale is None:
+            largest = largest * self.key_scale[:, :, keys.slice]
+        largest = largest.amax(2)
         return log_weight + largest.log() + self.gap(rows, keys) * self.rate + math.log(keys.size)
 
     def gap(self, rows: Block, keys: Block) -> int:

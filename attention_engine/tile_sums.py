@@ -85,7 +85,8 @@ class ForwardSums:
 
     def _add_keys(self, m: int) -> None:
         p, keys = self.problems, self.problems.keys[m]
-        values = [times(p.values[m], factor[m]) for factor in self.key_factor] or [p.values[m]]
+        plain = p.values(m)
+        values = [times(plain, factor[m]) for factor in self.key_factor] or [plain]
         for n, rows in enumerate(p.rows):
             if p.explicit(rows) or not p.visible(rows, keys):
                 continue
@@ -93,7 +94,7 @@ class ForwardSums:
             if p.on_diagonal(rows, keys):
                 for which, weights in self._weights(x, n, m, p.diagonal_factor(rows, keys, False)):
                     columns = p.columns_of(which)
-                    self.of_rows[n][:, columns].add_(torch.bmm(p.values[m][:, columns], weights))
+                    self.of_rows[n][:, columns].add_(torch.bmm(plain[:, columns], weights))
                 continue
             if self._vanishes(x, rows, keys):
                 continue
@@ -146,10 +147,10 @@ class ForwardSums:
 
     def _add_explicit(self, n: int, m: int) -> None:
         p = self.problems
-        kept = p.kept(p.rows[n], p.keys[m])
+        kept, plain = p.kept(p.rows[n], p.keys[m]), p.values(m)
         for w, weights in enumerate(p.explicit_weights(p.rows[n], p.keys[m])[2]):
             columns = p.columns_of(slice(w, w + 1))
-            y, values = self.of_rows[n][:, columns], p.values[m][:, columns]
+            y, values = self.of_rows[n][:, columns], plain[:, columns]
             if kept is None:
                 y += values @ weights.mT
             else:  # dropped weights still count in the sum of weights, the last row
@@ -204,10 +205,11 @@ class BackwardSums:
         # Sums of their own for each block: a batched product cannot add to a part of a tensor at full speed.
         da = [p.a.new_zeros(p.count, rows.size, p.a.shape[2]) for rows in p.rows]
         for m, keys in enumerate(p.keys):
-            values = [times(p.values[m], factor[m]) for factor in self.key_factor]
+            self.values = p.values(m)
+            values = [times(self.values, factor[m]) for factor in self.key_factor]
             if p.rate is None:
-                values = [p.values[m]]
-            self.du = torch.zeros_like(p.values[m])
+                values = [self.values]
+            self.du = torch.zeros_like(self.values)
             db = p.b.new_zeros(p.count, p.b.shape[2], keys.size)
             du = [torch.zeros_like(part) for part in values]
             for n, rows in enumerate(p.rows):
@@ -225,7 +227,7 @@ class BackwardSums:
             into.b[:, keys.slice] = db.mT
             for side, part in enumerate(du):
                 self._add_side(m, side, part)
-            p.values[m].copy_(self.du)
+            self._finish_du(m)
         beyond = max((keys.stop for keys in p.keys), default=0)
         into.b[:, beyond:] = 0.0
         into.u[:, :, beyond:] = 0.0
@@ -233,10 +235,22 @@ class BackwardSums:
         if p.plan.weight.slope_factor != 1.0:
             into.a.mul_(p.plan.weight.slope_factor)
             into.b.mul_(p.plan.weight.slope_factor)
-        # So far that by the logarithm of a scale.
-        for gradient, scale in ((into.row_scale, p.row_scale), (into.key_scale, p.key_scale)):
-            if gradient is not None and scale is not None:
-                gradient.div_(scale)
+        if p.row_scale is not None:  # so far those by scales are by their logarithms
+            for gradient, scale in ((into.row_scale, p.row_scale), (into.key_scale, p.key_scale)):
+                if gradient is not None and scale is not None:
+                    gradient.div_(scale)
+
+    def _finish_du(self, m: int) -> None:
+        """The gradient by u in the place of u, and that by the scale of its keys."""
+        p, u = self.problems, self.problems.u_of_keys[m]
+        if p.key_scale is None:
+            u.copy_(self.du)
+            return
+        du = self.du.unflatten(1, (p.weightings, p.width))
+        if p.row_scale is None and self.into.key_scale is not None:
+            self.into.key_scale[:, :, p.keys[m].slice] = (du * u.unsqueeze(1)).sum(2)
+            du.mul_(p.key_scale_of(m))
+        torch.sum(du, 1, out=u)
 
     def _add_side(self, m: int, side: int, du: Tensor) -> None:
         """Add what the values of a side contribute to the gradients by u and log gamma."""
@@ -245,7 +259,7 @@ class BackwardSums:
             times_(du, self.key_factor[side][m])
         self.du.add_(du)
         if self.into.log_decay is not None and p.sides:
-            of_columns = du.mul_(p.values[m]) @ p.sides[side].key_steps[p.keys[m].slice]  # (problems, C)
+            of_columns = du.mul_(self.values) @ p.sides[side].key_steps[p.keys[m].slice]  # (problems, C)
             self.into.log_decay.add_(of_columns.unflatten(-1, (p.weightings, p.width)).sum(-1))
 
     def _beside(self, n: int, m: int, side: int, values: Tensor, du: Tensor) -> Tensor:
@@ -262,7 +276,7 @@ class BackwardSums:
     def _diagonal(self, n: int, m: int) -> Tensor:
         p = self.problems
         factors = p.diagonal_factor(p.rows[n], p.keys[m], rows_first=True)
-        of_tile = self.dy[n], p.values[m], self.du, factors
+        of_tile = self.dy[n], self.values, self.du, factors
         if p.rate is None:
             return self._tile(n, m, *of_tile)
         distance = p.distance(p.rows[n], p.keys[m]).flatten()
@@ -356,7 +370,7 @@ class BackwardSums:
         dx = torch.zeros_like(x)
         for w, weights in enumerate(all_weights):
             columns = p.columns_of(slice(w, w + 1))
-            dy, u = self.dy[n][:, columns], p.values[m][:, columns]
+            dy, u = self.dy[n][:, columns], self.values[:, columns]
             du = self.du[:, columns]
             if kept is None:
                 du += dy @ weights
@@ -378,7 +392,8 @@ class BackwardSums:
 
 def forward_sums(plan: Plan, terms: Terms) -> Tensor:
     """y (B, C, L); see the top of the file."""
-    y = terms.a.new_empty(len(terms.a), terms.u.shape[1], terms.a.shape[1])
+    columns = terms.u.shape[1] * (1 if terms.key_scale is None else terms.key_scale.shape[1])
+    y = terms.a.new_empty(len(terms.a), columns, terms.a.shape[1])
     tiles = [Buffer(terms.a) for _ in range(2)]
     for problems in groups_of(plan, terms):
         ForwardSums(problems, y[problems.span], tiles).run()

@@ -284,8 +284,8 @@ def _windows(
     own = weight.log_weight((a[:, near] * b[:, near]).sum(-1)).unsqueeze(-1)  # of each row's own key
     if row_scale is not None and key_scale is not None:
         own = own * (row_scale[:, :, near] * key_scale[:, :, near]).mT
-    if not weight.exponential:
-        own = own + u.unflatten(1, (weightings, -1))[:, :, -1, near].mT.log()
+    elif not weight.exponential:
+        own = own + (u[:, -1:] if key_scale is None else key_scale)[:, :, near].mT.log()
     if padding is not None:
         own = own.masked_fill(padding[:, near, None], math.inf)
     log_beyond = log_largest + (2 / -log_decay.expm1()).log() - math.log(tolerance)  # of all keys, at d = 0

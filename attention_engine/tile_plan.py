@@ -5,8 +5,8 @@ factors: with i0 the first row and j1 the last key before it, gamma^(i - i0) gam
 Tiles on the diagonal of a decay, and tiles with masks or dropout, are explicit: weights are made in log
 space. So is every tile of a "shifted" block of rows, with the largest logit of each row subtracted.
 
-Symbols: B problems (a timescale of a head of an example), L rows, S keys, U weightings that share a tile, C
-columns of u, C / U for each weighting.
+Symbols: B problems (a timescale of a head of an example), L rows, S keys, U weightings that share a tile, W
+values of a key, C = U W.
 """
 
 import itertools

@@ -3,8 +3,10 @@ forgotten, and made again in the backward. Plain torch, any device, no compiler.
 
 ::
 
-    y_i = sum_j e(x_ij) gamma^|i - j| u_j,   x_ij = a_i . b_j,   e(x) = exp(x), exp(x^(-p/2)) or x^(-p/2)
+    y_i = sum_j e_ij(a_i . b_j) gamma^|i - j| u_j
+    e_ij(x) = exp(x), exp(r_i s_j x^(-p/2)) or s_j x^(-p/2)
 
+with scales r and s of rows and keys, or 1. Several weightings may share x: they differ by scales and decay.
 `tiled_attention` brings every score into this form. With u = [v, 1] the last row of y sums the weights, so
 that attention is y[:D] / y[D]; the tiles know neither softmax nor its gradient.
 
@@ -17,7 +19,7 @@ that attention is y[:D] / y[D]; the tiles know neither softmax nor its gradient.
   log space too, with no shift.
 
 Symbols: B problems (a timescale of a head of an example), L queries, S keys, A width of a and b, U weightings
-that share a tile, C = U W rows of u and y, W = C / U.
+that share a tile, W values of a key, C = U W rows of y.
 """
 
 import math

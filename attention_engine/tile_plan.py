@@ -217,7 +217,6 @@ class Problems:
         self.count, self.length, _ = self.a.shape
         self.weightings = plan.least_sum.shape[1]
         self.width = self.u.shape[1] // (self.weightings if self.key_scale is None else 1)
-        self.columns = self.weightings * self.width
         windows = plan.windows[span]
         self.windows = [max(of_weighting) for of_weighting in zip(*windows, strict=True)]
         self.shortest_window = min(min(of_problem) for of_problem in windows)

@@ -1,7 +1,7 @@
 """What makes a mechanism a drop-in for `nn.MultiheadAttention(batch_first=True)`.
 
 `AttentionModule` checks arguments, projects and splits heads, merges masks, calls the engine and shapes
-the results. A mechanism adds its score, and a decoder where it has several timescales:
+the results. A mechanism adds its score, and `project_out` where it has several timescales:
 
     class MyAttention(AttentionModule):
         def score(self, query, key):                  # -> attention_scores.Score

@@ -52,6 +52,7 @@ class Chunk(NamedTuple):
         return self.examples, self.timescales if x.shape[1] > 1 else slice(0, 1), self.heads
 
     def of(self, name: str, x: Tensor) -> Tensor:
+        """That part."""
         return x[self.part(name, x)]
 
     def cut(self, tensors: Sequence[Tensor | None]) -> Parts:

@@ -22,28 +22,28 @@ import pandas as pd
 
 from command_line import EXIT_DONE, InputError, Parser, choose, exit_code
 from reporting.accuracy_against_cost import progress_metrics, progress_table, target_accuracies
-from reporting.analysis_report import report
+from reporting.analysis_report import render_report
 from reporting.comparison_tables import (
     TIMED_METRICS,
     compare,
-    default_baseline,
     epoch_table,
     learned_table,
     metric_table,
-    models_of,
-    read_patterns,
     summarize,
+)
+from reporting.figure_style import figure_style, model_styles, save_figure
+from reporting.run_results import (
+    MIXED,
+    JoinedResults,
+    default_baseline,
+    models_of,
+    read_joined,
+    read_patterns,
     task_facts,
     tasks_of,
 )
-from reporting.figure_style import figure_style, model_styles, save_figure
-from reporting.joined_results import MIXED, JoinedResults, read_joined
-from reporting.paired_predictions import compare_predictions, read_predictions
-from reporting.report_blocks import FigureNote
-from reporting.report_html import html_report
-from reporting.report_markdown import markdown_report
 from reporting.summary_tables import Analysis, tables
-from reporting.task_figures import TaskFigures, file_stems
+from reporting.task_figures import DrawnFigure, TaskView, file_stems, task_figures
 from reporting.text_tables import latex_table, markdown_table
 from results_folder import ANALYSIS, Cell, replaced_folder, write_text
 
@@ -78,18 +78,19 @@ def analyze(
     stems = file_stems(list(analysis.facts))
     with replaced_folder(target) as fresh, figure_style():
         (fresh / "figures").mkdir()
-        notes: dict[str, list[FigureNote]] = {task: [] for task in stems}
+        drawn: dict[str, list[DrawnFigure]] = {task: [] for task in stems}
         for task, stem in stems.items():
-            for note, figure in TaskFigures(analysis, task, stem, epochs, progress, patterns, styles).draw():
-                save_figure(figure, fresh / "figures", note.stem)
-                notes[task].append(note)
+            for one, figure in task_figures(
+                TaskView(analysis, task, stem, epochs, progress, patterns, styles)
+            ):
+                save_figure(figure, fresh / "figures", one.stem)
+                drawn[task].append(one)
         shown = tables(analysis)
         write_text(fresh / "summary.csv", summary_csv(analysis))
         write_text(fresh / "summary.md", "\n\n".join(map(markdown_table, shown)) + "\n")
         write_text(fresh / "summary.tex", "\n\n".join([LATEX_HEAD, *map(latex_table, shown)]) + "\n")
-        blocks = report(analysis, notes)
-        write_text(fresh / "report.md", markdown_report(blocks))
-        write_text(fresh / "report.html", html_report(blocks, fresh / "figures"))
+        for name, text in render_report(analysis, drawn, fresh / "figures").items():
+            write_text(fresh / name, text)
     return target
 
 
@@ -106,7 +107,6 @@ def make_analysis(
     targets = target_accuracies(progress, {task: one.chance for task, one in facts.items()}, baseline)
     more = progress_metrics(progress, targets)
     table = pd.concat([measured, more], ignore_index=True) if len(more) else measured
-    predictions, no_predictions = read_predictions(results)
     return Analysis(
         joined=joined,
         facts=facts,
@@ -118,8 +118,6 @@ def make_analysis(
         baseline=baseline,
         no_patterns=no_patterns,
         targets=targets,
-        predictions=compare_predictions(predictions, baseline),
-        no_predictions=no_predictions,
     )
 
 
@@ -135,7 +133,7 @@ def check_replaceable(target: Path) -> None:
 
 
 def summary_csv(analysis: Analysis) -> str:
-    """The tidy table: task, model, seed, metric, value, notice (smoke run, stand-in data, shared device)."""
+    """The tidy table: task, model, seed, metric, value, notice (smoke run, shared device)."""
     notices = [
         analysis.notice(task, timed=metric in TIMED_METRICS)
         for task, metric in zip(analysis.table["task"], analysis.table["metric"], strict=True)

@@ -14,9 +14,11 @@ position. q, k and v have shape (N, T', H, L or S, D), where T' is T, or 1 where
 True in a boolean mask means blocked.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +28,29 @@ from attention_engine.attention_scores import DotProduct, Mask, Score
 from attention_engine.tiled_attention import tiled_attention
 
 BACKENDS = ("auto", "dense", "tiled", "sdpa", "triton")
-# What "auto" chooses from, fastest first. "triton" takes its place before "tiled" once `pytest -m gpu` has
-# passed on a GPU: until then its kernels are known from the interpreter only.
-AUTO_BACKENDS = ("sdpa", "tiled", "dense")
+# What "auto" chooses from, fastest first.
+AUTO_BACKENDS = ("sdpa", "triton", "tiled", "dense")
 TRITON_LARGEST_HEAD_DIM = 256
+
+
+_chosen = ["auto"]  # by `use_backend`, the innermost last
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Attend with a backend wherever "auto" would choose one, as inside the modules:
+
+        with use_backend("dense"):
+            output, _ = attention(x, x, x)
+
+    Raises ValueError where it is none of BACKENDS; `attend` does where it cannot do what is asked for."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    _chosen.append(backend)
+    try:
+        yield
+    finally:
+        _chosen.pop()
 
 
 def token_distance(query_length: int, key_length: int, device: torch.device) -> Tensor:
@@ -74,10 +95,12 @@ def attend(
     dtype and, with `need_weights`, the weights (N, T, H, L, S) before dropout. A row with no key gives zeros.
     Distances, exponentials and sums are in float32 at least, with autocast off.
 
-    dropout: the probability of dropping a weight. backend: one of BACKENDS; ValueError where it cannot do
-    what is asked for. skip_far_keys: whether "tiled" and "triton" leave out keys that decay makes
-    negligible.
+    dropout: the probability of dropping a weight. backend: one of BACKENDS, "auto" being that of
+    `use_backend` or else the fastest; ValueError where it cannot do what is asked for. skip_far_keys: whether
+    "tiled" and "triton" leave out keys that decay makes negligible.
     """
+    if backend == "auto":
+        backend = _chosen[-1]
     if backend == "auto":
         empty = not (q.numel() and k.numel())
         backend = "dense" if empty else fastest_backend(q, score, mask, dropout, need_weights)

@@ -102,6 +102,12 @@ def one_line(text: object) -> str:
     return " ".join(str(text).splitlines())
 
 
+def first_line(error: BaseException) -> str:
+    """An error's kind and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def choose(name: str, known: Iterable[str], what: str) -> str:
     """`name` if it is known, else InputError with the nearest known name and all of them."""
     known = list(known)

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from attention_engine.attention_module import AttentionModule
 from attention_engine.attention_scores import DotProduct
+from attention_module import AttentionModule
 
 
 class ConventionalAttention(AttentionModule):

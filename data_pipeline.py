@@ -8,7 +8,6 @@
 |---|---|---|
 | imdb | 22,500 / 2,500 / 25,000 film reviews (tasks/imdb.py), 2 classes | bytes or words |
 | listops | 96,000 / 2,000 / 2,000 expressions (tasks/listops.py), 10 classes | 15 symbols |
-| synthetic_reviews | made-up documents (tasks/synthetic_reviews.py), 2 classes | bytes or words |
 
 IMDb's validation split is a stratified tenth of its training set, drawn by --data-seed before any subset is
 taken; the test set is never used for it. A new task is a function from DataSettings to TaskData in TASKS.
@@ -38,8 +37,7 @@ from command_line import (
 )
 from tasks import imdb, listops, listops_tsv
 from tasks.array_cache import Arrays, cached_arrays
-from tasks.imdb_download import MissingData, download_archive
-from tasks.synthetic_reviews import generate_reviews
+from tasks.imdb_download import DataUnavailableError, download_archive
 from tasks.task_data import DataSettings, TaskData
 from tasks.text_tokenizers import (
     WORD_VERSION,
@@ -54,7 +52,6 @@ from tasks.token_dataset import (
     TokenDataset,
     concatenate,
     evaluation_batches,
-    offsets_of,
     stratified_choice,
     training_batches,
 )
@@ -64,8 +61,8 @@ __all__ = [
     "Batch",
     "ByteTokenizer",
     "DataSettings",
+    "DataUnavailableError",
     "ListOpsTokenizer",
-    "MissingData",
     "TaskData",
     "TokenDataset",
     "WordTokenizer",
@@ -76,8 +73,7 @@ __all__ = [
 
 TEXT_LENGTH = 4096
 LISTOPS_SIZES = {"train": 96_000, "val": 2_000, "test": 2_000}
-SYNTHETIC_SIZES = {"train": 22_500, "val": 2_500, "test": 5_000}
-SENTIMENTS = ("negative", "positive")
+CLASS_NAMES = ("negative", "positive")
 
 PROG = "data_pipeline.py"
 EXAMPLES = """examples:
@@ -96,8 +92,9 @@ SHOWN_TOKENS = 200
 
 
 def load_imdb(settings: DataSettings) -> TaskData:
-    """Film reviews of IMDb, 0 negative, 1 positive. Raises MissingData where they cannot be had."""
-    _refuse_min_length(settings, "imdb")
+    """Film reviews of IMDb, 0 negative, 1 positive. Raises DataUnavailableError where they cannot be had."""
+    if settings.min_length is not None:
+        raise InputError("--min-length means nothing to imdb: it is for listops")
     folder = Path(settings.data_dir).expanduser() if settings.data_dir else None
     reviews = imdb.load_reviews(folder, settings.cache_folder)
     validation = stratified_choice(
@@ -118,18 +115,29 @@ def load_imdb(settings: DataSettings) -> TaskData:
     }
     texts = concatenate([reviews.train, reviews.test])
     chosen["test"] += len(reviews.train)
-
-    def words() -> tuple[TokenDataset, tuple[str, ...]]:
+    length = settings.max_length or TEXT_LENGTH
+    tokenizer: ByteTokenizer | WordTokenizer
+    if settings.tokenizer == "byte":
+        tokenizer = ByteTokenizer()
+        cut = {split: texts.take(index, length) for split, index in chosen.items()}
+        splits = {
+            split: replace(part, tokens=tokenizer.encode_bytes(part.tokens)) for split, part in cut.items()
+        }
+    else:
         key = f"imdb-words-{reviews.sha256[:32]}-v{WORD_VERSION}"
-        return _cached_words(texts, settings.cache_folder, key)
-
-    source = {"source": reviews.source, "sha256": reviews.sha256, "official_archive": reviews.official}
-    return _text_task("imdb", "IMDb", texts, chosen, words, settings, source)
-
-
-def _refuse_min_length(settings: DataSettings, name: str) -> None:
-    if settings.min_length is not None:
-        raise InputError(f"--min-length means nothing to {name}: it is for listops")
+        counted, lexicon = _cached_words(texts, settings.cache_folder, key)
+        cut = {split: counted.take(index, length) for split, index in chosen.items()}
+        tokenizer, table = make_vocabulary(cut["train"], lexicon, settings.word_vocabulary)
+        splits = {split: replace(part, tokens=table[part.tokens]) for split, part in cut.items()}
+    about = {
+        "source": reviews.source,
+        "sha256": reviews.sha256,
+        "official_archive": reviews.official,
+        "tokenizer": settings.tokenizer,
+        "cut_at_tokens": length,
+    }
+    title = f"IMDb, {settings.tokenizer}s" + (" (LRA Text)" if settings.tokenizer == "byte" else "")
+    return _task("imdb", title, CLASS_NAMES, splits, tokenizer, settings, about)
 
 
 def _subset(
@@ -154,54 +162,6 @@ def _cached_words(texts: TokenDataset, cache: Path, key: str) -> tuple[TokenData
     kept = cached_arrays(cache, key, make)
     lexicon = tuple(kept["lexicon"].tobytes().decode().split("\n"))
     return TokenDataset(kept["ids"], kept["offsets"], texts.labels), lexicon
-
-
-def load_synthetic_reviews(settings: DataSettings) -> TaskData:
-    """Made-up reviews that fit into --max-length as a whole, 0 negative, 1 positive."""
-    _refuse_min_length(settings, "synthetic_reviews")
-    length = settings.max_length or TEXT_LENGTH
-    # A word and its space take some six bytes: documents of as many words are seldom cut.
-    max_bytes = min(TEXT_LENGTH, length if settings.tokenizer == "byte" else 5 * length)
-    sizes = settings.sizes(SYNTHETIC_SIZES)
-    splits = generate_reviews(sizes, max_bytes, settings.data_seed)
-    texts = concatenate([splits["train"], splits["val"], splits["test"]])
-    bounds = offsets_of(list(sizes.values()))
-    chosen = {name: np.arange(bounds[k], bounds[k + 1]) for k, name in enumerate(sizes)}
-    source = {"source": f"synthetic_reviews.py, at most {max_bytes} bytes", "sha256": _sha256(texts)}
-    title = "Synthetic reviews"
-    return _text_task("synthetic_reviews", title, texts, chosen, lambda: count_words(texts), settings, source)
-
-
-def _text_task(
-    name: str,
-    title: str,
-    texts: TokenDataset,
-    chosen: dict[str, NDArray[np.int64]],
-    words: Callable[[], tuple[TokenDataset, tuple[str, ...]]],
-    settings: DataSettings,
-    source: dict[str, Any],
-) -> TaskData:
-    """A text task from its documents as bytes.
-
-    chosen: by split, positions in `texts`. words: makes the same documents as ids into a lexicon of words."""
-    length = settings.max_length or TEXT_LENGTH
-    tokenizer: ByteTokenizer | WordTokenizer
-    if settings.tokenizer == "byte":
-        tokenizer = ByteTokenizer()
-        cut = {split: texts.take(index, length) for split, index in chosen.items()}
-        splits = {
-            split: replace(part, tokens=tokenizer.encode_bytes(part.tokens)) for split, part in cut.items()
-        }
-    else:
-        counted, lexicon = words()
-        cut = {split: counted.take(index, length) for split, index in chosen.items()}
-        tokenizer, table = make_vocabulary(cut["train"], lexicon, settings.word_vocabulary)
-        splits = {split: replace(part, tokens=table[part.tokens]) for split, part in cut.items()}
-    arena = " (LRA Text)" if name == "imdb" and settings.tokenizer == "byte" else ""
-    about = source | {"tokenizer": settings.tokenizer, "cut_at_tokens": length}
-    return _task(
-        name, f"{title}, {settings.tokenizer}s{arena}", SENTIMENTS, splits, tokenizer, settings, about
-    )
 
 
 def load_listops(settings: DataSettings) -> TaskData:
@@ -295,13 +255,12 @@ def _task(
 TASKS: dict[str, Callable[[DataSettings], TaskData]] = {
     "imdb": load_imdb,
     "listops": load_listops,
-    "synthetic_reviews": load_synthetic_reviews,
 }
 
 
 def load_task(name: str, settings: DataSettings) -> TaskData:
     """A task's data. Raises InputError for an unknown task or data that cannot be used, and its subclass
-    MissingData where IMDb is not to be had."""
+    DataUnavailableError where IMDb is not to be had."""
     return TASKS[choose(name, TASKS, "task")](settings)
 
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_engine.attention_module import AttentionModule
 from attention_engine.attention_scores import Gravity
+from attention_module import AttentionModule
 
 NORMALIZATIONS = ("softmax", "force")
 

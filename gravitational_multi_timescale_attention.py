@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from attention_engine.attention_module import AttentionModule
 from attention_engine.attention_scores import Gravity
+from attention_module import AttentionModule
 from gravitational_attention import GravitationalField
-from multi_timescale_attention import Discounts, TimescaleDecoder
+from multi_timescale_attention import Discounts, TimescaleDecoder, number_of_timescales
 
 
 class GravitationalMultiTimescaleAttention(AttentionModule):
@@ -34,7 +34,10 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
         lag_bins = torch.einsum("bt,tld->lbd", mixing, read)
         output = lag_bins.flatten(1) @ W_o.T + b_o
 
-    The arguments are those of `GravitationalAttention` and `MultiTimescaleAttention`, with their defaults.
+    embed_dim, num_heads, dropout, bias: as in `nn.MultiheadAttention`.
+    num_timescales, gammas, learn_gammas, decoder, discount: as in `MultiTimescaleAttention`.
+    softening, distance_power, normalization: as in `GravitationalAttention`.
+
     With discount="logits" the weights are `(force * gamma[t] ** distance).softmax(-1)`: far tokens pull with
     no force and keep the weight e^0. It raises with normalization="force": there the logit is log(force),
     whose zero, to which far logits would go, is a matter of the unit of force.
@@ -47,7 +50,7 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
         dropout: float = 0.0,
         bias: bool = True,
         *,
-        num_timescales: int = 3,
+        num_timescales: int | None = None,
         gammas: Sequence[float] | None = None,
         learn_gammas: bool = True,
         decoder: Literal["laplace", "linear", "mlp"] = "laplace",
@@ -59,6 +62,7 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        num_timescales = number_of_timescales(num_timescales, gammas)
         super().__init__(
             embed_dim,
             num_heads,

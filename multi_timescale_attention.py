@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_engine.attention_module import AttentionModule
 from attention_engine.attention_scores import DotProduct
+from attention_module import AttentionModule
 
 DECODERS = ("laplace", "linear", "mlp")
 DISCOUNTS = ("weights", "logits")
@@ -31,6 +31,13 @@ def default_gammas(num_timescales: int) -> tuple[float, ...]:
     return tuple(
         (1 - 1 / horizon) for horizon in _log_spaced(SHORTEST_HORIZON, LONGEST_HORIZON, num_timescales)
     )
+
+
+def number_of_timescales(num_timescales: int | None, gammas: Sequence[float] | None) -> int:
+    """T as it was given, or one for each of gammas, or 3."""
+    if num_timescales is not None:
+        return num_timescales
+    return 3 if gammas is None else len(gammas)
 
 
 def _log_spaced(low: float, high: float, count: int) -> list[float]:
@@ -155,7 +162,7 @@ class MultiTimescaleAttention(AttentionModule):
     embed_dim: E, a positive multiple of num_heads. num_heads: H.
     dropout: probability of dropping an attention weight in training, in [0, 1); default 0.
     bias: whether the projections have biases.
-    num_timescales: T, at least 1; default 3.
+    num_timescales: T, at least 1; default: one for each of gammas, else 3.
     gammas: T discounts in (0, 1), the start for every head; default: `default_gammas`, (0.9, 0.99, 0.999)
         for T = 3. Masset et al. use (0.6, 0.9, 0.99).
     learn_gammas: whether the discounts are trained, per timescale and head; default True.
@@ -172,7 +179,7 @@ class MultiTimescaleAttention(AttentionModule):
         dropout: float = 0.0,
         bias: bool = True,
         *,
-        num_timescales: int = 3,
+        num_timescales: int | None = None,
         gammas: Sequence[float] | None = None,
         learn_gammas: bool = True,
         decoder: Literal["laplace", "linear", "mlp"] = "laplace",
@@ -181,6 +188,7 @@ class MultiTimescaleAttention(AttentionModule):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        num_timescales = number_of_timescales(num_timescales, gammas)
         super().__init__(
             embed_dim,
             num_heads,

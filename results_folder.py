@@ -9,14 +9,16 @@
         metrics.jsonl  result.json        a line per epoch; the figures of the finished cell
         checkpoint_best.pt  checkpoint_last.pt  attention_patterns.npz
         error.txt                         of a failed cell: the traceback
-        lock.json                         while a process works on it: which one (see cell_lock.py)
+        lease                             while a process works on it: which one (see experiment/cells.py)
         checkpoint_previous.pt            until it is done: the checkpoint before the last
       analysis/                           made by analyze_results.py alone
 
 JSON is strict (no NaN). Every file is written beside its place and moved into it, so a reader sees the
 old content or the new one, never a mixture. What is read may come from a stranger: files of an unlikely
-size, numbers that no run gives and links that lead out of the folder are refused. Needs the standard
-library only.
+size, numbers that no run gives and links that lead out of the folder are refused, and nothing in them is
+executed.
+
+Symbols of the arrays: K examples of at most M tokens, T timescales, H heads, B distance bins.
 """
 
 import contextlib
@@ -29,10 +31,14 @@ import shutil
 import stat
 import tempfile
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from command_line import InputError
 
@@ -46,6 +52,18 @@ MOST_EPOCHS = 1_000_000
 LARGEST_NUMBER = 1e40  # no float32 is as large
 MOST_DIGITS = 18  # of a whole number: an int64 holds it
 LONGEST_REASON = 1000
+PATTERNS = "attention_patterns.npz"
+LARGEST_ARRAYS = 2**30  # bytes when unpacked: a larger file is not one of ours
+UNREADABLE_ARRAYS = (
+    OSError,
+    ValueError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class WriteError(OSError):
@@ -376,3 +394,92 @@ def _environment(root: Path) -> dict[str, Any]:
         return _read_object(root / "environment.json", root)
     except ValueError:
         return {}
+
+
+# Arrays
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    write_atomic(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+
+
+def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Those of the named arrays that the .npz file has; ValueError says why it cannot be used."""
+    try:
+        if path.is_symlink():
+            raise ValueError("it is a link, which may lead out of the folder")
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > LARGEST_ARRAYS:
+            raise ValueError(f"it would unpack to {size:,} bytes")
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in set(names) & set(arrays.files)}
+        if not all(isinstance(array, np.ndarray) for array in found.values()):
+            raise ValueError("it holds something that is no array")
+        return found
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no {path.name}") from error
+    except UNREADABLE_ARRAYS as error:
+        raise ValueError(f"{path.name} cannot be used: {error}") from error
+
+
+@dataclass(frozen=True)
+class AttentionPatterns:
+    """attention_patterns.npz, checked. The masses are None where the mechanism has none.
+
+    tokens (K, M) whole numbers, 0 = pad; symbols (K, M) text; lengths, labels, predictions (K,); maps
+    (layers, K, T, H, M, M), rows that sum to 1 over true tokens, 0 elsewhere; key_mass, query_mass
+    (layers, K, T, H, M); distance_edges (B + 1,), distance_share (layers, T, H, B): the share of a query's
+    weight at edge_b <= |i - j| < edge_(b + 1) in long examples.
+    """
+
+    tokens: np.ndarray
+    symbols: np.ndarray
+    lengths: np.ndarray
+    labels: np.ndarray
+    predictions: np.ndarray
+    maps: np.ndarray
+    distance_edges: np.ndarray
+    distance_share: np.ndarray
+    key_mass: np.ndarray | None = None
+    query_mass: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        examples, longest = self.tokens.shape if self.tokens.ndim == 2 else (0, 0)
+        layers, _, timescales, heads = self.maps.shape[:4] if self.maps.ndim == 6 else (0, 0, 0, 0)
+        bins = len(self.distance_edges) - 1 if self.distance_edges.ndim == 1 else 0
+        expected: dict[str, tuple[tuple[int, ...], str]] = {
+            "tokens": ((examples, longest), "iu"),
+            "symbols": ((examples, longest), "U"),
+            "lengths": ((examples,), "iu"),
+            "labels": ((examples,), "iu"),
+            "predictions": ((examples,), "iu"),
+            "maps": ((layers, examples, timescales, heads, longest, longest), "f"),
+            "distance_edges": ((bins + 1,), "iuf"),
+            "distance_share": ((layers, timescales, heads, bins), "f"),
+            "key_mass": ((layers, examples, timescales, heads, longest), "f"),
+            "query_mass": ((layers, examples, timescales, heads, longest), "f"),
+        }
+        for name, (shape, kinds) in expected.items():
+            array = getattr(self, name)
+            if array is None:
+                continue
+            if array.shape != shape or array.dtype.kind not in kinds or 0 in shape:
+                raise ValueError(f"{name} is {array.dtype} {array.shape}, expected shape {shape}")
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise ValueError(f"{name} holds numbers that are not finite")
+        if not ((self.lengths >= 1) & (self.lengths <= longest)).all():
+            raise ValueError(f"lengths must be 1 to {longest}, got {self.lengths.tolist()}")
+        if not (np.diff(self.distance_edges) > 0).all():
+            raise ValueError(f"distance_edges must ascend, got {self.distance_edges.tolist()}")
+
+
+def read_attention_patterns(path: Path) -> AttentionPatterns:
+    """The patterns in a file; ValueError says why it holds none. Nothing in it is executed."""
+    arrays = read_arrays(path, (entry.name for entry in fields(AttentionPatterns)))
+    try:
+        return AttentionPatterns(**arrays)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path.name} cannot be used: {error}") from error

@@ -3,37 +3,33 @@
     python run_experiment.py                      # the full comparison on a GPU, a quick one without
     python run_experiment.py --preset smoke       # every step once, tiny, in under a minute, offline
     python run_experiment.py --preset full --dry-run
-    python run_experiment.py --models conventional my_package.my_module:MyAttention --tasks listops
-    python run_experiment.py --models conventional gravitational gravitational,normalization=force
+    python run_experiment.py --models conventional gravitational,softening=0.01 --tasks listops
+    python run_experiment.py --models conventional my_package.my_module:MyAttention,temperature=2.0
     python run_experiment.py --preset full --max-minutes 55          # ends with exit code 75, and then:
     python run_experiment.py --resume results_20260101_120000        # until it ends with 0
     python run_experiment.py --preset full --prepare                 # for a job array: once, and then each
     python run_experiment.py --resume results_20260101_120000 --cell-index $SLURM_ARRAY_TASK_ID
-    torchrun --standalone --nproc-per-node 4 run_experiment.py       # each cell on 4 GPUs, or 4 CPU processes
 
 Results go to a new folder `results_YYYYmmdd_HHMMSS` (see results_folder.py), the comparison into its
-`analysis/`. A run that was stopped or killed goes on with --resume, from the last epoch's end, or from the
-last step where it was stopped by a signal or its time limit. Several processes, also of several machines,
-may work on one folder at a time: each takes cells that no other has, and the last one compares; --workers
-and --ray start them (docs/scaling.md). Resume only folders that you trust: the models that one names as
-package.module:Class are imported.
+`analysis/`. On a CPU each core runs a cell of its own, with one thread (--workers, --threads). A run that was
+stopped or killed goes on with --resume, each cell from the end of its last epoch. Several processes, also of
+several machines, may work on one folder: each takes cells that no other has, and the last one compares.
+Resume only folders that you trust: the models that one names as package.module:Class are imported.
 
-With torchrun all processes train one cell together, each a share of every batch. Where --dropout is 0 the
-result is that of one process up to the order of float sums; else they draw other masks. Where a process dies,
---max-restarts starts all anew: the same command goes on in the folder that it made, each time with all of
---max-minutes. An error in a cell ends all processes too, and leaves the cell to be gone on with. torchrun
-itself ends with 0 or 1, and tells the exit code below in its report.
-
-Exit codes: 0 all cells done; 1 some cell failed or diverged, the others ran, or results could not be
-written; 2 bad arguments or input, found before any work; 75 not all done, run again; 130 or 143
-interrupted by SIGINT or SIGTERM, resumable.
+Exit codes: 0 all cells done; 1 some cell failed or diverged, or a task was left out, the others ran, or
+results could not be written; 2 bad arguments or input, found before any work; 75 not all done, run again;
+130 or 143 interrupted by SIGINT or SIGTERM, resumable.
 """
 
 import argparse
+import math
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+
+import torch
 
 from command_line import (
     EXIT_DONE,
@@ -44,55 +40,33 @@ from command_line import (
     add_settings,
     exit_code,
     one_line,
+    option_name,
 )
-from data_pipeline import TASKS, DataSettings, TaskData
-from experiment.cell_lock import CellLock, LockedError
-from experiment.distributed import (
-    agree,
-    as_one,
-    earlier_folder,
-    from_first,
-    join,
-    launched,
-    rank,
-    remember_folder,
-)
-from experiment.experiment_grid import Choice, Grid, accuracy_table, failure_table, verified_cell
-from experiment.experiment_plan import (
-    COMPARED,
-    MODELS,
-    PRESETS,
-    Plan,
-    attention_arguments,
-    attention_factory,
-    check_output_folder,
-    find_device,
-    load_tasks,
-    make_plan,
-    settings_by_cell,
-)
-from experiment.experiment_progress import duration
-from experiment.many_cells import add_options, check_options, run_cells
-from experiment.model_cost import count_parameters
-from experiment.model_variants import OWN, SYNTAX
+from data_pipeline import DataSettings, TaskData
+from experiment.cells import GIVEN_UP, LEFT_FAR, SETTLED, CellJob, LeasedError, freed, leased, verified_cell
+from experiment.executors import Executor, Resources, connect_to_ray, make_executor
+from experiment.models import COMPARED, SYNTAX
 from experiment.plan_files import (
     PROG,
     check_data,
     check_space,
     environment_changes,
-    parameter_counts,
+    given_places,
+    placed,
     read_plan,
+    refuse_changes,
     write_cells,
     write_plan,
 )
-from experiment.stop_request import StoppedError, StopRequest
+from experiment.run_overview import accuracy_table, dry_run, failure_table, listing
+from experiment.run_plan import PRESETS, RunPlan, check_output_folder, find_device, load_tasks, make_plan
+from experiment.run_progress import RunProgress, make_progress
+from experiment.stop_request import EXIT_RUN_AGAIN, StoppedError, StopRequest
 from experiment.tensorboard_log import check_tensorboard
-from experiment.time_estimate import estimate_time
-from experiment.transformer_classifier import ModelSettings
-from results_folder import create_results_folder
-from train_and_evaluate import TrainingSettings
+from results_folder import Cell, create_results_folder, write_status
+from train_and_evaluate import ModelSettings, TrainingSettings
 
-__all__ = ["MODELS", "PRESETS", "main"]
+MOST_WORKERS = 1024
 
 
 def make_parser() -> Parser:
@@ -109,280 +83,276 @@ def make_parser() -> Parser:
         "--models",
         nargs="+",
         metavar="MODEL",
-        help="names from --list or package.module:Class, each also with settings of its own, "
-        "gravitational,softening=1.0 or multi_timescale,gammas=0.6:0.9,learn_gammas=false "
+        help=f"names from --list or package.module:Class, each also with settings of its own, {SYNTAX} "
         f"(default: {' '.join(COMPARED)})",
     )
     run.add_argument("--tasks", nargs="+", metavar="TASK", help="names from --list (default: the preset's)")
     run.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="(default: the preset's)")
-    run.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path(),
-        metavar="DIR",
-        help="where the results folder is made (default: .)",
-    )
+    text = "where the results folder is made (default: .)"
+    run.add_argument("--output-dir", type=Path, default=Path(), metavar="DIR", help=text)
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    run.add_argument(
-        "--list", action="store_true", help="show presets, models, tasks and the cells' numbers, and end"
-    )
-    run.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="show cells, parameters and times measured on a few steps, write nothing, and end",
-    )
-    run.add_argument(
-        "--tensorboard",
-        action="store_true",
-        help="also write each epoch's numbers for TensorBoard (pip install -r requirements-tensorboard.txt)",
-    )
-    _add_resilience(parser)
-    add_options(parser)
+    text = "show presets, models with their settings, tasks and the cells' numbers, and end"
+    run.add_argument("--list", action="store_true", help=text)
+    text = "show cells, parameters and times measured on a few steps, write nothing, and end"
+    run.add_argument("--dry-run", action="store_true", help=text)
+    text = "also write each epoch's numbers for TensorBoard (pip install -r requirements-tensorboard.txt)"
+    run.add_argument("--tensorboard", action="store_true", help=text)
+    _add_resuming(parser)
+    _add_resources(parser)
     for settings in (ModelSettings, TrainingSettings, DataSettings):
         add_settings(parser, settings)
     return parser
 
 
-def _add_resilience(parser: Parser) -> None:
-    group = parser.add_argument_group("Stopping, going on, sharing")
-    group.add_argument(
-        "--resume",
-        type=Path,
-        metavar="RESULTS",
-        help="finish a results folder, with its settings; options given again must be the same",
+def _add_resuming(parser: Parser) -> None:
+    group = parser.add_argument_group("Stopping, resuming, sharing")
+    text = "finish a results folder, with its settings; options given again must be the same"
+    group.add_argument("--resume", type=Path, metavar="RESULTS", help=text)
+    text = "with --resume: run failed and diverged cells again"
+    group.add_argument("--retry-failed", action="store_true", help=text)
+    text = "stop after M minutes, with exit code 75; epochs in progress are lost (default: no limit)"
+    group.add_argument("--max-minutes", type=float, metavar="M", help=text)
+    text = (
+        "run the cell with this number of --list alone, counted from 0; without --resume in a new folder of "
+        "its own, so give the jobs of an array one that --prepare made (default: all cells)"
     )
-    group.add_argument(
-        "--retry-failed", action="store_true", help="with --resume: run failed and diverged cells again"
+    group.add_argument("--cell-index", type=int, metavar="I", help=text)
+    text = "make the results folder with its plan, run nothing, and end"
+    group.add_argument("--prepare", action="store_true", help=text)
+    text = "start no cell after one that failed or diverged"
+    group.add_argument("--fail-fast", action="store_true", help=text)
+
+
+def _add_resources(parser: Parser) -> None:
+    group = parser.add_argument_group("Cells side by side")
+    text = "processes on this machine, on several GPUs in turn; auto: one a core on a CPU, one on GPUs"
+    group.add_argument("--workers", default="auto", metavar="K", help=f"{text} (default: auto)")
+    text = (
+        "CPU threads of each process; another number changes the last bits of the results (default: 1 with "
+        "--workers auto on a CPU, else PyTorch's number shared out; with --ray, --cpus-per-cell)"
     )
-    group.add_argument(
-        "--max-minutes",
-        type=float,
-        metavar="M",
-        help="stop after the step in which M minutes have passed since the start, with exit code 75; longer "
-        "than one pass over the validation or the test examples takes (default: no limit)",
-    )
-    group.add_argument(
-        "--cell-index",
-        type=int,
-        metavar="I",
-        help="run the cell with this number of --list alone, counted from 0; without --resume in a new "
-        "folder of its own, so give the jobs of an array one that --prepare made (default: all cells)",
-    )
-    group.add_argument(
-        "--prepare", action="store_true", help="make the results folder with its plan, run nothing, and end"
-    )
-    group.add_argument(
-        "--fail-fast", action="store_true", help="start no cell after one that failed or diverged"
-    )
+    group.add_argument("--threads", type=int, metavar="T", help=text)
+    text = "a Ray task per cell, on the cluster at HOST:PORT or auto, else on this machine's cores"
+    more = " (pip install -r requirements-ray.txt)"
+    group.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help=text + more)
+    for kind, default in (("cpus", "1"), ("gpus", "1 on CUDA, else 0")):
+        text = f"with --ray: {kind.upper()[:3]}s that a cell takes, also a fraction (default: {default})"
+        group.add_argument(f"--{kind}-per-cell", type=float, metavar="X", help=text)
 
 
-def _described(name: str, settings: ModelSettings) -> str:
-    """A model's size and what can be set of it, or why it cannot be built with these settings."""
-    own = attention_arguments(name, settings)
-    try:
-        parameters = count_parameters(attention_factory(name, settings)())
-    except ValueError as error:
-        return f"{'-':>9}  not with these settings: {error}"
-    shared = ("embed_dim", "num_heads", "dropout", "batch_first")
-    shown = [f"{key}={value}" for key, value in own.items() if key not in shared]
-    return f"{parameters:>9,}  {' '.join(shown)}".rstrip()
+def chosen_resources(arguments: argparse.Namespace) -> Resources:
+    """What the options say of workers, threads and Ray; InputError where they contradict each other."""
+    on_gpu = find_device(arguments.device).type == "cuda"
+    many = arguments.ray is not None or arguments.workers not in ("auto", "1")
+    for name in ("cell_index", "prepare") if many else ():
+        if getattr(arguments, name) not in (None, False):
+            way = "--workers" if arguments.ray is None else "--ray"
+            raise InputError(f"{way} is for many cells, so it cannot go with {option_name(name)}")
+    for name, value in (("--workers", arguments.workers), ("--threads", arguments.threads)):
+        number = str(value).isdigit() and 1 <= int(value) <= MOST_WORKERS
+        if value not in (None, "auto") and not number:
+            raise InputError(f"{name} must be 1 to {MOST_WORKERS}, got {value}")
+    if arguments.ray is None:
+        for name in ("cpus_per_cell", "gpus_per_cell"):
+            if getattr(arguments, name) is not None:
+                raise InputError(f"{option_name(name)} needs --ray")
+        auto = arguments.workers == "auto"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = int(arguments.workers) if not auto else 1 if on_gpu else cores
+        threads = 1 if auto and not on_gpu else max(1, torch.get_num_threads() // workers)
+        return Resources(workers, arguments.threads or threads)
+    if arguments.workers != "auto":
+        raise InputError("--ray and --workers exclude each other: Ray starts its own processes")
+    cpus, gpus = arguments.cpus_per_cell, arguments.gpus_per_cell
+    for name, value in (("--cpus-per-cell", cpus), ("--gpus-per-cell", gpus)):
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{name} must be above 0 and finite, got {value}")
+    if gpus is not None and (gpus > 1 or not on_gpu):
+        why = f"must be at most 1, got {gpus}" if gpus > 1 else "needs a run on CUDA; see --device"
+        raise InputError(f"--gpus-per-cell {why}")
+    cpus = cpus or 1.0
+    threads = arguments.threads or max(1, int(cpus))
+    return Resources(1, threads, arguments.ray, cpus, gpus or (1.0 if on_gpu else 0.0))
 
 
-def listing(arguments: argparse.Namespace) -> str:
-    root = arguments.resume
-    plan = make_plan(arguments) if root is None else read_plan(root, arguments)
-    lines = ["presets:"]
-    lines += [f"  {name:32}{preset.summary}" for name, preset in PRESETS.items()]
-    lines += [
-        f"models (* compared by default), as of preset {plan.preset}: parameters in a layer, own settings:"
-    ]
-    for name in MODELS:
-        lines.append(f"{'*' if name in COMPARED else ' ':>2}{name:32}{_described(name, plan.model)}")
-    lines += ["  package.module:Class".ljust(34) + "any class with the interface of nn.MultiheadAttention"]
-    lines += [f"  {SYNTAX}".ljust(34) + f"the same with settings of its own: {', '.join(OWN)}"]
-    lines += ["tasks:"]
-    for task, load in TASKS.items():
-        lines.append(f"  {task:32}{' '.join((load.__doc__ or '').split('.')[0].split())}")
-    lines += [f"cells of {root or f'preset {plan.preset}'}, by the number that --cell-index takes:"]
-    for index, cell in enumerate(plan.cells):
-        lines.append(f"{index:6}  {cell}" + (f"  {verified_cell(root, cell).state}" if root else ""))
-    return "\n".join(lines)
+# The results folder
 
 
-def dry_run(plan: Plan, tasks: dict[str, TaskData]) -> int:
-    """Print what would be run and how long it would take; EXIT_FAILED where a model cannot take a step."""
-    parameters = parameter_counts(plan, tasks)
-    print(f"preset {plan.preset} on {plan.device}: {len(plan.cells)} cells, seeds {plan.seeds}")
-    width = max(48, *(len(f"{task}/{name}") + 2 for task, name in parameters))
-    print(f"{'task/model':{width}}{'parameters':>12}{'step':>11}{'epoch':>9}{'cell, at most':>15}")
-    total, failed = 0.0, False
-    for (task, name), count in parameters.items():
-        settings = settings_by_cell(plan, tasks)[task, name]
-        factory = attention_factory(name, settings)
-        try:
-            estimate = estimate_time(factory, tasks[task], settings, plan.training, plan.device)
-        except Exception as error:
-            failed = True
-            print(
-                f"{f'{task}/{name}':{width}}{count:12,}  fails: {(str(error).splitlines() or [''])[0]}",
-                flush=True,
-            )
-            continue
-        total += estimate.cell * len(plan.seeds)
-        times = f"{estimate.step * 1000:8,.0f} ms{duration(estimate.epoch):>9}{duration(estimate.cell):>15}"
-        print(f"{f'{task}/{name}':{width}}{count:12,}{times}", flush=True)
-    print(f"in all at most about {duration(total)}; nothing was written")
-    return EXIT_FAILED if failed else EXIT_DONE
-
-
-def analyze_run(root: Path) -> bool:
-    """Compare the cells; a failure here loses no result. Returns whether it worked."""
-    from analyze_results import analyze  # needs the figure libraries: not before they are needed
-
-    try:
-        lock = CellLock.take(root)
-    except LockedError as error:
-        print(f"analysis: left to another process ({error})")
-        return True
-    try:
-        analyze(root)
-    except Exception as error:
-        print(f"{PROG}: the analysis failed: {type(error).__name__}: {error}", file=sys.stderr)
-        print(f"the results are whole: python analyze_results.py {root}", file=sys.stderr)
-        return False
-    finally:
-        lock.release()
-    print(f"analysis: {root / 'analysis' / 'report.html'}")
-    return True
-
-
-def prepared(arguments: argparse.Namespace, argv: list[str]) -> tuple[Path, Plan, dict[str, TaskData]]:
+def prepared(
+    arguments: argparse.Namespace, argv: list[str], workers: int
+) -> tuple[Path, RunPlan, dict[str, TaskData]]:
     """A new results folder with its plan. Raises InputError before anything is written."""
     plan = make_plan(arguments)
     check_output_folder(arguments.output_dir)
-    _check_index(arguments, plan)
     if arguments.preset == "auto":
         on_gpu = plan.device.type == "cuda"
         why = "a GPU is in use" if on_gpu else "no GPU is in use; --preset full is the whole comparison"
         print(f"preset {plan.preset}: {why}", flush=True)
-    plan, tasks = load_tasks(plan)
-    chosen = plan.cells if arguments.cell_index is None else [plan.cells[arguments.cell_index]]
-    check_space(arguments.output_dir, plan, tasks, chosen)
+    plan, tasks = load_tasks(plan, leave_out=not PRESETS[plan.preset].complete)
+    check_space(arguments.output_dir, plan, tasks, chosen_cells(plan, arguments))
     root = create_results_folder(arguments.output_dir)
-    write_plan(root, plan, tasks, argv)
+    write_plan(root, plan, tasks, argv, workers)
     return root, plan, tasks
 
 
-def resumed(arguments: argparse.Namespace) -> tuple[Path, Plan, dict[str, TaskData]]:
+def resumed(arguments: argparse.Namespace) -> tuple[Path, RunPlan, dict[str, TaskData]]:
     """A results folder that is there, its plan and its data. Raises InputError where they do not fit."""
     root: Path = arguments.resume
-    plan = read_plan(root, arguments)
-    _check_index(arguments, plan)
-    _, tasks = load_tasks(plan)
-    check_data(root, plan, tasks)
-    changes = environment_changes(root, plan)
-    if changes:
+    plan = read_plan(root)
+    refuse_changes(root, plan, arguments)
+    for model in plan.models:
+        model.check(plan.model_settings)
+    plan, tasks = load_tasks(placed(plan, given_places(arguments), arguments.device))
+    check_data(root, tasks)
+    if changes := environment_changes(root, plan):
         print(f"this is not where {root} was begun, so bits may differ: {changes}")
+    open_cells = [cell for cell in chosen_cells(plan, arguments) if verified_cell(root, cell).state != "done"]
+    check_space(root, plan, tasks, open_cells)
+    write_cells(root, plan, tasks)
+    if arguments.retry_failed:
+        for cell in open_cells:
+            if verified_cell(root, cell).state in GIVEN_UP:
+                write_status(cell.folder(root), "pending", "to be tried again")
     return root, plan, tasks
 
 
-def opened(arguments: argparse.Namespace, argv: list[str]) -> tuple[Path, Plan, dict[str, TaskData]]:
-    """The results folder, its plan and its data: rank 0 finds or makes it, the others resume it."""
-    own: list[tuple[Path, Plan, dict[str, TaskData]]] = []
-
-    def open_first() -> Path:
-        own.append(prepared(arguments, argv) if arguments.resume is None else resumed(arguments))
-        remember_folder(own[0][0])
-        return own[0][0]
-
-    arguments.resume = from_first(open_first)
-    return agree(lambda: own[0] if own else resumed(arguments))
-
-
-def _check_index(arguments: argparse.Namespace, plan: Plan) -> None:
+def chosen_cells(plan: RunPlan, arguments: argparse.Namespace) -> list[Cell]:
+    """The cells that this process is to run: all, or the one of --cell-index."""
     index, count = arguments.cell_index, len(plan.cells)
-    if index is not None and not 0 <= index < count:
+    if index is None:
+        return plan.cells
+    if not 0 <= index < count:
         raise InputError(f"--cell-index must be 0 to {count - 1}, got {index}; see --list")
+    return [plan.cells[index]]
 
 
-def run_part(grid: Grid) -> int:
-    """Run cells for another process, which compares them and tells what came of them."""
+# The loop, and the comparison
+
+
+def run_cells(root: Path, plan: RunPlan, chosen: Iterable[Cell], executor: Executor, fail_fast: bool) -> None:
+    """Every model on every task with every seed: each a cell in its folder, unless it is settled."""
+    for seed in plan.seeds:  # outermost: a run that is cut off is still a comparison
+        for task in plan.tasks:
+            for model in plan.models:
+                cell = Cell(task, model.name, seed)
+                if cell in chosen and is_open(root, cell) and not (fail_fast and executor.gave_up):
+                    executor.run(cell)
+    executor.join()
+    far = [cell for cell, ended in executor.left.items() if ended.state == LEFT_FAR]
+    for cell in freed(root, far, executor.stop.check):
+        if is_open(root, cell) and not (fail_fast and executor.gave_up):
+            executor.run(cell)
+    executor.join()
+
+
+def is_open(root: Path, cell: Cell) -> bool:
+    """Whether a cell is neither done nor given up; one whose files are damaged is."""
+    record = verified_cell(root, cell)
+    return record.state not in SETTLED or record.damaged
+
+
+def analyze_run(root: Path) -> bool:
+    """Compare the cells; a failure here loses no result. Returns whether it worked."""
+    from analyze_results import analyze  # the figure libraries take seconds, in every worker that is spawned
+
     try:
-        with grid.stop.signals_heard():
-            return grid.run().exit_code
-    except StoppedError:
-        return grid.stop.exit_code
+        with leased(root):
+            analyze(root)
+    except LeasedError as error:
+        print(f"analysis: left to another process ({error})")
+    except Exception as error:
+        print(f"{PROG}: the analysis failed: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"the results are whole: python analyze_results.py {root}", file=sys.stderr)
+        return False
+    else:
+        print(f"analysis: {root / 'analysis' / 'report.html'}")
+    return True
 
 
-def run_grid(grid: Grid, arguments: argparse.Namespace) -> int:
+def run_and_compare(
+    root: Path, plan: RunPlan, arguments: argparse.Namespace, resources: Resources, stop: StopRequest
+) -> int:
     """Run the cells, compare them where none is left, and tell what came of them."""
-    root, plan = grid.root, grid.plan
+    chosen = chosen_cells(plan, arguments)
+    to_run = [cell for cell in chosen if is_open(root, cell)]
+    side_by_side = min(resources.workers, max(1, len(to_run))) if resources.ray is None else 1
+    progress = make_progress(to_run, plan.training_settings.max_epochs, side_by_side)
+    places = {name: str(Path(path).expanduser().resolve()) for name, path in given_places(arguments).items()}
+    template = CellJob(
+        root, Cell("", "", 0), str(plan.device), places, side_by_side, tensorboard=arguments.tensorboard
+    )
     go_on = f"python {PROG} --resume {shlex.quote(str(root))}"
-    keep = f"what is done is kept: go on with {go_on}, or python analyze_results.py {root}"
+    executor = make_executor(resources, template, progress, stop, len(to_run))
     try:
-        with grid.stop.signals_heard():
-            outcome = run_cells(grid, arguments)
+        with stop.signals_heard(), executor:
+            run_cells(root, plan, chosen, executor, arguments.fail_fast)
     except StoppedError as stopped:
-        print(f"{PROG}: {stopped}; {keep}", file=sys.stderr)
-        return grid.stop.exit_code
+        return told_of_stop(str(stopped), go_on, root, progress, stop)
     except KeyboardInterrupt:
-        print(f"{PROG}: interrupted; {keep}", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    code = outcome.exit_code
-    if outcome.settled and rank() == 0 and not analyze_run(root):
+        return told_of_stop("interrupted", go_on, root, progress, stop)
+    records = [verified_cell(root, cell) for cell in plan.cells]
+    settled = all(record.state in SETTLED for record in records)
+    own = {record.state for record in records if record.cell in chosen}
+    code = EXIT_FAILED if own & set(GIVEN_UP) else EXIT_DONE if own <= {"done"} else EXIT_RUN_AGAIN
+    if settled and not analyze_run(root):
         code = EXIT_FAILED
-    print(accuracy_table(plan, outcome.records))
-    if failures := failure_table(outcome.records):
+    print(accuracy_table(plan, records))
+    if failures := failure_table(records):
         print(failures)
-    for cell, holder in outcome.elsewhere.items():
-        print(f"left to another process: {cell} ({holder})")
-    if code == EXIT_FAILED and outcome.settled:
+    for task, why in plan.unavailable.items():
+        print(f"left out: {task}: {why}")
+    for cell, ended in executor.left.items():
+        print(f"left to another process: {cell} ({ended.text})")
+    if code == EXIT_FAILED and settled:
         print(f"to try what failed again: {go_on} --retry-failed")
-    elif not outcome.settled:
+    elif not settled:
         print(f"not all cells are done: {go_on}")
-    return code
+    return EXIT_FAILED if code == EXIT_DONE and plan.unavailable else code
+
+
+def told_of_stop(why: str, go_on: str, root: Path, progress: RunProgress, stop: StopRequest) -> int:
+    kept = f"what is done is kept: go on with {go_on}, or python analyze_results.py {root}"
+    if not progress.epochs_done:
+        kept = f"no epoch was finished, so nothing is kept: give it more time than an epoch takes: {go_on}"
+    print(f"{PROG}: {why}; {kept}", file=sys.stderr)
+    return EXIT_INTERRUPTED if why == "interrupted" else stop.exit_code
 
 
 def run(argv: list[str]) -> int:
     arguments = make_parser().parse_args(argv)
-    processes, since = arguments.one_of
-    part = processes is not None
-    stop = StopRequest(arguments.max_minutes, parent=os.getppid() if part else None)
+    stop = StopRequest(arguments.max_minutes)
     if arguments.retry_failed and arguments.resume is None:
         raise InputError("--retry-failed needs --resume with the results folder whose cells failed")
-    if arguments.dry_run and launched():
-        raise InputError("--dry-run measures one process: leave torchrun out")
     if arguments.tensorboard:
         check_tensorboard()
-    check_options(arguments)
-    if arguments.list:
-        print(listing(arguments))
+    resources = chosen_resources(arguments)
+    torch.set_num_threads(resources.threads)
+    if arguments.list or arguments.dry_run:
+        root = arguments.resume
+        plan = make_plan(arguments) if root is None else read_plan(root)
+        if arguments.dry_run:
+            return dry_run(*load_tasks(plan, leave_out=root is None))
+        print(listing(plan, root))
         return EXIT_DONE
-    if arguments.dry_run:
-        plan = make_plan(arguments) if arguments.resume is None else read_plan(arguments.resume, arguments)
-        return dry_run(*load_tasks(plan))
-    join(find_device(arguments.device))
-    arguments.resume = from_first(lambda: arguments.resume or earlier_folder())
-    new = arguments.resume is None
-    root, plan, tasks = opened(arguments, argv)
-    given = arguments.cell_index, arguments.retry_failed, arguments.fail_fast, arguments.tensorboard
-    choice = Choice(*given, processes, since)
-    grid = Grid(root, plan, tasks, stop, choice)
-    if not new:
-        from_first(lambda: check_space(root, plan, tasks, grid.to_run()))
-        from_first(lambda: write_cells(root, plan, tasks))
-    if part:
-        return run_part(grid)
-    cells = f"{len(grid.to_run())} of {len(plan.cells)} cells to run"
-    print(f"results: {root} ({cells}, preset {plan.preset}, {plan.device})", flush=True)
+    if resources.ray is not None:
+        connect_to_ray(resources)
+    if arguments.resume is None:
+        root, plan, _ = prepared(arguments, argv, resources.workers)
+    else:
+        root, plan, _ = resumed(arguments)
+    count = sum(is_open(root, cell) for cell in chosen_cells(plan, arguments))
+    print(
+        f"results: {root} ({count} of {len(plan.cells)} cells to run, preset {plan.preset}, {plan.device})",
+        flush=True,
+    )
     if plan.preset == "smoke":
         print("smoke: a test that everything runs; its figures mean nothing")
-    return EXIT_DONE if arguments.prepare else run_grid(grid, arguments)
+    return EXIT_DONE if arguments.prepare else run_and_compare(root, plan, arguments, resources, stop)
 
 
 def attempt(argv: list[str]) -> int:
     try:
-        return exit_code(PROG, lambda: run(argv))
+        return run(argv)
     except OSError as error:
         print(f"{PROG}: error: the results cannot be written: {one_line(error)}", file=sys.stderr)
         return EXIT_FAILED
@@ -390,7 +360,7 @@ def attempt(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
-    return exit_code(PROG, lambda: as_one(lambda: attempt(given)))
+    return exit_code(PROG, lambda: attempt(given))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,27 @@
-"""How a model is trained, selected and tested: one cell of the comparison, equal for every mechanism.
+"""The encoder that every attention mechanism is compared in, its training, and its one test.
 
+    model = TransformerClassifier(make_attention, vocab_size=257, num_classes=2, settings=ModelSettings())
+    logits = model(tokens, key_padding_mask)         # (N, L), (N, L) True = pad -> (N, num_classes)
     result = train_and_evaluate(make_attention, task, model_settings, training_settings, seed, folder, device)
 
-With one seed all models see the same batches in the same order and the same dropout stream, from the same
-starting weights (`TransformerClassifier`). Every random number comes from (seed, purpose, epoch), so an
-epoch can be repeated from the weights before it. Selection is on validation accuracy; the test split is
-read once, when training has ended. Losses and accuracies are sums over examples, divided once.
+The mechanism is handed in as a factory of modules with the interface of `nn.MultiheadAttention(
+batch_first=True)`; nothing here knows which it is. With one seed all models have the same starting weights
+outside attention, and see the same batches in the same order and the same dropout stream. Every random
+number comes from (seed, purpose, epoch), so an epoch can be repeated from the weights before it.
 
-Training goes on from the folder's last checkpoint, if it has one: on the CPU to the same bits as without
-the interruption. A checkpoint is written after each epoch, and within one that is asked to stop.
+Selection is on validation accuracy; the test split is read once, when training has ended. Losses and
+accuracies are sums over examples, divided once. Training resumes from the folder's last checkpoint, which is
+written after each epoch: on the CPU to the same bits as without the interruption.
 
-Under torchrun (experiment/distributed.py) the processes divide each batch among them: the batches, and up to
-the order of float sums the losses and the weights, are those of one process, as long as dropout is 0; with
-dropout each process draws masks of its own. A batch of an evaluation is one process's as a whole, and none is
-read twice. Rank 0 alone writes, and the times and the peak memory are its own.
-
-Symbols: N batch, L length. True in a boolean mask means blocked.
+Symbols: see attention_module.py; C num_classes.
 """
 
 import contextlib
 import copy
+import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,36 +31,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from command_line import check_settings, setting
+from command_line import check_settings, first_line, setting
 from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches, training_batches
-from evaluate_performance import convergence_epoch
-from experiment.attention_patterns import NoAttentionMapsError, attention_patterns
-from experiment.checkpoints import (
+from results_folder import PATTERNS, SCHEMA_VERSION, WriteError, as_json, write_arrays, write_json_lines
+from training.attention_patterns import attention_patterns
+from training.checkpoints import (
     BEST,
     CheckpointError,
     Note,
-    generators,
     set_aside,
-    set_generators,
     usable_checkpoints,
     write_checkpoint,
     write_weights,
 )
-from experiment.device_memory import PeakMemory
-from experiment.distributed import by_first, dealt, from_first, parallel, rank, shard, world_size
-from experiment.evaluation import Evaluation, evaluate
-from experiment.model_cost import count_parameters, forward_flops
-from experiment.stop_request import StoppedError
-from experiment.training_progress import DivergedError, Progress, StepMeter
-from experiment.transformer_classifier import (
-    AttentionFactory,
-    ModelSettings,
-    TransformerClassifier,
-    random_stream,
-)
-from results_folder import SCHEMA_VERSION, as_json, write_atomic, write_json_lines
+from training.device_memory import PeakMemory
+from training.evaluation import Evaluation, Model, evaluate
+from training.model_cost import count_parameters, forward_flops
+from training.training_progress import DivergedError, Progress, StepMeter
 
-__all__ = ["ModelSettings", "TrainingSettings", "TransformerClassifier", "evaluate", "train_and_evaluate"]
+AttentionFactory = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Model
+
+    The encoder's, the same for all models; a mechanism's own settings are those of its constructor."""
+
+    embed_dim: int = setting(128, "width of the model, a multiple of --num-heads", minimum=1)
+    num_heads: int = setting(4, "attention heads", minimum=1)
+    num_layers: int = setting(2, "encoder layers", minimum=1)
+    feed_forward_dim: int = setting(512, "hidden width of the feed-forward blocks", minimum=1)
+    match_parameters: bool = setting(
+        False, "widen the feed-forward blocks until each model has the parameters of the largest"
+    )
+    dropout: float = setting(
+        0.1, "dropout on embedding, residual branches and feed-forward", minimum=0, below=1
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,114 @@ class TrainingSettings:
         check_settings(self)
 
 
+# The encoder
+
+
+@contextlib.contextmanager
+def random_stream(device: torch.device, *purpose: object) -> Iterator[None]:
+    """Draw from PyTorch's generators as seeded by the purpose; the caller's draws go on as if nothing was."""
+    digest = hashlib.sha256(repr(purpose).encode()).digest()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        yield
+
+
+def sinusoidal_positions(length: int, width: int, device: torch.device) -> Tensor:
+    """(L, E): sines and cosines of wavelengths from 2 pi to 10,000 * 2 pi (Vaswani et al. 2017, 3.5)."""
+    position = torch.arange(length, device=device).float()
+    frequency = 10000.0 ** (-torch.arange(0, width, 2, device=device) / width)
+    angle = position[:, None] * frequency
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :width]
+
+
+class EncoderLayer(nn.Module):
+    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
+
+    Deviation from the 2017 encoder: the norm is before each block, not after the sum ("pre-norm"), which
+    trains without a learning rate warm-up.
+    """
+
+    def __init__(
+        self, make_attention: AttentionFactory, settings: ModelSettings, purpose: tuple[object, ...]
+    ) -> None:
+        super().__init__()
+        cpu = torch.device("cpu")
+        # Streams of their own: how much a mechanism draws must not shift the weights of anything else.
+        with random_stream(cpu, *purpose, "attention"):
+            self.attention = make_attention()
+        with random_stream(cpu, *purpose, "feed-forward"):
+            self.feed_forward = nn.Sequential(
+                nn.Linear(settings.embed_dim, settings.feed_forward_dim),
+                nn.ReLU(),
+                nn.Dropout(settings.dropout),
+                nn.Linear(settings.feed_forward_dim, settings.embed_dim),
+            )
+        self.attention_norm = nn.LayerNorm(settings.embed_dim)
+        self.feed_forward_norm = nn.LayerNorm(settings.embed_dim)
+        self.dropout = nn.Dropout(settings.dropout)
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor) -> Tensor:
+        y = self.attention_norm(x)
+        y, _ = self.attention(y, y, y, key_padding_mask=key_padding_mask, need_weights=False)
+        x = x + self.dropout(y)
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class TransformerClassifier(nn.Module):
+    """Token and sinusoidal position embedding, encoder layers, a final norm, mean pooling, a linear map.
+
+    Deviations from the 2017 encoder: pre-norm, hence the final norm; and it classifies, from the mean of
+    the final vectors over the true tokens. Neither the amount nor the content of padding changes a logit.
+
+    make_attention: called once per layer; returns a module that is called as
+        `module(x, x, x, key_padding_mask=mask, need_weights=False)` and returns `(output, None)`.
+    vocab_size: token ids are 0 (pad) to vocab_size - 1. num_classes: C.
+    seed: starting weights are drawn from (seed, part), each part's apart from the others'.
+    """
+
+    def __init__(
+        self,
+        make_attention: AttentionFactory,
+        vocab_size: int,
+        num_classes: int,
+        settings: ModelSettings,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        cpu = torch.device("cpu")
+        self.embed_dim = settings.embed_dim
+        with random_stream(cpu, seed, "embedding"):
+            self.embedding = nn.Embedding(vocab_size, settings.embed_dim)
+        self.layers = nn.ModuleList(
+            EncoderLayer(make_attention, settings, (seed, "layer", index))
+            for index in range(settings.num_layers)
+        )
+        self.final_norm = nn.LayerNorm(settings.embed_dim)
+        self.dropout = nn.Dropout(settings.dropout)
+        with random_stream(cpu, seed, "classifier"):
+            self.classifier = nn.Linear(settings.embed_dim, num_classes)
+
+    @property
+    def attentions(self) -> list[nn.Module]:
+        """The attention of each layer."""
+        return [layer.get_submodule("attention") for layer in self.layers]
+
+    def forward(self, tokens: Tensor, key_padding_mask: Tensor) -> Tensor:
+        """tokens (N, L) int64, key_padding_mask (N, L) bool, True = pad -> logits (N, C) in float32."""
+        positions = sinusoidal_positions(tokens.shape[1], self.embed_dim, tokens.device)
+        x = self.dropout(self.embedding(tokens) + positions)
+        for layer in self.layers:
+            x = layer(x, key_padding_mask)
+        x = self.final_norm(x).float().masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
+        true_tokens = (~key_padding_mask).sum(1, keepdim=True).clamp(min=1)
+        # In float32: in bf16 the logits of two classes are often equal.
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.classifier(x.sum(1) / true_tokens)  # (N, L, E) -> (N, C)
+
+
+# Its training
+
+
 def use_bf16(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -98,7 +215,8 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 class Trainer:
     """A model in training on a task: its optimizer, its batches and what is kept of its epochs.
 
-    check: called after each step and each batch of an evaluation, raises StoppedError to stop there.
+    check: called after each step and each batch of an evaluation; what it raises ends training there, and
+        the epoch is lost.
     """
 
     def __init__(
@@ -114,7 +232,6 @@ class Trainer:
         self.model, self.task, self.settings, self.seed = model.to(device), task, settings, seed
         self.device, self.progress, self.check = device, progress, check
         self.forward = torch.compile(model, dynamic=True) if settings.compile else model
-        self.forward_in_step = parallel(self.forward)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -122,7 +239,7 @@ class Trainer:
             weight_decay=settings.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
-        # What a checkpoint must agree in to be gone on from.
+        # What a checkpoint must agree in to be resumed from.
         self.fingerprint = as_json({"seed": seed, "task": task.name, "training": asdict(settings)})
         self.bf16 = use_bf16(settings.precision, device)
         splits = (task.train, task.val, task.test)
@@ -132,37 +249,27 @@ class Trainer:
         self.best_epoch, self.best_val_accuracy = 0, -1.0
         self.best_weights: dict[str, Tensor] = {}
         self.streak = (0, "")  # see StepMeter
-        self.begun: dict[str, Any] | None = None  # of an epoch that was stopped: see `save_stopped_epoch`
-        self.meter: StepMeter | None = None
         self.warm = False
         self.earlier_seconds, self.started = 0.0, time.perf_counter()
         self.earlier_peak = 0
 
     def fit(self, folder: Path, memory: PeakMemory) -> None:
         """Train until the epochs or the patience are used up; after each epoch the folder is complete."""
-        steps = math.ceil(len(self.task.train) / self.settings.batch_size)
         if self.rows:
-            _write_metrics(folder, self.rows)
+            write_json_lines(folder / "metrics.jsonl", as_json(self.rows))
         while not self.finished:
             epoch = len(self.rows) + 1
-            self.progress.epoch_started(epoch, steps)
-            try:
-                row = {"epoch": epoch, **self.train_epoch(epoch), **self.validate(epoch)}
-            except StoppedError:
-                self.save_stopped_epoch(folder, memory)
-                raise
+            row = {"epoch": epoch, **self.train_epoch(epoch), **self.validate(epoch)}
             row |= {"learning_rate": self.settings.learning_rate, "peak_memory_bytes": self.peak(memory)}
             row["learned"] = self.learned_scalars()
             self.rows.append(row)
-            self.meter = None
             improved = row["val_accuracy"] > self.best_val_accuracy
             if improved:
                 self.best_epoch, self.best_val_accuracy = epoch, row["val_accuracy"]
-                self.best_weights = {
-                    name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()
-                }
+                weights = self.model.state_dict()
+                self.best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
             # The last checkpoint comes last: whoever reads it finds all that led to it.
-            _write_metrics(folder, self.rows)
+            write_json_lines(folder / "metrics.jsonl", as_json(self.rows))
             if improved:
                 write_weights(folder / BEST, self.best_state())
             write_checkpoint(folder, self.state(memory))
@@ -175,67 +282,45 @@ class Trainer:
         return epochs >= self.settings.max_epochs or tired
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
-        """Train on every example once, or on the rest of them where the epoch was stopped before.
-
-        Timing leaves out the first step of a process, which warms up."""
+        """Train on every example once. Timing leaves out the first step of a process, which warms up."""
         self.model.train()
-        train = self.task.train
-        self.meter = meter = StepMeter(epoch, self.progress, self.settings.divergence_steps, self.streak)
-        meter.timed_tokens = int(train.lengths.sum())
-        with random_stream(self.device, self.seed, "dropout", epoch, *([rank()] if rank() else [])):
-            if self.begun is not None:
-                meter.restore(self.begun["meter"])
-                set_generators(self.begun["generators"], self.device)
-                self.begun = None
-            batches = training_batches(
-                train,
-                self.settings.batch_size,
-                seed=self.seed,
-                epoch=epoch,
-                pad_to=self.pad_to,
-                device=self.device,
-                skip=meter.steps,
-            )
-            started = time.perf_counter() - meter.seconds
-            for batch in batches:
+        train, batch_size = self.task.train, self.settings.batch_size
+        self.progress.epoch_started(epoch, math.ceil(len(train) / batch_size))
+        meter = StepMeter(epoch, self.progress, self.settings.divergence_steps, self.streak)
+        timed_tokens = int(train.lengths.sum())
+        order = {"seed": self.seed, "epoch": epoch, "pad_to": self.pad_to, "device": self.device}
+        with random_stream(self.device, self.seed, "dropout", epoch):
+            started = time.perf_counter()
+            for batch in training_batches(train, batch_size, **order):
                 meter.add(self.step(batch), len(batch.labels))
                 if not self.warm:
-                    meter.timed_tokens -= int((~batch.key_padding_mask).sum())
+                    timed_tokens -= int((~batch.key_padding_mask).sum())
                     self.synchronize()
-                    self.warm, started = True, time.perf_counter() - meter.seconds
-                try:
-                    self.check()
-                except StoppedError:
-                    self.synchronize()
-                    meter.seconds = time.perf_counter() - started
-                    self.begun = {"meter": meter.state(), "generators": generators(self.device)}
-                    raise
+                    self.warm, started = True, time.perf_counter()
+                self.check()
             self.synchronize()
-            meter.seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started
         loss, accuracy = meter.means()
         self.streak = meter.streak
-        timed = meter.timed_tokens > 0
         return {
             "train_loss": loss,
             "train_accuracy": accuracy,
-            "train_seconds": meter.seconds if timed else None,
+            "train_seconds": seconds if timed_tokens else None,
             "train_tokens": int(train.lengths.sum()),
             "train_examples": len(train),
-            "tokens_per_second": meter.timed_tokens / meter.seconds if timed else None,
+            "tokens_per_second": timed_tokens / seconds if timed_tokens else None,
         }
 
     def step(self, batch: Batch) -> Tensor:
-        """One optimizer step; of this rank's share of the batch, on the device: (summed loss, correct)."""
-        own = shard(batch)
+        """One optimizer step. Of the batch, on the device: (summed loss, correct answers)."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            logits = self.forward_in_step(own.tokens, own.key_padding_mask)
-        loss_sum = F.cross_entropy(logits, own.labels, reduction="sum")
-        # The mean over the ranks, which the gradients become, is then the mean over the batch.
-        (loss_sum / len(batch.labels) * world_size()).backward()
+            logits = self.forward(batch.tokens, batch.key_padding_mask)
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+        (loss / len(batch.labels)).backward()
         nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_clip)
         self.optimizer.step()
-        return torch.stack([loss_sum.detach(), (logits.argmax(-1) == own.labels).sum()])
+        return torch.stack([loss.detach(), (logits.argmax(-1) == batch.labels).sum()])
 
     def validate(self, epoch: int) -> dict[str, Any]:
         started = time.perf_counter()
@@ -245,18 +330,15 @@ class Trainer:
         seconds = time.perf_counter() - started
         return {"val_loss": validation.loss, "val_accuracy": validation.accuracy, "eval_seconds": seconds}
 
-    def evaluate(
-        self, models: Sequence[Callable[[Tensor, Tensor], Tensor]], split: TokenDataset
-    ) -> list[Evaluation]:
+    def evaluate(self, models: Sequence[Model], split: TokenDataset) -> list[Evaluation]:
         self.model.eval()
         batches = evaluation_batches(split, self.settings.batch_size, pad_to=self.pad_to, device=self.device)
         with random_stream(self.device, self.seed, "evaluation", len(self.rows)):
             return evaluate(models, self._checked(batches), self.autocast)
 
-    def _checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in dealt(batches):
-            if batch is not None:
-                yield batch
+    def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            yield batch
             self.check()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -279,8 +361,10 @@ class Trainer:
         found = memory.read()
         return None if found is None else max(found, self.earlier_peak)
 
+    # Its checkpoints
+
     def state(self, memory: PeakMemory) -> dict[str, Any]:
-        """All that is needed to go on: a checkpoint's content."""
+        """All that the next epoch needs: a checkpoint's content."""
         return {
             "fingerprint": self.fingerprint,
             "epoch": len(self.rows),
@@ -291,7 +375,6 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "streak": self.streak,
-            "begun": self.begun,
             "seconds": self.earlier_seconds + time.perf_counter() - self.started,
             "peak": self.peak(memory) or 0,
         }
@@ -299,27 +382,17 @@ class Trainer:
     def best_state(self) -> dict[str, Any]:
         return {"epoch": self.best_epoch, "val_accuracy": self.best_val_accuracy, "model": self.best_weights}
 
-    def save_stopped_epoch(self, folder: Path, memory: PeakMemory) -> None:
-        """A checkpoint within the epoch, so that nothing is lost; none where the last losses were not finite:
-        the checkpoint of the epoch before is then a better place to go on from."""
-        assert self.meter is not None
-        if self.begun is None:  # stopped in validation: no step is left
-            self.begun = {"meter": self.meter.state(), "generators": generators(self.device)}
-        self.streak = self.meter.streak
-        if self.streak[0] == 0:
-            write_checkpoint(folder, self.state(memory))
-
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a checkpoint's state. Raises CheckpointError, and may be left half changed, where it is of
         another cell, other settings or another model."""
-        if _with_defaults(state.get("fingerprint")) != self.fingerprint:
+        if state.get("fingerprint") != self.fingerprint:
             raise CheckpointError("it is of another cell or of other settings")
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.rows, self.best_weights = state["rows"], state["best_model"]
             self.best_epoch, self.best_val_accuracy = state["best_epoch"], state["best_val_accuracy"]
-            self.streak, self.begun = tuple(state["streak"]), state["begun"]
+            self.streak = tuple(state["streak"])
             self.earlier_seconds, self.earlier_peak = state["seconds"], state["peak"]
         except torch.OutOfMemoryError:
             raise
@@ -337,20 +410,10 @@ class Trainer:
         return model
 
 
-def _with_defaults(fingerprint: Any) -> Any:
-    """A checkpoint's fingerprint, with the default of each model setting that is younger than it."""
-    match fingerprint:
-        case {"model": dict(model)}:
-            return fingerprint | {"model": as_json(asdict(ModelSettings())) | model}
-    return fingerprint
-
-
-def start_or_go_on(make_trainer: Callable[[], Trainer], folder: Path, note: Note) -> Trainer:
+def start_or_resume(make_trainer: Callable[[], Trainer], folder: Path, note: Note) -> Trainer:
     """A trainer at the start, or where the newest checkpoint that fits left off, which is noted."""
     trainer, tried = make_trainer(), False
-    checkpoints = usable_checkpoints(folder, note)
-    while found := from_first(lambda: next(checkpoints, None)):
-        path, state = found
+    for path, state in usable_checkpoints(folder, note):
         tried = True
         try:
             trainer.restore(state)
@@ -358,11 +421,10 @@ def start_or_go_on(make_trainer: Callable[[], Trainer], folder: Path, note: Note
             set_aside(path, str(error), note)
             trainer = make_trainer()
             continue
-        within = f", step {trainer.begun['meter']['steps']} of the next" if trainer.begun else ""
-        note(f"goes on after epoch {len(trainer.rows)}{within}")
+        note(f"resumes after epoch {len(trainer.rows)}")
         return trainer
     if tried:
-        note("starts anew: no checkpoint can be used")
+        note("starts over: no checkpoint can be used")
     return trainer
 
 
@@ -379,9 +441,8 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Train one model on one task with one seed, then read the test split, once. Returns result.json.
 
-    Writes metrics.jsonl and the checkpoints after each epoch, test_predictions.npz and
-    attention_patterns.npz at the end. Raises DivergedError where losses are not finite, and StoppedError, a
-    checkpoint being written, where `check`, which is called after each step, does.
+    Writes metrics.jsonl and the checkpoints after each epoch, attention_patterns.npz at the end. Raises
+    DivergedError where losses are not finite, and what `check` raises, which is called after each step.
     """
     progress = progress or Progress()
     memory = PeakMemory(device)
@@ -393,41 +454,38 @@ def train_and_evaluate(
         trainer.fingerprint["model"] = as_json(asdict(model_settings))
         return trainer
 
-    trainer = start_or_go_on(make_trainer, folder, progress.note)
+    trainer = start_or_resume(make_trainer, folder, progress.note)
     trainer.fit(folder, memory)
 
     best = trainer.best_model()
-    models = [trainer.model] if best is trainer.model else [best, trainer.model]
-    evaluations = trainer.evaluate(models, task.test)
+    evaluations = trainer.evaluate([best, trainer.model] if best is not trainer.model else [best], task.test)
     check()
-    labels = np.asarray(task.test.labels)
-    _save_arrays(
-        folder / "test_predictions.npz", {"predictions": evaluations[0].predictions, "labels": labels}
-    )
     result = summary(trainer, evaluations[0], evaluations[-1])
-    result |= _flops(trainer.model, task)
     result |= {"memory_kind": memory.kind, "memory_reason": memory.reason}
-    try:
-        patterns = attention_patterns(best, best.attentions, task, seed, device)
-        _save_arrays(folder / "attention_patterns.npz", patterns)
-        result |= {"attention_patterns": "attention_patterns.npz", "attention_patterns_reason": ""}
-    except NoAttentionMapsError as error:
-        result |= {"attention_patterns": None, "attention_patterns_reason": str(error)}
+
+    def patterns() -> str:
+        write_arrays(folder / PATTERNS, attention_patterns(best, best.attentions, task, seed, device))
+        return PATTERNS
+
+    # A trained cell is not lost to what comes after training: a user's model may not be countable or shown.
+    result |= _if_possible("forward_flops", lambda: forward_flops(best, best.attentions, task.test.lengths))
+    result |= _if_possible("attention_patterns", patterns)
     return result | {"wall_seconds": trainer.earlier_seconds + time.perf_counter() - trainer.started}
 
 
-def _flops(model: TransformerClassifier, task: TaskData) -> dict[str, Any]:
-    """Of the matrix products of a forward pass, the mean over the test examples; or why it is not known."""
+def _if_possible(name: str, make: Callable[[], Any]) -> dict[str, Any]:
+    """A value of the result, or null and the reason why there is none."""
     try:
-        return {"forward_flops": forward_flops(model, task.test.lengths), "forward_flops_reason": ""}
-    except Exception as error:  # a model of the user's may not be countable, and is trained by now
-        return {"forward_flops": None, "forward_flops_reason": f"{type(error).__name__}: {error}"}
+        return {name: make(), f"{name}_reason": ""}
+    except WriteError:
+        raise
+    except Exception as error:
+        return {name: None, f"{name}_reason": first_line(error)}
 
 
 def summary(trainer: Trainer, best: Evaluation, last: Evaluation) -> dict[str, Any]:
     """The figures of a finished cell, from its epochs and its two test results."""
     rows, model = trainer.rows, trainer.model
-    accuracies = [row["val_accuracy"] for row in rows]
     seconds = [row["train_seconds"] for row in rows if row["train_seconds"] is not None]
     rates = [row["tokens_per_second"] for row in rows if row["tokens_per_second"] is not None]
     attention_parameters = {
@@ -445,24 +503,10 @@ def summary(trainer: Trainer, best: Evaluation, last: Evaluation) -> dict[str, A
         "best_val_accuracy": trainer.best_val_accuracy,
         "epochs_run": len(rows),
         "stopped_early": len(rows) < trainer.settings.max_epochs,
-        "convergence_epoch": convergence_epoch(accuracies),
-        "convergence_epoch_above_chance": convergence_epoch(accuracies, 1 / trainer.task.num_classes),
         "seconds_per_epoch": float(np.mean(seconds)) if seconds else None,
         "tokens_per_second": float(np.mean(rates)) if rates else None,
         "peak_memory_bytes": rows[-1]["peak_memory_bytes"],
         "parameters": count_parameters(model),
         "attention_parameters": sum(attention_parameters.values()),
-        "processes": world_size(),
         "precision": "bf16" if trainer.bf16 else "fp32",
-        "test_predictions_best": "test_predictions.npz",
     }
-
-
-@by_first
-def _write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
-    write_json_lines(folder / "metrics.jsonl", as_json(rows))
-
-
-@by_first
-def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    write_atomic(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))

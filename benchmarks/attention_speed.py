@@ -49,8 +49,7 @@ from command_line import (
     given_settings,
     setting,
 )
-from experiment.device_memory import PeakMemory
-from experiment.experiment_plan import find_device
+from experiment.run_plan import find_device
 from reporting.figure_style import (
     BLACK,
     BLUE,
@@ -63,6 +62,7 @@ from reporting.figure_style import (
     save_figure,
 )
 from reporting.text_tables import NONE, TextTable, markdown_table, short
+from training.device_memory import PeakMemory
 
 SHORT_HORIZONS, DEFAULT_GAMMAS = (0.6, 0.9, 0.99), (0.9, 0.99, 0.999)
 SOFTENING = 0.1  # the modules' default

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from command_line import InputError
-from experiment.experiment_plan import find_device
-from experiment.run_environment import describe_environment
+from experiment.run_plan import find_device
 from results_folder import write_json
+from training.run_environment import describe_environment
 
 Seconds = dict[str, float]  # by phase
 Step = Callable[[], Seconds]  # does the work once, timed

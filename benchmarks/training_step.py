@@ -11,13 +11,11 @@ where it fits into --memory-limit. Peak memory is the allocator's on CUDA; on th
 set, libraries included, of a fresh process that takes one step. Writes <date>_<device>_training_step.json.
 """
 
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 if __name__ == "__main__":  # run as a file: Python looks for modules in this folder only
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention_kernels import attend
+from attention_kernels import use_backend
 from benchmarks.benchmarking import (
     Seconds,
     chosen_device,
@@ -46,11 +44,10 @@ from command_line import (
     given_settings,
     setting,
 )
-from experiment.device_memory import PeakMemory
-from experiment.experiment_plan import COMPARED, MODELS, attention_factory
-from experiment.transformer_classifier import ModelSettings, TransformerClassifier
+from experiment.models import COMPARED, Model, build
 from reporting.text_tables import NONE, TextTable, markdown_table, short
-from train_and_evaluate import TrainingSettings
+from train_and_evaluate import ModelSettings, TrainingSettings
+from training.device_memory import PeakMemory
 
 VOCAB_SIZE, NUM_CLASSES = 257, 2  # of the byte-level text task
 
@@ -73,7 +70,7 @@ class StepSettings:
     def __post_init__(self) -> None:
         check_settings(self)
         for model in self.models:
-            choose(model, MODELS, "model")
+            Model.parse(model)
         for backend in self.backends:
             choose(backend, ("auto", "tiled", "dense"), "backend")
 
@@ -90,7 +87,8 @@ def fits(case: Case, settings: StepSettings, model: ModelSettings) -> bool:
     """Whether a dense case fits: each layer keeps about four score matrices for its backward."""
     if case.backend != "dense":
         return True
-    timescales = model.num_timescales if "multi" in case.model else 1
+    arguments = Model.parse(case.model).arguments
+    timescales = arguments["num_timescales"] or 3 if "num_timescales" in arguments else 1
     matrices = 4 * model.num_layers * timescales * model.num_heads * settings.batch_size
     return 4 * matrices * case.length**2 <= settings.memory_limit * 1e9
 
@@ -100,8 +98,7 @@ def make_step(
 ) -> Callable[[], Seconds]:
     """A function that takes a training step of a new model on tokens of its own."""
     training = TrainingSettings()
-    factory = attention_factory(case.model, model_settings)
-    model: nn.Module = TransformerClassifier(factory, VOCAB_SIZE, NUM_CLASSES, model_settings).to(device)
+    model = build(Model.parse(case.model), model_settings, VOCAB_SIZE, NUM_CLASSES).to(device)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters,
@@ -113,12 +110,11 @@ def make_step(
     tokens = torch.randint(1, VOCAB_SIZE, (settings.batch_size, case.length), generator=generator).to(device)
     labels = torch.randint(NUM_CLASSES, (settings.batch_size,), generator=generator).to(device)
     padding = torch.zeros(settings.batch_size, case.length, dtype=torch.bool, device=device)
-    engine = functools.partial(attend, backend=case.backend)
 
     def step() -> Seconds:
         started = clock(device)
         optimizer.zero_grad()
-        with mock.patch("attention_engine.attention_module.attend", engine):
+        with use_backend(case.backend):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits = model(tokens, padding)
             F.cross_entropy(logits, labels).backward()

@@ -1,11 +1,12 @@
-"""A plan as the files of a results folder: written before the first cell, read back by who goes on.
+"""A plan as the files of a results folder: written before the first cell, read back by whoever resumes.
 
     write_plan(root, plan, tasks, argv)
-    plan = read_plan(root, arguments)          # InputError where the command line asks for something else
-    check_data(root, plan, tasks)              # InputError where the data are not those of the folder
+    plan = read_plan(root)                       # InputError where it is no folder of ours
+    refuse_changes(root, plan, arguments)        # InputError where the command line asks for something else
+    check_data(root, plan, tasks)                # InputError where the data are not those of the folder
 
-What is read back holds for the whole folder: settings given again must be the same. Places may differ, the
-folders of data and cache and a GPU's number, since a folder may be worked on by several machines.
+What is read back holds for the whole folder. Places may differ, the folders of data and cache and a GPU's
+number, since a folder may be worked on by several machines.
 """
 
 import argparse
@@ -23,17 +24,8 @@ import numpy as np
 
 from command_line import InputError, given_settings, option_name
 from data_pipeline import TASKS, DataSettings, TaskData
-from experiment.experiment_plan import (
-    Plan,
-    attention_factory,
-    check_model,
-    find_device,
-    model_class,
-    settings_by_cell,
-)
-from experiment.model_cost import count_parameters
-from experiment.run_environment import describe_environment
-from experiment.transformer_classifier import ModelSettings, TransformerClassifier
+from experiment.models import Model
+from experiment.run_plan import RunPlan, find_device, parameter_counts, settings_by_cell
 from results_folder import (
     SCHEMA_VERSION,
     Cell,
@@ -44,7 +36,8 @@ from results_folder import (
     write_json,
     write_status,
 )
-from train_and_evaluate import TrainingSettings
+from train_and_evaluate import ModelSettings, TrainingSettings
+from training.run_environment import describe_environment
 
 PROG = "run_experiment.py"
 PLACES = ("data_dir", "cache_dir")
@@ -52,21 +45,11 @@ SAME_ENVIRONMENT = ("torch", "threads", "git_commit", "device_name")
 # Float32 copies of the weights that a cell holds at its fullest: weights, the best weights and two moments in
 # each of three checkpoints (last, previous, the one being written), and checkpoint_best.pt.
 CHECKPOINT_COPIES = 3 * 4 + 1
-OTHER_BYTES = 2**21  # of a cell's attention patterns, metrics and predictions
+OTHER_BYTES = 2**21  # of a cell's attention patterns and metrics
 SPARE_BYTES = 2**26  # for the analysis, and for whoever else writes
 
 
-def parameter_counts(plan: Plan, tasks: dict[str, TaskData]) -> dict[tuple[str, str], int]:
-    """The number of parameters by (task, model)."""
-    counts = {}
-    for (task, name), settings in settings_by_cell(plan, tasks).items():
-        sizes = tasks[task].vocab_size, tasks[task].num_classes
-        model = TransformerClassifier(attention_factory(name, settings), *sizes, settings)
-        counts[task, name] = count_parameters(model)
-    return counts
-
-
-def check_space(folder: Path, plan: Plan, tasks: dict[str, TaskData], cells: Iterable[Cell]) -> None:
+def check_space(folder: Path, plan: RunPlan, tasks: dict[str, TaskData], cells: Iterable[Cell]) -> None:
     """InputError where the cells' files would not fit on the disk that `folder` is, or is to be, on."""
     counts = parameter_counts(plan, tasks)
     needed = SPARE_BYTES + sum(
@@ -81,7 +64,7 @@ def check_space(folder: Path, plan: Plan, tasks: dict[str, TaskData], cells: Ite
         )
 
 
-def task_info(task: TaskData, stand_in_for: str | None) -> dict[str, Any]:
+def _task_info(task: TaskData) -> dict[str, Any]:
     counts = np.bincount(np.asarray(task.test.labels), minlength=task.num_classes)
     return {
         "title": task.title,
@@ -90,30 +73,29 @@ def task_info(task: TaskData, stand_in_for: str | None) -> dict[str, Any]:
         "majority": float(counts.max() / counts.sum()),
         "test_size": len(task.test),
         "class_names": list(task.class_names),
-        "provenance": task.provenance | ({"stand_in_for": stand_in_for} if stand_in_for else {}),
-        "stand_in_for": stand_in_for,
+        "provenance": task.provenance,
     }
 
 
-def write_plan(root: Path, plan: Plan, tasks: dict[str, TaskData], argv: list[str]) -> None:
-    """The run's config.json and environment.json, and the cells' folders."""
-    data = {name: asdict(settings) for name, settings in plan.data.items()}
-    info = {name: task_info(task, plan.stand_in_for.get(name)) for name, task in tasks.items()}
+def write_plan(root: Path, plan: RunPlan, tasks: dict[str, TaskData], argv: list[str], workers: int) -> None:
+    """The run's config.json and environment.json, and the cells' folders. workers: cells side by side."""
     config = {
         "schema_version": SCHEMA_VERSION,
         "preset": plan.preset,
         "argv": argv,
         "command": shlex.join(["python", PROG, *argv]),
         "settings": {
-            "model": asdict(plan.model),
-            "training": asdict(plan.training),
-            "data": data,
+            "model": asdict(plan.model_settings),
+            "training": asdict(plan.training_settings),
+            "data": {name: asdict(settings) for name, settings in plan.data_settings.items()},
             "device": str(plan.device),
         },
-        "models": list(plan.models),
+        "models": [model.name for model in plan.models],
         "tasks": list(plan.tasks),
+        "unavailable": plan.unavailable,
         "seeds": list(plan.seeds),
-        "task_info": info,
+        "workers": workers,
+        "task_info": {name: _task_info(task) for name, task in tasks.items()},
         "cells": [asdict(cell) for cell in plan.cells],
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -123,67 +105,62 @@ def write_plan(root: Path, plan: Plan, tasks: dict[str, TaskData], argv: list[st
     write_cells(root, plan, tasks)
 
 
-def write_cells(root: Path, plan: Plan, tasks: dict[str, TaskData]) -> None:
+def write_cells(root: Path, plan: RunPlan, tasks: dict[str, TaskData]) -> None:
     """Each cell's config.json with the state "pending", where there is none yet; a damaged one is mended.
 
     Raises InputError where a cell's folder is a link that leads out of the results folder."""
     parameters, settings = parameter_counts(plan, tasks), settings_by_cell(plan, tasks)
-    arguments = {name: attention_factory(name, plan.model).keywords for name in plan.models}
     for cell in plan.cells:
         folder = cell.folder(root)
         if not inside(folder, root):
             raise InputError(f"{folder} is a link that leads out of {root}; nothing is written through it")
         folder.mkdir(parents=True, exist_ok=True)
+        model = plan.model_of(cell)
         cell_config = {
             "schema_version": SCHEMA_VERSION,
             **asdict(cell),
-            "model_class": model_class(cell.model),
-            "attention_arguments": arguments[cell.model],
+            "model_class": model.class_name,
+            "attention_arguments": model.attention(settings[cell.task, cell.model]).keywords,
             "model_settings": asdict(settings[cell.task, cell.model]),
-            "training_settings": asdict(plan.training),
-            "data_settings": asdict(plan.data[cell.task]),
+            "training_settings": asdict(plan.training_settings),
+            "data_settings": asdict(plan.data_settings[cell.task]),
             "parameters": parameters[cell.task, cell.model],
         }
         record = read_cell(root, cell)
         if record.state == "missing" or record.damaged:
-            write_json(folder / "config.json", cell_config)
+            write_json(folder / "config.json", as_json(cell_config))
         if record.state == "missing":
             write_status(folder, "pending")
 
 
-def read_plan(root: Path, arguments: argparse.Namespace) -> Plan:
-    """The plan of a results folder, with the places that the command line gives.
-
-    Raises InputError where `root` is no results folder of this program's, where the command line has other
-    settings, and where a model or the device is not to be had here."""
+def read_plan(root: Path) -> RunPlan:
+    """The plan of a results folder. Raises InputError where `root` is none of this program's, and where a
+    model or the device is not to be had here."""
     config = read_results(root).config
     try:
         settings = config["settings"]
-        plan = Plan(
+        plan = RunPlan(
             preset=str(config["preset"]),
-            models=tuple(map(str, config["models"])),
+            models=tuple(Model.parse(str(name)) for name in config["models"]),
             tasks=tuple(map(str, config["tasks"])),
             seeds=tuple(map(int, config["seeds"])),
-            model=_settings(ModelSettings, settings["model"]),
-            training=_settings(TrainingSettings, settings["training"]),
-            data={str(task): _settings(DataSettings, data) for task, data in settings["data"].items()},
+            model_settings=_settings(ModelSettings, settings["model"]),
+            training_settings=_settings(TrainingSettings, settings["training"]),
+            data_settings={
+                str(task): _settings(DataSettings, data) for task, data in settings["data"].items()
+            },
             device=find_device(str(settings["device"])),
+            unavailable={str(task): str(why) for task, why in config.get("unavailable", {}).items()},
         )
-        known = {cell: asdict(cell) for cell in plan.cells}
-        complete = set(plan.tasks) <= set(plan.data) and set(plan.tasks) <= set(TASKS)
-        if list(known.values()) != config["cells"] or not complete:
+        known = [asdict(cell) for cell in plan.cells]
+        complete = set(plan.tasks) <= set(plan.data_settings) and set(plan.tasks) <= set(TASKS)
+        if known != config["cells"] or not complete:
             raise ValueError("its cells are not those of its tasks, models and seeds")
     except InputError as error:
-        raise InputError(f"{root} cannot be gone on with: {error}") from error
+        raise InputError(f"{root} cannot be resumed: {error}") from error
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise InputError(f"{root} cannot be gone on with: its config.json is another's ({error})") from error
-    _refuse_changes(root, plan, arguments)
-    for model in plan.models:
-        check_model(model, plan.model)
-    places = {k: v for k, v in given_settings(arguments, DataSettings).items() if k in PLACES}
-    data = {task: replace(settings, **places) for task, settings in plan.data.items()}
-    device = plan.device if arguments.device == "auto" else find_device(arguments.device)
-    return replace(plan, data=data, device=device)
+        raise InputError(f"{root} cannot be resumed: its config.json is another's ({error})") from error
+    return plan
 
 
 def _settings(kind: type, values: dict[str, Any]) -> Any:
@@ -208,24 +185,35 @@ def _has_type(value: Any, hint: Any) -> bool:
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
-def _refuse_changes(root: Path, plan: Plan, arguments: argparse.Namespace) -> None:
+def placed(plan: RunPlan, places: dict[str, Any], device: str) -> RunPlan:
+    """The plan with this machine's places: folders by PLACES, and a device's name, or auto for the plan's."""
+    data = {task: replace(settings, **places) for task, settings in plan.data_settings.items()}
+    return replace(plan, data_settings=data, device=plan.device if device == "auto" else find_device(device))
+
+
+def given_places(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {key: value for key, value in given_settings(arguments, DataSettings).items() if key in PLACES}
+
+
+def refuse_changes(root: Path, plan: RunPlan, arguments: argparse.Namespace) -> None:
     """InputError with every difference between the folder's settings and those given."""
     found: list[tuple[str, Any, Any]] = []
-    for option in ("models", "tasks", "seeds"):
-        given = getattr(arguments, option)
-        if given is not None:
-            found.append((f"--{option}", getattr(plan, option), tuple(given)))
+    known = {"models": tuple(model.name for model in plan.models), "tasks": plan.tasks, "seeds": plan.seeds}
+    for option, there in known.items():
+        if (given := getattr(arguments, option)) is not None:
+            here = [entry for entry in given if entry not in plan.unavailable]
+            found.append((f"--{option}", there, tuple(here)))
     if arguments.preset != "auto":
         found.append(("--preset", plan.preset, arguments.preset))
     if arguments.device != "auto":
         found.append(("--device", plan.device.type, find_device(arguments.device).type))
-    for part in (plan.model, plan.training):
+    for part in (plan.model_settings, plan.training_settings):
         for name, value in given_settings(arguments, type(part)).items():
             found.append((option_name(name), getattr(part, name), value))
     for name, value in given_settings(arguments, DataSettings).items():
         for task in plan.tasks:
             if name not in PLACES and (name != "min_length" or task == "listops"):
-                found.append((option_name(name), getattr(plan.data[task], name), value))
+                found.append((option_name(name), getattr(plan.data_settings[task], name), value))
     differences = [
         f"{option} is {_shown(there)} there and {_shown(here)} here"
         for option, there, here in dict.fromkeys(found)
@@ -233,7 +221,7 @@ def _refuse_changes(root: Path, plan: Plan, arguments: argparse.Namespace) -> No
     ]
     if differences:
         raise InputError(
-            f"{root} was made with other settings: {'; '.join(differences)}; leave them out to go on with "
+            f"{root} was made with other settings: {'; '.join(differences)}; leave them out to resume with "
             "the folder's, or start a run of its own without --resume"
         )
 
@@ -242,14 +230,14 @@ def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def check_data(root: Path, plan: Plan, tasks: dict[str, TaskData]) -> None:
+def check_data(root: Path, tasks: dict[str, TaskData]) -> None:
     """InputError where a task's data are not those that the folder's cells were trained on."""
     info = read_results(root).config.get("task_info")
-    for name in plan.tasks:
+    for name, task in tasks.items():
         facts = info.get(name) if isinstance(info, dict) else None
         provenance = facts.get("provenance") if isinstance(facts, dict) else None
         there = provenance.get("sha256") if isinstance(provenance, dict) else None
-        here = tasks[name].provenance.get("sha256")
+        here = task.provenance.get("sha256")
         if there != here:
             raise InputError(
                 f"the data of {name} are not those that {root} was made with: sha256 {str(there)[:12]}... "
@@ -257,7 +245,7 @@ def check_data(root: Path, plan: Plan, tasks: dict[str, TaskData]) -> None:
             )
 
 
-def environment_changes(root: Path, plan: Plan) -> str:
+def environment_changes(root: Path, plan: RunPlan) -> str:
     """How this place differs from the one the folder was made in; empty where it does not."""
     there, here = read_results(root).environment, describe_environment(plan.device)
     changed = [

@@ -1,4 +1,5 @@
-"""How a run is stopped: by a signal or by its time limit, after the step in progress.
+"""How a run is stopped: by a signal or by its time limit, after the step in progress. What is kept is the
+last epoch's end.
 
     stop = StopRequest(max_minutes=50)
     with stop.signals_heard():
@@ -18,14 +19,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from command_line import InputError
 
 EXIT_RUN_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ONE_SIGNAL_SECONDS = 1.0
-NOTICE = b"\nstopping after this step; the same signal again stops at once\n"
+NOTICE = b"\nstopping after this step, the epoch in progress is lost; the same signal again stops at once\n"
 
 
 class StoppedError(Exception):
@@ -35,12 +36,17 @@ class StoppedError(Exception):
 class StopRequest:
     """Whether a run is to stop, asked after every step. The clock starts at construction.
 
-    parent: the process without which this one is not to go on."""
+    parent: the process without which this one is not to go on. also: asked too, whether to stop."""
 
-    def __init__(self, max_minutes: float | None = None, parent: int | None = None) -> None:
+    def __init__(
+        self,
+        max_minutes: float | None = None,
+        parent: int | None = None,
+        also: Callable[[], bool] = lambda: False,
+    ) -> None:
         if max_minutes is not None and not 0 < max_minutes < 1e6:
             raise InputError(f"--max-minutes must be above 0 and below 1e6, got {max_minutes}")
-        self.max_minutes, self.parent = max_minutes, parent
+        self.max_minutes, self.parent, self.also = max_minutes, parent, also
         self.signum: int | None = None
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._heard = 0.0
@@ -54,6 +60,8 @@ class StopRequest:
             return f"the time limit of {self.max_minutes:g} minutes was reached"
         if self.parent is not None and self.parent != os.getppid():
             return "the process that started this one has ended"
+        if self.also():
+            return "the run was asked to stop"
         return ""
 
     @property

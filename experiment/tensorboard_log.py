@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import InputError
-from experiment.training_progress import Progress
+from training.training_progress import Progress
 
 FOLDER = "tensorboard"
 
@@ -61,5 +61,8 @@ class TensorboardProgress(Progress):
                 self.writer.add_scalar(name, value, row["epoch"])
         self.writer.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "TensorboardProgress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self.writer.close()

@@ -14,7 +14,7 @@ from typing import cast
 
 import pandas as pd
 
-from reporting.comparison_tables import ACCURACY, BASELINE, number
+from reporting.run_results import ACCURACY, BASELINE, number
 from results_folder import Results
 
 TARGET_SHARE = 0.9  # of the way from chance to the baseline's best

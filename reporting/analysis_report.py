@@ -1,32 +1,41 @@
-"""The report of a comparison as blocks: what was run, findings, tables, figures, how to reproduce it.
+"""The report of a comparison: what was run, findings, tables, figures, how to reproduce it.
 
-    blocks = report(analysis, figures)       # `figures`: the FigureNotes by task
-    markdown_report(blocks), html_report(blocks, folder)
+    for name, text in render_report(analysis, figures, folder).items():      # report.md, report.html
+        write_text(root / name, text)
 
-Both files are written from these blocks. The findings' sentences are made in report_findings.py. Text in,
-blocks out: nothing is drawn or written here.
+Both files are templates (templates/) filled from the same numbers and sentences; those of the findings are
+made in report_findings.py. Everything a folder's files say is escaped, and the page forbids itself (Content-
+Security-Policy) to load anything.
 """
 
+import base64
 import shlex
+import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
 
 from reporting.accuracy_against_cost import TARGET_SHARE
-from reporting.comparison_tables import (
+from reporting.comparison_tables import NEAR
+from reporting.report_findings import findings
+from reporting.run_results import (
     BASELINE,
-    NEAR,
+    MIXED,
     TaskFacts,
     default_baseline,
     done_cells,
     most_on_a_device,
+    unavailable_tasks,
 )
-from reporting.joined_results import MIXED
-from reporting.report_blocks import Block, Bullets, Code, Facts, FigureNote, Heading, Notice, Paragraph
-from reporting.report_findings import findings
 from reporting.summary_tables import Analysis, tables
-from reporting.text_tables import one_line
+from reporting.task_figures import DrawnFigure
+from reporting.text_tables import code_block, markdown, markdown_table, one_line
 from results_folder import Results
 
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+FIGURE_DPI, CSS_DPI = 150, 96  # of the PNG files (figure_style.py), and of a page
 DEFINITIONS = (
     "Test accuracy is that of the weights of the best validation accuracy; the test set is read once.",
     "Epochs to 90 % of best: the first epoch whose validation accuracy reaches 90 % of its maximum; "
@@ -38,8 +47,7 @@ DEFINITIONS = (
     "baseline (mean over its seeds), one for all models; a run that does not reach it is in no "
     "mean of the time to it.",
     "Interval: 95 % t interval of the mean over seeds. p: exact two-sided sign-flip test, paired by seed; "
-    "with n seeds it is 2 / 2^n at the least. McNemar's test compares two trained models on the same test "
-    "examples, and says nothing of other seeds.",
+    "with n seeds it is 2 / 2^n at the least.",
     "Peak memory is the CUDA allocator's on a GPU, the resident set of the process on a CPU.",
     f"Weight within {NEAR} tokens: the share of a query's weight at |i - j| < {NEAR}, in long examples.",
     "Entropy of a row: of a query's weights over the log of the number of tokens, mean over examples, "
@@ -47,51 +55,77 @@ DEFINITIONS = (
 )
 
 
-def report(analysis: Analysis, figures: dict[str, list[FigureNote]]) -> list[Block]:
-    """`figures`: by task."""
-    blocks: list[Block] = [Heading(1, "Comparison of attention mechanisms"), *_notices(analysis)]
-    blocks += [Heading(2, "What was run"), *_what_was_run(analysis)]
-    blocks += [Heading(2, "Findings"), *findings(analysis)]
-    blocks += [Heading(2, "Tables"), *tables(analysis)]
-    if isinstance(blocks[-1], Heading):
-        blocks.append(Paragraph("There is nothing to tabulate."))
-    blocks.append(Heading(2, "Figures"))
-    for task, drawn in figures.items():
-        blocks += [Heading(3, task), *drawn]
-    blocks += [Heading(2, "Definitions"), Bullets(DEFINITIONS)]
-    return [*blocks, Heading(2, "How to reproduce"), *_how_to_reproduce(analysis)]
+class Notice(NamedTuple):
+    """A warning that must not be overlooked; lead: its first words."""
+
+    lead: str
+    text: str
 
 
-def _notices(analysis: Analysis) -> list[Block]:
-    blocks: list[Block] = []
+def render_report(analysis: Analysis, figures: dict[str, list[DrawnFigure]], folder: Path) -> dict[str, str]:
+    """report.md and report.html by file name. figures: by task; folder: where their PNG files are."""
+    context = {
+        "title": "Comparison of attention mechanisms",
+        "notices": _notices(analysis),
+        "facts": _facts(analysis),
+        "cells": len(analysis.results.cells),
+        "lost": analysis.unfinished(),
+        "findings": findings(analysis),
+        "no_patterns": [f"{cell} ({reason})" for cell, reason in analysis.no_patterns.items()],
+        "tables": tables(analysis),
+        "figures": figures,
+        "definitions": DEFINITIONS,
+        "reproduce": _how_to_reproduce(analysis),
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"one_line": one_line, "markdown": markdown, "code_block": code_block}
+    environment.globals |= {
+        "png": lambda stem: _png(folder / f"{stem}.png"),
+        "markdown_table": markdown_table,
+    }
+    names = ("report.md", "report.html")
+    return {name: environment.get_template(f"{name}.jinja").render(context) for name in names}
+
+
+def _png(path: Path) -> tuple[str, int, int]:
+    """A figure as a data URL, and the width and height it was drawn for, in CSS pixels."""
+    data = path.read_bytes()
+    width, height = (round(size * CSS_DPI / FIGURE_DPI) for size in struct.unpack(">II", data[16:24]))
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}", width, height
+
+
+def _notices(analysis: Analysis) -> list[Notice]:
+    notices = []
     if analysis.results.config.get("preset") == "smoke":
-        blocks.append(
-            Notice("Smoke test.", "This run only checks that every step works. Its numbers mean nothing.")
-        )
-    for facts in analysis.facts.values():
-        if facts.stand_in_for:
-            text = (
-                f"{facts.name} stands in for {facts.stand_in_for}, which was not to be had. "
-                f"Nothing here is a result on {facts.stand_in_for}."
-            )
-            blocks.append(Notice("Stand-in data.", text))
+        text = "This run only checks that every step works. Its numbers mean nothing."
+        notices.append(Notice("Smoke test.", text))
+    for task, why in unavailable_tasks(analysis.results).items():
+        notices.append(Notice(f"Left out: {task}.", f"Its data were unavailable: {why}"))
     if analysis.joined.differences:
         unlike = "; ".join(analysis.joined.differences)
-        blocks.append(Notice("Unlike runs in one table.", f"{MIXED} was given, and {unlike}."))
+        notices.append(Notice("Unlike runs in one table.", f"{MIXED} was given, and {unlike}."))
     if len(set(_per_folder(analysis, _device))) > 1:
         text = "Times and memory of different machines are in one mean; ratios are taken within a seed."
-        blocks.append(Notice("Several machines.", text))
+        notices.append(Notice("Several machines.", text))
     on_a_device = [most_on_a_device(record) for record in done_cells(analysis.results)]
-    if shared := [most for most in on_a_device if most > 1]:
+    shared = [most for most in on_a_device if most > 1]
+    if shared and not analysis.one_core_a_cell:
         text = (
             f"{len(shared)} of {len(on_a_device)} cells were trained with others on the same device, up to "
             f"{max(shared)} at once. Their times are longer than those of a cell that is alone, and "
             "the memory is that of each process by itself: compare costs with care."
         )
-        blocks.append(Notice("Shared devices.", text))
+        notices.append(Notice("Shared devices.", text))
     if not analysis.results.cells or len(analysis.unfinished()) == len(analysis.results.cells):
-        blocks.append(Notice("No cell is done.", "There are no results to compare."))
-    return blocks
+        notices.append(Notice("No cell is done.", "There are no results to compare."))
+    return notices
 
 
 def _per_folder(analysis: Analysis, read: Callable[[Results], str]) -> list[str]:
@@ -117,7 +151,8 @@ def _commit(source: Results) -> str:
     return f"{commit} with uncommitted changes" if commit and source.environment.get("git_dirty") else commit
 
 
-def _what_was_run(analysis: Analysis) -> list[Block]:
+def _facts(analysis: Analysis) -> list[tuple[str, str]]:
+    """What was run, by name."""
     seeds = sorted({record.cell.seed for record in analysis.results.cells})
     total, lost = len(analysis.results.cells), analysis.unfinished()
     settings = analysis.results.config.get("settings")
@@ -129,6 +164,7 @@ def _what_was_run(analysis: Analysis) -> list[Block]:
         "models": ", ".join(analysis.names.values()),
         "baseline": _baseline(analysis),
         "seeds": ", ".join(map(str, seeds)) + (" (n = 1)" if len(seeds) == 1 else ""),
+        "side by side": _side_by_side(analysis),
         "device": _by_folder(analysis, _device),
         "processor": _by_folder(analysis, lambda source: _joined(source.environment, processor)),
         "software": _by_folder(analysis, lambda source: _joined(source.environment, software)),
@@ -143,15 +179,14 @@ def _what_was_run(analysis: Analysis) -> list[Block]:
     if len(analysis.joined.sources) > 1:
         names = _per_folder(analysis, lambda source: f"{source.root.resolve().name} {_seeds(source)}")
         lines.insert(1, ("results folders", "; ".join(names)))
-    lines += [(f"task {task.name}", _plain(_task_line(task))) for task in analysis.facts.values()]
-    blocks: list[Block] = [Facts(lines)]
-    if lost:
-        blocks.append(Paragraph("and are in no mean:", lead=f"{len(lost)} of {total} cells are not done"))
-        reasons = (f" ({record.reason})" if record.reason else "" for record in lost)
-        blocks.append(
-            Bullets([f"{one.cell}: {one.state}{why}" for one, why in zip(lost, reasons, strict=True)])
-        )
-    return blocks
+    return lines + [(f"task {task.name}", _plain(_task_line(task))) for task in analysis.facts.values()]
+
+
+def _side_by_side(analysis: Analysis) -> str:
+    most = max(map(most_on_a_device, done_cells(analysis.results)), default=1)
+    if most > 1 and analysis.one_core_a_cell:
+        return f"{most} cells at a time, each with one core of its own"
+    return f"up to {most} cells on a device" if most > 1 else "one cell at a time on a device"
 
 
 def _baseline(analysis: Analysis) -> str:
@@ -197,8 +232,8 @@ def _task_line(facts: TaskFacts) -> str:
     for name, level in (("chance", facts.chance), ("largest class", facts.majority)):
         if level is not None:
             parts.append(f"{name} {100 * level:.1f} %")
-    hidden = ("task", "stand_in_for")  # said already
-    parts += [f"{key} {_said(value)}" for key, value in facts.provenance.items() if key not in hidden]
+    said = ("task",)  # in the line's name
+    parts += [f"{key} {_said(value)}" for key, value in facts.provenance.items() if key not in said]
     return "; ".join(parts)
 
 
@@ -215,7 +250,8 @@ def _said(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _how_to_reproduce(analysis: Analysis) -> list[Block]:
+def _how_to_reproduce(analysis: Analysis) -> dict[str, str]:
+    """before, commands, after: a sentence, a block of shell commands, a sentence."""
     sources = analysis.joined.sources
     commands = [
         one_line(str(source.config.get("command") or "python run_experiment.py")) for source in sources
@@ -234,8 +270,8 @@ def _how_to_reproduce(analysis: Analysis) -> list[Block]:
         if len(commands) == 1
         else ("The last command remakes this analysis; each of those before it makes")
     )
-    return [
-        Paragraph(f"{where} the packages of requirements.txt:"),
-        Code("\n".join([*commands, again])),
-        Paragraph(f"{made} a new results folder."),
-    ]
+    return {
+        "before": f"{where} the packages of requirements.txt:",
+        "commands": "\n".join([*commands, again]),
+        "after": f"{made} a new results folder.",
+    }

@@ -1,27 +1,40 @@
-"""Figures of what attention looks at and what it has learned: maps with their tokens, horizons and G.
+"""Figures of what attention looks at and what it has learned: maps with their tokens, weight by distance,
+masses, horizons and G.
 
-Plot functions take data and `ax` and return `ax`; the figure_* functions lay panels out. See figure_style.py.
-Symbols: T timescales, H heads, M tokens; row i of a map holds the weights of query i over the keys j.
+Plot functions take data and `ax` and return `ax`; the *_figure functions lay panels out; see figure_style.py.
+Row i of a map holds the weights of query i over the keys j. A mass is relative to the mean of its example
+(attention_numbers.relative_masses): 1 is an average token.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from evaluate_performance import AttentionPatterns
-from reporting.figure_style import LINE_STYLES, ModelStyle, drawable, model_legend, new_figure
+from reporting.figure_style import LINE_STYLES, ModelStyle, drawable, model_legend, new_figure, no_data
+from results_folder import AttentionPatterns
 
 SHOWN_TOKENS = 32  # more labels than this cannot be read
 SHOWN_GRID_TOKENS, SHOWN_ROWS, SHOWN_HEADS = 20, 8, 4  # in a grid of maps
 GRID_CELL, GRID_FOOT = 0.12, 1.75  # inches: per token, and below the maps
+AT_ZERO = 0.5  # where a logarithmic axis shows the distance 0
+SHOWN_MASSES = 8  # heaviest, and as many lightest
+LINE_LETTERS = 78  # of a shaded example
+LEAST_SHOWN = 0.01  # a mass of 0 has no place on a logarithmic scale
+SHADES = "PuOr_r"  # light in the middle, told apart by colour-blind readers
+
+
+# Maps and learned scalars
 
 
 def shown_example(patterns: AttentionPatterns, most: int = SHOWN_TOKENS) -> tuple[int, int]:
@@ -39,15 +52,21 @@ def plot_attention_map(
 
     labels: which are written, "both", "queries", "keys" or "none". The colour is the square root of the
     weight, up to `largest`, so that small weights are seen too."""
-    image = weights.astype(np.float32)
-    ax.imshow(image, cmap="viridis", norm=PowerNorm(0.5, 0, largest), interpolation="nearest", aspect="equal")
     shown = [drawable(symbol, 8) for symbol in symbols]
-    size = 6.5 if len(shown) > 20 else 7.5
-    for axis, wanted in ((ax.yaxis, ("both", "queries")), (ax.xaxis, ("both", "keys"))):
-        axis.set_ticks(range(len(shown)), shown if labels in wanted else [])
-        axis.set_tick_params(length=0, labelsize=size, pad=1)
+    sns.heatmap(
+        weights.astype(np.float32),
+        cmap="viridis",
+        norm=PowerNorm(0.5, 0, largest),
+        square=True,
+        cbar=False,
+        xticklabels=shown if labels in ("both", "keys") else False,
+        yticklabels=shown if labels in ("both", "queries") else False,
+        rasterized=True,  # a PDF need not hold a thousand rectangles
+        ax=ax,
+    )
+    ax.tick_params(length=0, labelsize=6.5 if len(shown) > 20 else 7.5, pad=1)
     ax.tick_params(axis="x", labelrotation=90)
-    ax.spines[:].set_visible(False)
+    ax.tick_params(axis="y", labelrotation=0)
     return ax
 
 
@@ -72,7 +91,7 @@ def figure_of_maps(
                 ax.set_xlabel("key")
         for ax in axes[row, len(line) :]:
             ax.set_axis_off()
-    bar = figure.colorbar(axes[0, 0].images[0], ax=axes, shrink=0.6, aspect=30, pad=0.01)
+    bar = figure.colorbar(axes[0, 0].collections[0], ax=axes, shrink=0.6, aspect=30, pad=0.01)
     bar.set_label("attention weight (square-root colour scale)")
     figure.suptitle(title)
     return figure
@@ -209,5 +228,218 @@ def learned_figure(learned: pd.DataFrame, styles: dict[str, ModelStyle], title: 
         for layer in sorted(learned["layer"].unique().tolist())
     ]
     model_legend(figure, [], layers)
+    figure.suptitle(title)
+    return figure
+
+
+# Weight by distance. Densities are shares of a query's weight per token of distance, so that bins of unequal
+# width can be compared; on logarithmic axes a power law is straight, an exponential decay bends down.
+
+
+def densities(shares: pd.DataFrame) -> pd.DataFrame:
+    """The mean over seeds: a row per bin, a column per timescale, in shares per token; the index is the
+    bin's geometric middle. Bins without weight, beyond the longest example, are left out."""
+    by_bin = shares.groupby(["low", "high", "timescale"])["share"].mean().unstack("timescale")
+    low, high = (by_bin.index.get_level_values(level).to_numpy(float) for level in ("low", "high"))
+    middle = np.where(low > 0, np.sqrt(low * np.maximum(high - 1, low)), AT_ZERO)
+    table = by_bin.div(high - low, axis=0).set_axis(pd.Index(middle, name="distance"))
+    return table[(table > 0).any(axis=1)]
+
+
+def last_horizons(learned: pd.DataFrame) -> pd.DataFrame:
+    """Horizons at the end of training, mean over heads and seeds: a row per (model, layer), a column per
+    timescale."""
+    horizons = learned[learned["scalar"] == "horizon"]
+    last = horizons.groupby(["model", "seed"])["epoch"].transform("max")
+    return (
+        horizons[horizons["epoch"] == last]
+        .groupby(["model", "layer", "timescale"])["value"]
+        .mean()
+        .unstack("timescale")
+    )
+
+
+def plot_models(shares: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes) -> Axes:
+    """One line per model in one layer, the mean over its timescales."""
+    for model, style in styles.items():
+        mine = shares[shares["model"] == model]
+        density = densities(mine).mean(axis=1) if len(mine) else pd.Series()
+        if len(density):
+            ax.plot(density.index, density, color=style.color, marker=style.marker, ms=4)
+    return _distance_axes(ax)
+
+
+def plot_timescales(
+    shares: pd.DataFrame, horizons: Mapping[Hashable, float], style: ModelStyle, ax: Axes
+) -> Axes:
+    """One model's timescales in one layer. Grey: gamma^d of the same timescale, drawn through the measured
+    value at distance 1; `horizons`: by timescale, from which gamma = 1 - 1 / horizon."""
+    table = densities(shares)
+    if table.empty:
+        return no_data(ax, "no weights")
+    for number, timescale in enumerate(table):
+        line, density = LINE_STYLES[number % len(LINE_STYLES)], table[timescale]
+        ax.plot(density.index, density, ls=line, color=style.color, marker=style.marker, ms=3.5)
+        if timescale in horizons and 1.0 in density.index:
+            distance = np.geomspace(1, density.index.max(), 60)
+            decayed = density[1.0] * (1 - 1 / horizons[timescale]) ** (distance - 1)
+            ax.plot(distance, decayed, ls=line, color="#888888", lw=1.1, zorder=1)
+    low = table[table > 0].min().min()
+    ax.set_ylim(bottom=low / 2)  # a discount of nothing but its tail needs no room
+    return _distance_axes(ax)
+
+
+def _distance_axes(ax: Axes) -> Axes:
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    few = ax.dataLim.y1 < 30 * ax.dataLim.y0
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=8))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.10g}"))
+    ax.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: "0" if value == AT_ZERO else f"{value:g}"))
+    ax.set_xticks([tick for tick in (AT_ZERO, 1, 10, 100, 1000) if tick <= 1.3 * ax.dataLim.x1])
+    ax.set_xticks([], minor=True)
+    ax.grid(axis="both")
+    ax.set_xlabel("distance |i - j| (tokens)")
+    return ax
+
+
+def distance_figure(
+    shares: pd.DataFrame, learned: pd.DataFrame, styles: dict[str, ModelStyle], title: str
+) -> Figure:
+    """A row per layer: all models, then a panel per model with several timescales or a learned decay.
+
+    `shares`: model, layer, timescale, low, high, share; `learned`: see comparison_tables.learned_table."""
+    layers = sorted(shares["layer"].unique())
+    horizons = last_horizons(learned)
+    several = {*shares.loc[shares["timescale"] > 0, "model"], *horizons.index.get_level_values("model")}
+    apart = [model for model in styles if model in several & set(shares["model"])]
+    columns = 1 + len(apart)
+    figure, axes = new_figure(
+        len(layers), columns, width=max(6, 0.8 + 3.1 * columns), height=1.0 + 2.5 * len(layers), sharex=True
+    )
+    for layer, row in zip(layers, axes, strict=True):
+        mine = shares[shares["layer"] == layer]
+        label = f"layer {layer + 1}\nshare of weight per token (%)"
+        plot_models(mine, styles, row[0]).set_ylabel(label)
+        for ax, model in zip(row[1:], apart, strict=True):
+            key = (model, layer)
+            decay = horizons.loc[key].to_dict() if key in horizons.index else {}
+            plot_timescales(mine[mine["model"] == model], decay, styles[model], ax)
+    for ax in axes[:-1].flat:
+        ax.set_xlabel("")
+    for ax, name in zip(axes[0], ["All models", *(styles[model].label for model in apart)], strict=True):
+        ax.set_title(name)
+    most = int(shares["timescale"].max()) + 1
+    lines = [
+        Line2D(
+            [],
+            [],
+            color="#444444",
+            ls=LINE_STYLES[number % len(LINE_STYLES)],
+            label=f"timescale {number + 1}",
+        )
+        for number in range(most)
+    ]
+    if len(horizons):
+        lines.append(Line2D([], [], color="#888888", lw=1.1, label="its learned gamma^d alone"))
+    present = [styles[model] for model in styles if model in set(shares["model"])]
+    model_legend(figure, present, lines if most > 1 or len(horizons) else [])
+    figure.suptitle(title)
+    return figure
+
+
+# Masses
+
+
+def plot_token_masses(masses: Sequence[tuple[str, float, int]], style: ModelStyle, ax: Axes) -> Axes:
+    """Heaviest and lightest tokens. `masses`: (symbol, relative mass, occurrences) by falling mass."""
+    if len(masses) > 2 * SHOWN_MASSES:
+        masses = [*masses[:SHOWN_MASSES], *masses[-SHOWN_MASSES:]]
+        ax.axhline(SHOWN_MASSES - 0.5, color="#999999", lw=0.8, ls="--")
+    position = range(len(masses))
+    ax.axvline(1, color="#999999", lw=0.8)
+    ax.plot([mass for _, mass, _ in masses], position, style.marker, color=style.color)
+    labels = [f"{drawable(symbol, 14)}  ({count})" for symbol, _, count in masses]
+    ax.set_yticks(position, labels)
+    ax.set_ylim(len(masses) - 0.5, -0.5)
+    ax.set_xlabel("mass / mean mass of its example")
+    ax.set_title(style.label)
+    ax.grid(axis="x")
+    return ax
+
+
+def mass_figure(
+    masses: dict[str, list[tuple[str, float, int]]], styles: dict[str, ModelStyle], title: str
+) -> Figure:
+    """A panel per model that has masses."""
+    rows = max(min(len(tokens), 2 * SHOWN_MASSES) for tokens in masses.values())
+    figure, axes = new_figure(1, len(masses), width=0.6 + 4.0 * len(masses), height=1.4 + 0.22 * rows)
+    for ax, (model, tokens) in zip(axes[0], masses.items(), strict=True):
+        plot_token_masses(tokens, styles[model], ax)
+    axes[0, 0].set_ylabel("token (occurrences)")
+    figure.suptitle(title)
+    return figure
+
+
+def token_places(symbols: Sequence[str]) -> list[tuple[int, int, int]]:
+    """(line, first letter, letters) of each token in lines of LINE_LETTERS; words are set apart."""
+    gap = int(any(len(symbol) > 1 for symbol in symbols))
+    places, line, at = [], 0, 0
+    for symbol in symbols:
+        size = min(max(1, len(symbol)), LINE_LETTERS)
+        if at + size > LINE_LETTERS:
+            line, at = line + 1, 0
+        places.append((line, at, size))
+        at += size + gap
+    return places
+
+
+def plot_shaded_tokens(
+    symbols: Sequence[str], masses: np.ndarray, ax: Axes, largest: float, style: ModelStyle
+) -> Axes:
+    """The tokens in reading order on a ground that shows their mass (M,), from 1 / largest to largest."""
+    shown = [drawable(symbol, LINE_LETTERS) for symbol in symbols]
+    colors, norm = matplotlib.colormaps[SHADES], LogNorm(1 / largest, largest)
+    places = token_places(shown)
+    for symbol, mass, (line, at, size) in zip(shown, masses.tolist(), places, strict=True):
+        ground = colors(float(norm(mass)))
+        ax.add_patch(Rectangle((at, line), size, 0.86, facecolor=ground, edgecolor="none"))
+        red, green, blue, _ = ground
+        ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
+        place = (at + size / 2, line + 0.44)
+        ax.text(*place, symbol, family="DejaVu Sans Mono", size=7, ha="center", va="center", color=ink)
+    ax.set_xlim(0, LINE_LETTERS)
+    ax.set_ylim(places[-1][0] + 1, 0)
+    ax.set_axis_off()
+    ax.set_title(style.name, loc="left")
+    return ax
+
+
+def shaded_figure(
+    examples: Mapping[str, tuple[Sequence[str], np.ndarray]], styles: dict[str, ModelStyle], title: str
+) -> Figure:
+    """The same example for each model that has masses. examples: (symbols, masses (M,)) by model."""
+    lines = [token_places(symbols)[-1][0] + 1 for symbols, _ in examples.values()]
+    figure, axes = new_figure(
+        len(examples),
+        1,
+        width=7.6,
+        height=1.2 + sum(0.45 + 0.2 * count for count in lines),
+        height_ratios=[count + 1 for count in lines],
+    )
+    examples = {
+        model: (symbols, np.maximum(masses, LEAST_SHOWN)) for model, (symbols, masses) in examples.items()
+    }
+    spread = max(float(np.exp(np.abs(np.log(masses)).max())) for _, masses in examples.values())
+    largest = max(1.05, spread)
+    for ax, (model, (symbols, masses)) in zip(axes[:, 0], examples.items(), strict=True):
+        plot_shaded_tokens(symbols, masses, ax, largest, styles[model])
+    bar = matplotlib.cm.ScalarMappable(LogNorm(1 / largest, largest), SHADES)
+    ticks = [1 / largest, 1, largest]
+    colorbar = figure.colorbar(bar, ax=axes, location="bottom", shrink=0.5, aspect=30, pad=0.02)
+    colorbar.set_ticks(ticks, labels=[f"{tick:.2f}" for tick in ticks])
+    colorbar.minorticks_off()
+    colorbar.set_label("mass / mean mass of the example")
     figure.suptitle(title)
     return figure

@@ -1,6 +1,6 @@
 """The tables behind the comparison: pure functions from a results folder, as read, to pandas tables.
 
-    results = usable(read_results(folder))
+    results = usable(read_results(folder))      # run_results.py
     table = metric_table(results, patterns)     # task, model, seed, metric, value: everything measured
     summary = summarize(table)                  # task, model, metric, n, mean, low, high
     compare(table)                              # differences in accuracy, paired by seed, with p values
@@ -11,18 +11,12 @@ The seed is the unit; `low` and `high` are the ends of the 95 % t interval, NaN 
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from evaluate_performance import (
-    PATTERNS,
-    AttentionPatterns,
-    attention_entropy,
-    read_attention_patterns,
-    share_within,
-)
+from reporting.attention_numbers import attention_entropy, share_within
+from reporting.run_results import ACCURACY, BASELINE, done_cells, number, task_facts
 from reporting.seed_statistics import (
     Estimate,
     estimate,
@@ -31,10 +25,8 @@ from reporting.seed_statistics import (
     sign_flip_p,
     smallest_sign_flip_p,
 )
-from results_folder import SHARED_BY, Cell, CellRecord, Results
+from results_folder import AttentionPatterns, Cell, Results
 
-BASELINE = "conventional"
-ACCURACY = "test_accuracy_best"
 CONVERGENCE = "convergence_epoch_above_chance"
 NEAR = 16  # tokens: what counts as near in `attention_share_near`
 RESULT_METRICS = (
@@ -45,8 +37,6 @@ RESULT_METRICS = (
     "best_val_accuracy",
     "best_epoch",
     "epochs_run",
-    "convergence_epoch",
-    CONVERGENCE,
     "seconds_per_epoch",
     "tokens_per_second",
     "peak_memory_bytes",
@@ -76,97 +66,17 @@ RADAR_AXES = {
 SIGNIFICANCE = 0.05
 
 
-@dataclass(frozen=True)
-class TaskFacts:
-    """What config.json says of a task; None where it does not."""
+def convergence_epoch(accuracies: Sequence[float], chance: float = 0.0) -> int | None:
+    """The first epoch, counted from 1, with (accuracy - chance) / (best - chance) >= 0.9.
 
-    name: str
-    title: str
-    chance: float | None
-    majority: float | None
-    test_size: int | None
-    num_classes: int | None
-    stand_in_for: str | None
-    provenance: dict[str, Any]
-
-
-def number(value: Any) -> float | None:
-    """The value if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    With chance = 0 this is 90 % of the best, a rule that guessing meets on two classes. None where no epoch
+    is above chance. The tolerance of 1e-9 is for rounding: accuracies are shares of far fewer examples.
+    """
+    best = max(accuracies, default=0.0)
+    if not best > chance:
         return None
-    return float(value)
-
-
-def _share(value: Any) -> float | None:
-    found = number(value)
-    return found if found is not None and 0 <= found <= 1 else None
-
-
-def _count(value: Any) -> int | None:
-    found = number(value)
-    return int(found) if found is not None and found >= 1 else None
-
-
-def usable(results: Results) -> Results:
-    """The results with each cell once, and with a "done" cell that has no test accuracy named as failed."""
-    cells = []
-    for record in {record.cell: record for record in results.cells}.values():
-        accuracy = _share((record.result or {}).get(ACCURACY))
-        if record.state == "done" and accuracy is None:
-            record = replace(record, state="failed", reason=f"unusable: result.json has no {ACCURACY}")
-        cells.append(record)
-    return replace(results, cells=cells)
-
-
-def task_facts(results: Results, task: str) -> TaskFacts:
-    info = results.config.get("task_info")
-    facts = info.get(task) if isinstance(info, dict) else None
-    facts = facts if isinstance(facts, dict) else {}
-    provenance = facts.get("provenance")
-    return TaskFacts(
-        name=task,
-        title=str(facts.get("title") or task),
-        chance=_share(facts.get("chance")),
-        majority=_share(facts.get("majority")),
-        test_size=_count(facts.get("test_size")),
-        num_classes=_count(facts.get("num_classes")),
-        stand_in_for=str(facts["stand_in_for"]) if facts.get("stand_in_for") else None,
-        provenance=provenance if isinstance(provenance, dict) else {},
-    )
-
-
-def tasks_of(results: Results) -> list[str]:
-    return list(dict.fromkeys(record.cell.task for record in results.cells))
-
-
-def models_of(results: Results) -> list[str]:
-    return list(dict.fromkeys(record.cell.model for record in results.cells))
-
-
-def default_baseline(models: Sequence[str]) -> str:
-    """What differences are taken to: softmax attention, or the first model where that was not run."""
-    return BASELINE if BASELINE in models or not models else models[0]
-
-
-def done_cells(results: Results) -> list[CellRecord]:
-    return [record for record in results.cells if record.state == "done"]
-
-
-def most_on_a_device(record: CellRecord) -> int:
-    """How many cells were on the cell's device at a time, itself included; 1 where nothing is noted."""
-    return int(number(record.config.get(SHARED_BY)) or 1)
-
-
-def read_patterns(results: Results) -> tuple[dict[Cell, AttentionPatterns], dict[Cell, str]]:
-    """The attention patterns of the finished cells, and why a cell has none."""
-    patterns, reasons = {}, {}
-    for record in done_cells(results):
-        try:
-            patterns[record.cell] = read_attention_patterns(record.folder / PATTERNS)
-        except ValueError as error:
-            given = (record.result or {}).get("attention_patterns_reason")
-            reasons[record.cell] = str(given or error)
-    return patterns, reasons
+    reached = chance + 0.9 * (best - chance) - 1e-9
+    return next(epoch for epoch, accuracy in enumerate(accuracies, 1) if accuracy >= reached)
 
 
 def metric_table(results: Results, patterns: dict[Cell, AttentionPatterns]) -> pd.DataFrame:
@@ -177,6 +87,10 @@ def metric_table(results: Results, patterns: dict[Cell, AttentionPatterns]) -> p
         if record.state == "done":
             result = record.result or {}
             values |= {metric: number(result.get(metric)) for metric in RESULT_METRICS}
+            accuracies = [number(row.get("val_accuracy")) or 0.0 for row in record.metrics]
+            chance = task_facts(results, record.cell.task).chance
+            values["convergence_epoch"] = number(convergence_epoch(accuracies))
+            values[CONVERGENCE] = None if chance is None else number(convergence_epoch(accuracies, chance))
         if record.cell in patterns:
             one = patterns[record.cell]
             values["attention_entropy"] = number(float(attention_entropy(one).mean()))

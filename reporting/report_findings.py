@@ -1,6 +1,7 @@
 """The findings of a comparison: sentences made from its numbers.
 
-    blocks = findings(analysis)
+    for task in findings(analysis):
+        print(task.title, task.sentences)
 
 How strongly a sentence is worded follows from the numbers: with one seed there is no interval and no
 verdict, with too few seeds the smallest p value they can give is named, and only a difference that passes
@@ -8,49 +9,39 @@ Holm's correction is called better or worse.
 """
 
 import math
+from typing import NamedTuple
 
-from reporting.comparison_tables import (
-    ACCURACY,
-    BASELINE,
-    SIGNIFICANCE,
-    TIMED_METRICS,
-    Difference,
-    TaskFacts,
-    by_seed,
-)
-from reporting.published_results import comparable
-from reporting.report_blocks import Block, Bullets, Heading, Paragraph
+from reporting.comparison_tables import SIGNIFICANCE, TIMED_METRICS, Difference, by_seed
+from reporting.lra_literature import comparable
+from reporting.run_results import ACCURACY, BASELINE, TaskFacts
 from reporting.seed_statistics import Estimate
 from reporting.summary_tables import Analysis
 from reporting.text_tables import short, short_p
 
 
-def findings(analysis: Analysis) -> list[Block]:
-    """A heading and a list per task."""
-    blocks: list[Block] = []
+class TaskFindings(NamedTuple):
+    """A task's heading and what its numbers say, a sentence or a few each."""
+
+    title: str
+    sentences: list[str]
+
+
+def findings(analysis: Analysis) -> list[TaskFindings]:
+    found = []
     for task, facts in analysis.facts.items():
         notice = analysis.notice(task)
-        blocks.append(Heading(3, f"{task} ({facts.title})" + (f": {notice}" if notice else "")))
         sentences = [
             *_accuracy_findings(analysis, facts),
             *_published_findings(analysis, task),
             *_difference_findings(analysis, task),
-            *_prediction_findings(analysis, task),
             *_cost_findings(analysis, task),
             *_target_findings(analysis, task),
             *_learned_findings(analysis, task),
         ]
         if not any(analysis.mean(task, model, ACCURACY).n for model in analysis.names):
             sentences = ["No cell of this task is done: nothing can be said."]
-        blocks.append(Bullets(sentences))
-    for what, lacking in (
-        ("attention patterns", analysis.no_patterns),
-        ("usable test predictions", analysis.no_predictions),
-    ):
-        if lacking:
-            reasons = "; ".join(f"{cell} ({reason})" for cell, reason in lacking.items())
-            blocks.append(Paragraph(f"Without {what}: {reasons}."))
-    return blocks or [Paragraph("No task was planned: nothing can be said.")]
+        found.append(TaskFindings(f"{task} ({facts.title})" + (f": {notice}" if notice else ""), sentences))
+    return found
 
 
 def _accuracy_findings(analysis: Analysis, facts: TaskFacts) -> list[str]:
@@ -133,25 +124,6 @@ def _published_findings(analysis: Analysis, task: str) -> list[str]:
     return [
         f"Published Transformers of the Long Range Arena reach {low:.1f} to {high:.1f} % on this task; "
         f"{analysis.names[BASELINE]} here {_percent(mean)}."
-    ]
-
-
-def _prediction_findings(analysis: Analysis, task: str) -> list[str]:
-    """In how many seeds two trained models answer the test examples differently (McNemar)."""
-    parts = []
-    for model, name in analysis.names.items():
-        rows = [row for row in analysis.predictions if (row.task, row.model) == (task, model)]
-        clear = [row for row in rows if row.p_holm <= SIGNIFICANCE]
-        more = sum(row.only_model > row.only_baseline for row in clear)
-        sides = f" (right more often in {more}, less often in {len(clear) - more})" if clear else ""
-        if rows:
-            parts.append(f"{name} in {len(clear)} of {len(rows)}{sides}")
-    if not parts:
-        return []
-    return [
-        f"Pairs of trained models of equal seed that differ from {analysis.baseline_name} on the test "
-        f"examples beyond chance (McNemar, after Holm's correction): {'; '.join(parts)}. This compares these "
-        "trained models, not the mechanisms."
     ]
 
 

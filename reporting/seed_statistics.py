@@ -3,13 +3,12 @@
     estimate([0.61, 0.64, 0.62])                       # Estimate(n=3, mean=0.6233, low=0.5854, high=0.6613)
     sign_flip_p([0.02, 0.01, 0.03])                    # 0.25, the smallest that three seeds can give
     holm([0.01, 0.04, 0.03])                           # [0.03, 0.06, 0.06]
-    mcnemar_p(9, 1)                                    # 0.0215: two trained models on the same examples
 
-The seed is the unit: every function but the last takes one number per seed. Two models that were trained
+The seed is the unit: every function takes one number per seed. Two models that were trained
 with the same seeds are compared by the differences within seeds. Needs numpy only.
 
 Sources: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4 (Student's t for whole degrees of freedom);
-Fisher 1935, The Design of Experiments, section 21 (sign flips); Holm 1979; McNemar 1947.
+Fisher 1935, The Design of Experiments, section 21 (sign flips); Holm 1979.
 """
 
 import functools
@@ -117,18 +116,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = running
     return adjusted
-
-
-def mcnemar_p(only_first: int, only_second: int) -> float:
-    """The exact two-sided p value of McNemar's test: two models answer the same examples, and `only_first`
-    (`only_second`) of them are right with the first (second) alone.
-
-    Examples that both have right or both wrong say nothing; were the models equally good, each of the others
-    would be a coin toss. 1 where there are none.
-    """
-    discordant = only_first + only_second
-    term = total = 1  # of Pascal's triangle: whole numbers, which neither round nor overflow
-    for count in range(min(only_first, only_second)):
-        term = term * (discordant - count) // (count + 1)
-        total += term
-    return min(1.0, 2 * total / 2**discordant)

@@ -3,8 +3,8 @@
     for table in tables(analysis):
         print(markdown_table(table))
 
-Every table of a smoke run or of stand-in data says so in its title, and one with times also where cells
-shared a device. See comparison_tables.py for the numbers.
+Every table of a smoke run says so in its title, and one with times also where cells shared a device. See
+comparison_tables.py for the numbers.
 """
 
 import math
@@ -14,17 +14,12 @@ from dataclasses import dataclass
 import pandas as pd
 
 from reporting.comparison_tables import (
-    ACCURACY,
     CONVERGENCE,
     NEAR,
     Difference,
-    TaskFacts,
-    done_cells,
-    most_on_a_device,
 )
-from reporting.joined_results import JoinedResults
-from reporting.paired_predictions import PairedPredictions
-from reporting.published_results import comparable
+from reporting.lra_literature import comparable
+from reporting.run_results import ACCURACY, JoinedResults, TaskFacts, done_cells, most_on_a_device
 from reporting.seed_statistics import Estimate
 from reporting.text_tables import NONE, TextTable, short, short_p
 from results_folder import Cell, CellRecord, Results
@@ -78,7 +73,7 @@ class Analysis:
     """All that the report is made from. names: display names by model, in order; baseline: the model that
     the others are compared with; no_*: why a cell has none.
 
-    See comparison_tables.py, accuracy_against_cost.py and paired_predictions.py for the parts."""
+    See comparison_tables.py and accuracy_against_cost.py for the parts."""
 
     joined: JoinedResults
     facts: dict[str, TaskFacts]
@@ -90,8 +85,6 @@ class Analysis:
     baseline: str
     no_patterns: dict[Cell, str]
     targets: dict[str, float]
-    predictions: list[PairedPredictions]
-    no_predictions: dict[Cell, str]
 
     @property
     def results(self) -> Results:
@@ -114,22 +107,29 @@ class Analysis:
         return Estimate(int(n), mean, low, high)
 
     def notice(self, task: str, *, timed: bool = False) -> str:
-        """What must be said wherever numbers of the task are shown; "" for a full run on its own data.
+        """What must be said wherever numbers of the task are shown; mostly nothing.
 
         timed: whether times or memory are among them."""
         notices = [SMOKE] if self.results.config.get("preset") == "smoke" else []
-        stand_in = self.facts[task].stand_in_for
-        if stand_in:
-            notices.append(f"stand-in data: {task}, not {stand_in}")
         if timed and (sharing := self.sharing(task)):
             notices.append(sharing)
         return "; ".join(notices)
 
     def sharing(self, task: str) -> str:
-        """What must be said of the task's times and memory; "" where no cell shared its device."""
+        """What must be said of the task's times and memory; "" where each cell had its device, or a core of
+        its own as all others had."""
         done = [record for record in done_cells(self.results) if record.cell.task == task]
         most = max(map(most_on_a_device, done), default=1)
-        return f"times and memory: {most} cells on a device" if most > 1 else ""
+        return f"times and memory: {most} cells on a device" if most > 1 and not self.one_core_a_cell else ""
+
+    @property
+    def one_core_a_cell(self) -> bool:
+        """Whether the cells ran side by side on a CPU, as many as it has cores at most, a thread each."""
+        sharing = {most_on_a_device(record) for record in done_cells(self.results)}
+        environments = [source.environment for source in self.joined.sources]
+        alone = all(one.get("threads") == 1 and one.get("device") == "cpu" for one in environments)
+        cores = [one.get("cores") for one in environments]
+        return alone and len(sharing) == 1 and all(isinstance(n, int) and max(sharing) <= n for n in cores)
 
 
 def shown_mean(mean: Estimate, scale: float = 1.0, *, of: int = 0) -> str:
@@ -153,8 +153,6 @@ def tables(analysis: Analysis) -> list[TextTable]:
             found.append(_published_table(analysis, facts))
     if analysis.differences:
         found.append(_difference_table(analysis))
-    if analysis.predictions:
-        found.append(_prediction_table(analysis))
     if analysis.unfinished():
         rows = [[str(record.cell), record.state, record.reason or NONE] for record in analysis.unfinished()]
         found.append(TextTable("Cells that are not done", ["cell", "state", "reason"], rows, names=3))
@@ -202,26 +200,6 @@ def _published_table(analysis: Analysis, facts: TaskFacts) -> TextTable:
     rows = [[line.name, line.source, f"{100 * line.accuracy:.2f}"] for line in lines]
     header = ["model", "source", "test accuracy (%)"]
     return TextTable(_title(analysis, facts, "published test accuracy"), header, rows, names=2)
-
-
-def _prediction_table(analysis: Analysis) -> TextTable:
-    rows = []
-    tasks, models = list(analysis.facts), list(analysis.names)
-    for row in sorted(analysis.predictions, key=lambda row: (tasks.index(row.task), models.index(row.model))):
-        notice = analysis.notice(row.task)
-        task = row.task + (f" ({notice})" if notice else "")
-        counts = (f"{count:,}" for count in (row.n, row.only_model, row.only_baseline))
-        p_values = short_p(row.p), short_p(row.p_holm)
-        rows.append([analysis.names[row.model], task, str(row.seed), *counts, *p_values])
-    header = ["model", "task", "seed", "test examples", "right with the model alone"]
-    header += [f"right with {analysis.baseline_name} alone", "p", "p (Holm)"]
-    note = (
-        f"Exact McNemar test of two trained models on the same test examples; Holm's correction over the "
-        f"{len(rows)} pairs. It compares these trained models, not the mechanisms"
-    )
-    return TextTable(
-        f"Predictions against {analysis.baseline_name} of equal seed", header, rows, note, names=2
-    )
 
 
 def _difference_table(analysis: Analysis) -> TextTable:

@@ -1,79 +1,65 @@
 """Which figures a comparison has, one task at a time, and how each is to be read.
 
-    for note, figure in TaskFigures(analysis, task, stem, epochs, progress, patterns, styles).draw():
-        save_figure(figure, folder, note.stem)
+    for drawn, figure in task_figures(TaskView(analysis, task, stem, epochs, progress, patterns, styles)):
+        save_figure(figure, folder, drawn.stem)
 
-File names hold the task's own name. Every title holds the notice of smoke runs and stand-in data,
-and one with times also that of cells that shared a device.
+File names hold the task's own name. Every title holds the notice of smoke runs, and one with times also that
+of cells that shared a device.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from evaluate_performance import AttentionPatterns, relative_masses, token_masses
-from reporting import figure_captions as captions
 from reporting.accuracy_against_cost import trade_offs
 from reporting.attention_figures import (
     SHOWN_GRID_TOKENS,
     attention_figure,
+    distance_figure,
     learned_figure,
+    mass_figure,
+    shaded_figure,
     shown_example,
     shown_maps,
 )
-from reporting.comparison_tables import (
-    ACCURACY,
-    CONVERGENCE,
-    distance_table,
-    improvements,
-    radar_scores,
-)
-from reporting.distance_figures import distance_figure
-from reporting.figure_style import ModelStyle, drawable
-from reporting.figures import (
+from reporting.attention_numbers import relative_masses, token_masses
+from reporting.comparison_figures import (
     Panel,
     accuracy_figure,
     bars_figure,
     curves_figure,
     improvement_figure,
+    progress_figure,
     radar_figure,
     reference_levels,
 )
-from reporting.mass_figures import mass_figure, shaded_figure
-from reporting.progress_figures import progress_figure
-from reporting.published_results import PUBLISHED, comparable
-from reporting.report_blocks import FigureNote
+from reporting.comparison_tables import CONVERGENCE, distance_table, improvements, radar_scores
+from reporting.figure_style import ModelStyle, drawable
+from reporting.lra_literature import PUBLISHED, comparable
+from reporting.run_results import ACCURACY
 from reporting.summary_tables import MIB, Analysis
 from reporting.text_tables import short
-from results_folder import Cell, file_name
+from results_folder import AttentionPatterns, Cell, file_name
 
 LONGEST_STEM = 60
-CONVERGENCE_PANELS = (
-    Panel("convergence_epoch", "epochs to 90 % of the best validation accuracy", form=short, whole=True),
-    Panel(
-        CONVERGENCE,
-        "the same, counted above chance",
-        form=short,
-        unmeasured="never above chance",
-        whole=True,
-    ),
-)
-COST_PANELS = (
-    Panel("seconds_per_epoch", "seconds per training epoch", form=short),
-    Panel("tokens_per_second", "training tokens per second", form=short),
-    Panel("peak_memory_bytes", "peak memory (MiB)", 1 / MIB, form=short),
-    Panel("parameters", "parameters", form=short),
-)
-IMPROVEMENT_PANELS = (
-    (ACCURACY, "test accuracy: gain (%)"),
-    (CONVERGENCE, "epochs to converge, above chance: saving (%)"),
-    ("seconds_per_epoch", "time per epoch: saving (%)"),
-    ("peak_memory_bytes", "peak memory: saving (%)"),
-)
 TIMED = ("accuracy_time", "cost", "improvement", "radar")  # figures with times or memory
-Drawn = Iterator[tuple[FigureNote, Figure]]
+BARS = "Bar: mean over seeds; marks: one per seed; black: 95 % t interval of the mean, where n is at least 2."
+
+
+class DrawnFigure(NamedTuple):
+    """A figure in figures/, by the stem of its two files, and how to read it."""
+
+    stem: str
+    title: str
+    caption: str
+
+
+Drawn = Iterator[tuple[DrawnFigure, Figure]]
 
 
 def file_stems(names: Sequence[str]) -> dict[str, str]:
@@ -85,193 +71,256 @@ def file_stems(names: Sequence[str]) -> dict[str, str]:
     return stems
 
 
-class TaskFigures:
-    """The figures of one task, from the task's part of every table."""
+@dataclass(frozen=True)
+class TaskView:
+    """One task's part of an analysis. stem: the task in file names. epochs, progress, patterns: of all "
+    "tasks."""
 
-    def __init__(
-        self,
-        analysis: Analysis,
-        task: str,
-        stem: str,
-        epochs: pd.DataFrame,
-        progress: pd.DataFrame,
-        patterns: dict[Cell, AttentionPatterns],
-        styles: dict[str, ModelStyle],
-    ) -> None:
-        self.analysis, self.task, self.stem, self.styles = analysis, task, stem, styles
-        self.facts = analysis.facts[task]
-        self.table = analysis.table[analysis.table["task"] == task]
-        self.epochs = epochs[epochs["task"] == task]
-        self.progress = progress[progress["task"] == task]
-        self.learned = analysis.learned[analysis.learned["task"] == task]
-        self.patterns = {cell: one for cell, one in patterns.items() if cell.task == task}
-        self.absent = self._absent()
+    analysis: Analysis
+    task: str
+    stem: str
+    epochs: pd.DataFrame
+    progress: pd.DataFrame
+    patterns: dict[Cell, AttentionPatterns]
+    styles: dict[str, ModelStyle]
 
-    def _absent(self) -> dict[str, str]:
+    def of_task(self, table: pd.DataFrame) -> pd.DataFrame:
+        return table[table["task"] == self.task]
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The tidy table."""
+        return self.of_task(self.analysis.table)
+
+    @cached_property
+    def own_patterns(self) -> dict[Cell, AttentionPatterns]:
+        return {cell: one for cell, one in self.patterns.items() if cell.task == self.task}
+
+    @cached_property
+    def absent(self) -> dict[str, str]:
         """Why a model has no result, by model: "no result (failed, 2 missing)"."""
         words = {}
         for model in self.styles:
-            cells = [
-                record
+            states = Counter(
+                record.state
                 for record in self.analysis.results.cells
                 if (record.cell.task, record.cell.model) == (self.task, model)
-            ]
-            states = Counter(record.state for record in cells)
+            )
             if not states["done"]:
                 counts = (f"{count} {state}" if count > 1 else state for state, count in states.items())
                 words[model] = f"no result ({', '.join(counts) or 'not planned'})"
         return words
 
-    def draw(self) -> Drawn:
-        """One figure after the other, so that only one is in memory."""
-        if len(self.absent) < len(self.styles):
-            yield self._accuracy()
-        if not self.epochs.empty:
-            yield self._curves()
-        if len(self.absent) < len(self.styles):
-            yield self._progress()
-            yield from self._comparisons()
-        yield from self._attention()
-        if len(self.learned):
-            yield self._learned()
-
-    def _note(self, kind: str, what: str, caption: str) -> tuple[FigureNote, str]:
-        """The figure's note, and its title with the notice."""
+    def figure(self, kind: str, what: str, draw: Callable[[str], Figure], caption: str) -> Drawn:
+        """The figure, drawn under its title."""
         notice = self.analysis.notice(self.task, timed=kind in TIMED)
-        title = f"{what}: {drawable(self.facts.title, 60)}"
-        return FigureNote(f"{kind}_{self.stem}", f"{what}, {self.task}", caption), (
-            f"{title}\n{drawable(notice, 90)}" if notice else title
-        )
+        title = f"{what}: {drawable(self.analysis.facts[self.task].title, 60)}"
+        drawn = DrawnFigure(f"{kind}_{self.stem}", f"{what}, {self.task}", caption)
+        yield drawn, draw(f"{title}\n{drawable(notice, 90)}" if notice else title)
 
-    def _accuracy(self) -> tuple[FigureNote, Figure]:
-        note, title = self._note(
-            "accuracy",
-            "Test accuracy",
-            captions.ACCURACY_POINTS.format(published=self._published()),
-        )
-        values = self.table[self.table["metric"] == ACCURACY]
-        published = comparable(self.analysis.results, self.task)
-        levels = reference_levels(self.facts.chance, self.facts.majority, published)
-        return note, accuracy_figure(values, self.styles, title, levels, absent=self.absent)
 
-    def _published(self) -> str:
-        """What the caption says of published figures."""
-        if comparable(self.analysis.results, self.task):
-            return captions.PUBLISHED_DRAWN
-        return captions.PUBLISHED_LEFT_OUT if self.task in PUBLISHED else ""
-
-    def _curves(self) -> tuple[FigureNote, Figure]:
-        note, title = self._note(
+def task_figures(view: TaskView) -> Drawn:
+    """One figure after the other, so that only one is in memory."""
+    some_done = len(view.absent) < len(view.styles)
+    if some_done:
+        yield from _accuracy(view)
+    epochs = view.of_task(view.epochs)
+    if not epochs.empty:
+        chance = view.analysis.facts[view.task].chance
+        yield from view.figure(
             "learning_curves",
             "Learning curves",
-            captions.CURVES,
+            lambda title: curves_figure(epochs, view.styles, title, chance=chance),
+            "Thick: mean over the finished seeds, as far as all of them ran; band: from the smallest to the "
+            "largest seed; thin: each seed. Dotted, ending in a cross: a cell that did not finish. Training "
+            "accuracy is taken while the weights change and dropout is on, so it may lie below validation.",
         )
-        return note, curves_figure(self.epochs, self.styles, title, chance=self.facts.chance)
-
-    def _progress(self) -> tuple[FigureNote, Figure]:
-        note, title = self._note(
-            "accuracy_time",
-            "Accuracy against time and tokens",
-            captions.PROGRESS,
-        )
-        target = self.analysis.targets.get(self.task)
-        points = trade_offs(self.table)
-        return note, progress_figure(self.progress, points, self.styles, title, target=target)
-
-    def _comparisons(self) -> Drawn:
-        note, title = self._note(
-            "convergence",
-            "Convergence",
-            f"{captions.BARS} {captions.CONVERGENCE}",
-        )
-        yield note, bars_figure(self.table, self.styles, CONVERGENCE_PANELS, title, absent=self.absent)
-        note, title = self._note(
-            "cost",
-            "Cost",
-            f"{captions.BARS} {captions.COST}",
-        )
-        yield note, bars_figure(self.table, self.styles, COST_PANELS, title, absent=self.absent)
-        baseline = self.analysis.baseline
-        gains = improvements(self.table, baseline)
-        others = {model: style for model, style in self.styles.items() if model != baseline}
-        if len(gains) and others:
-            name = self.styles[baseline].name
-            note, title = self._note(
-                "improvement",
-                f"Relative improvement over {name}",
-                captions.IMPROVEMENT.format(name=name),
-            )
-            yield note, improvement_figure(gains, others, IMPROVEMENT_PANELS, title)
-        note, title = self._note(
-            "radar",
-            "Accuracy and efficiency, 1 = best of these models",
-            captions.RADAR,
-        )
-        yield note, radar_figure(radar_scores(self.analysis.summary, self.task), self.styles, title)
-
-    def _attention(self) -> Drawn:
-        for model, style in self.styles.items():
-            cell = next((cell for cell in self.patterns if cell.model == model), None)
-            if cell is not None:
-                yield self._attention_map(cell, style)
-        if not self.patterns:
-            return
-        note, title = self._note(
-            "attention_distance",
-            "Attention weight by distance",
-            captions.DISTANCE,
-        )
-        yield note, distance_figure(distance_table(self.patterns), self.learned, self.styles, title)
-        masses = {
-            model: token_masses([one for cell, one in self.patterns.items() if cell.model == model])
-            for model in self.styles
-        }
-        masses = {model: tokens for model, tokens in masses.items() if tokens}
-        if masses:
-            note, title = self._note(
-                "masses",
-                "Heaviest and lightest tokens (as keys)",
-                captions.MASSES,
-            )
-            yield note, mass_figure(masses, self.styles, title)
-            yield self._shaded()
-
-    def _shaded(self) -> tuple[FigureNote, Figure]:
-        """An example of each model's first cell that has masses: the same one for models of equal seed."""
-        examples, seeds = {}, set()
-        for model in self.styles:
-            for cell, one in self.patterns.items():
-                if cell.model == model and one.key_mass is not None and model not in examples:
-                    example = int(one.lengths.argmax())
-                    length = int(one.lengths[example])
-                    masses = relative_masses(one.key_mass[:, example, ..., :length])
-                    examples[model] = one.symbols[example, :length].tolist(), masses
-                    seeds.add(cell.seed)
-        note, title = self._note(
-            "mass_text",
-            "One example, its tokens shaded by mass",
-            captions.SHADED.format(seeds=", ".join(map(str, sorted(seeds)))),
-        )
-        return note, shaded_figure(examples, self.styles, title)
-
-    def _attention_map(self, cell: Cell, style: ModelStyle) -> tuple[FigureNote, Figure]:
-        one = self.patterns[cell]
-        example, shown = shown_example(one, SHOWN_GRID_TOKENS)
-        length, (layers, heads, _) = int(one.lengths[example]), shown_maps(one)
-        parts = "all layers" if len(layers) == len(one.maps) else "the last layer"
-        parts += " and heads" if heads == one.maps.shape[3] else f", {heads} of {one.maps.shape[3]} heads"
-        cut = f"the first {shown} of {length} tokens of" if shown < length else "all tokens of"
-        note, title = self._note(
-            f"attention_{file_stems([*self.styles])[cell.model]}",
-            f"Attention of {style.name}",
-            captions.ATTENTION.format(cut=cut, seed=cell.seed, parts=parts),
-        )
-        return note, attention_figure(one, title)
-
-    def _learned(self) -> tuple[FigureNote, Figure]:
-        note, title = self._note(
+    if some_done:
+        yield from _progress(view)
+        yield from _comparisons(view)
+    yield from _attention(view)
+    learned = view.of_task(view.analysis.learned)
+    if len(learned):
+        yield from view.figure(
             "learned",
             "Learned horizons and strength of gravity",
-            captions.LEARNED,
+            lambda title: learned_figure(learned, view.styles, title),
+            "Horizon 1 / (1 - gamma): the distance in tokens over which the weight (with discount=logits: "
+            "the logit) falls to about a third; t: timescale. G: strength of gravity, 1 at the start. Line: "
+            "one per layer and timescale, mean over heads and seeds; band: smallest to largest. A flat line "
+            "has learned nothing.",
         )
-        return note, learned_figure(self.learned, self.styles, title)
+
+
+def _accuracy(view: TaskView) -> Drawn:
+    facts = view.analysis.facts[view.task]
+    published = comparable(view.analysis.results, view.task)
+    values = view.table[view.table["metric"] == ACCURACY]
+    levels = reference_levels(facts.chance, facts.majority, published)
+    said = ", and published test accuracies of the Long Range Arena" if published else ""
+    if not published and view.task in PUBLISHED:
+        said = (
+            "; published accuracies of the Long Range Arena are not drawn, since they hold for its full data "
+            "and this run had other data settings"
+        )
+    return view.figure(
+        "accuracy",
+        "Test accuracy",
+        lambda title: accuracy_figure(values, view.styles, title, levels, absent=view.absent),
+        "Large: mean over seeds, black: its 95 % t interval, where n is at least 2; small, below: each seed. "
+        f"Lines: guessing, always naming the largest class{said}. The axis does not start at 0.",
+    )
+
+
+def _progress(view: TaskView) -> Drawn:
+    target = view.analysis.targets.get(view.task)
+    progress, points = view.of_task(view.progress), trade_offs(view.table)
+    return view.figure(
+        "accuracy_time",
+        "Accuracy against time and tokens",
+        lambda title: progress_figure(progress, points, view.styles, title, target=target),
+        "Left and middle: validation accuracy against the training time and the tokens spent so far, a point "
+        "per epoch; thick: mean over the finished seeds, as far as all of them ran; thin: each seed. Further "
+        "left is cheaper. Right: test accuracy against the training time to the best epoch; large: means, "
+        "with the 95 % t interval of accuracy where n is at least 2; small: seeds; up and left: more for "
+        "less; no model on the dashed line is beaten in both. Times hold for this machine and leave out "
+        "evaluation; their axes are logarithmic where they span much.",
+    )
+
+
+def _comparisons(view: TaskView) -> Drawn:
+    panels = (
+        Panel("convergence_epoch", "epochs to 90 % of the best validation accuracy", form=short, whole=True),
+        Panel(
+            CONVERGENCE,
+            "the same, counted above chance",
+            form=short,
+            unmeasured="never above chance",
+            whole=True,
+        ),
+    )
+    yield from view.figure(
+        "convergence",
+        "Convergence",
+        lambda title: bars_figure(view.table, view.styles, panels, title, absent=view.absent),
+        f"{BARS} Fewer is faster. Left: the first epoch at 90 % of the best validation accuracy, which "
+        "guessing already meets on two classes. Right: 90 % of the way from chance to the best.",
+    )
+    costs = (
+        Panel("seconds_per_epoch", "seconds per training epoch", form=short),
+        Panel("tokens_per_second", "training tokens per second", form=short),
+        Panel("peak_memory_bytes", "peak memory (MiB)", 1 / MIB, form=short),
+        Panel("parameters", "parameters", form=short),
+    )
+    yield from view.figure(
+        "cost",
+        "Cost",
+        lambda title: bars_figure(view.table, view.styles, costs, title, absent=view.absent),
+        f"{BARS} Times hold for this machine only: compare models, not runs on different machines. Peak "
+        "memory on a CPU counts the whole process, its libraries included.",
+    )
+    baseline = view.analysis.baseline
+    gains = improvements(view.table, baseline)
+    others = {model: style for model, style in view.styles.items() if model != baseline}
+    if len(gains) and others:
+        metrics = (
+            (ACCURACY, "test accuracy: gain (%)"),
+            (CONVERGENCE, "epochs to converge, above chance: saving (%)"),
+            ("seconds_per_epoch", "time per epoch: saving (%)"),
+            ("peak_memory_bytes", "peak memory: saving (%)"),
+        )
+        name = view.styles[baseline].name
+        yield from view.figure(
+            "improvement",
+            f"Relative improvement over {name}",
+            lambda title: improvement_figure(gains, others, metrics, title),
+            f"In percent of {name}'s value with the same seed: right of 0 the model gains accuracy or saves "
+            "epochs, time or memory. Marks: one per seed; black: mean and 95 % t interval, where n is at "
+            "least 2. An interval that holds 0 is no sign of a difference.",
+        )
+    scores = radar_scores(view.analysis.summary, view.task)
+    yield from view.figure(
+        "radar",
+        "Accuracy and efficiency, 1 = best of these models",
+        lambda title: radar_figure(scores, view.styles, title),
+        "Each axis is scaled to the best model of this task, from means over seeds: accuracy / the highest "
+        "accuracy; the fewest epochs to converge (above chance) / epochs; the shortest time per epoch / "
+        "time; the smallest peak memory / memory. 0.5 is half as good as the best. An open line: a model "
+        "without that number. The area has no meaning, and the radar shows no uncertainty.",
+    )
+
+
+def _attention(view: TaskView) -> Drawn:
+    if not view.own_patterns:
+        return
+    for model in view.styles:
+        cell = next((cell for cell in view.own_patterns if cell.model == model), None)
+        if cell is not None:
+            yield from _attention_map(view, cell)
+    shares, learned = distance_table(view.own_patterns), view.of_task(view.analysis.learned)
+    yield from view.figure(
+        "attention_distance",
+        "Attention weight by distance",
+        lambda title: distance_figure(shares, learned, view.styles, title),
+        "Share of a query's weight per token of distance, in bins that double in width, on logarithmic axes; "
+        "mean over queries of long validation examples, heads and seeds. Even weights are level, and fall at "
+        "the right, where few pairs are so far apart. Left: mean over timescales. Others: each timescale of "
+        "one model; grey: what its learned gamma^d alone would do to weights (mean over heads), through the "
+        "measured value at distance 1.",
+    )
+    masses = {
+        model: tokens
+        for model in view.styles
+        if (tokens := token_masses([one for cell, one in view.own_patterns.items() if cell.model == model]))
+    }
+    if masses:
+        yield from view.figure(
+            "masses",
+            "Heaviest and lightest tokens (as keys)",
+            lambda title: mass_figure(masses, view.styles, title),
+            "Mass of a token as a key over the mean mass of its example, mean over layers, timescales, "
+            "heads, examples and seeds; in brackets how often it occurs there. 1: an average token. A token "
+            "that occurs once or twice says little.",
+        )
+        yield from _shaded(view)
+
+
+def _attention_map(view: TaskView, cell: Cell) -> Drawn:
+    one = view.own_patterns[cell]
+    example, shown = shown_example(one, SHOWN_GRID_TOKENS)
+    length, (layers, heads, _) = int(one.lengths[example]), shown_maps(one)
+    parts = "all layers" if len(layers) == len(one.maps) else "the last layer"
+    parts += " and heads" if heads == one.maps.shape[3] else f", {heads} of {one.maps.shape[3]} heads"
+    cut = f"the first {shown} of {length} tokens of" if shown < length else "all tokens of"
+    return view.figure(
+        f"attention_{file_stems([*view.styles])[cell.model]}",
+        f"Attention of {view.styles[cell.model].name}",
+        lambda title: attention_figure(one, title),
+        f"Weights before dropout, for {cut} one validation example (seed {cell.seed}); {parts}. In each map, "
+        "row: the query; column: the key it attends to. Bright: more weight, on a square-root scale that the "
+        "maps share; the scale differs between models. A bright diagonal looks at near tokens, a bright "
+        "column at one token from everywhere.",
+    )
+
+
+def _shaded(view: TaskView) -> Drawn:
+    """An example of each model's first cell that has masses: the same one for models of equal seed."""
+    examples, seeds = {}, set()
+    for model in view.styles:
+        for cell, one in view.own_patterns.items():
+            if cell.model == model and one.key_mass is not None and model not in examples:
+                example = int(one.lengths.argmax())
+                length = int(one.lengths[example])
+                masses = relative_masses(one.key_mass[:, example, ..., :length])
+                examples[model] = one.symbols[example, :length].tolist(), masses
+                seeds.add(cell.seed)
+    return view.figure(
+        "mass_text",
+        "One example, its tokens shaded by mass",
+        lambda title: shaded_figure(examples, view.styles, title),
+        "The longest of the short validation examples that are kept (seed "
+        f"{', '.join(map(str, sorted(seeds)))}), at most its first 64 tokens. Orange: heavier as a key than "
+        "the mean of the example, so that it pulls more weight; violet: lighter; mean over layers, "
+        "timescales and heads. The scale is shared, and as wide as the masses are apart: look at its ends "
+        "first.",
+    )

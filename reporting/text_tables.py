@@ -1,4 +1,4 @@
-"""Tables of text as Markdown and as LaTeX (booktabs), with every name escaped; numbers rounded for reading.
+"""Text as Markdown and as LaTeX, with what they would read as markup made plain; numbers rounded for reading.
 
 table = TextTable("Accuracy", ["model", "n"], [["my_model", "3"]], note="n = seeds")
 markdown_table(table), latex_table(table)
@@ -6,13 +6,13 @@ markdown_table(table), latex_table(table)
 
 import math
 import re
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pandas as pd
+
 NONE = "–"  # noqa: RUF001 (an en dash is how a table says "nothing")
 
-LATEX_HEADING = 16  # letters on a line of a heading
 LATEX_FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}"  # shrinks what is too wide
 
 _LATEX = {
@@ -57,7 +57,7 @@ def latex(text: str) -> str:
     return "".join(_LATEX.get(letter, letter) for letter in one_line(text))
 
 
-def code_block(text: str, language: str = "") -> str:
+def code_block(text: str, language: str = "sh") -> str:
     """A fenced block that the text cannot end."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -74,27 +74,16 @@ def markdown_table(table: TextTable) -> str:
 
 
 def latex_table(table: TextTable) -> str:
-    columns = "l" * table.names + "r" * (len(table.header) - table.names)
-    header, *rows = [
-        "    " + " & ".join(entries) + r" \\"
-        for entries in (map(_latex_heading, table.header), *(map(latex, row) for row in table.rows))
-    ]
+    """A table environment by pandas, shrunk to the width of the text where it is wider."""
+    frame = pd.DataFrame(
+        [[latex(entry) for entry in row] for row in table.rows], columns=[latex(one) for one in table.header]
+    )
     caption = latex(table.title) + (". " + latex(table.note) if table.note else "")
-    lines = [
-        r"\begin{table}",
-        r"  \centering",
-        rf"  \caption{{{caption}}}",
-        rf"  {LATEX_FIT}{{\begin{{tabular}}{{{columns}}}",
-    ]
-    lines += [r"    \toprule", header, r"    \midrule", *rows, r"    \bottomrule"]
-    return "\n".join([*lines, r"  \end{tabular}}", r"\end{table}"])
-
-
-def _latex_heading(text: str) -> str:
-    """The text on lines of LATEX_HEADING letters, since headings are wider than what stands below them."""
-    lines = textwrap.wrap(one_line(text), LATEX_HEADING, break_long_words=False, break_on_hyphens=False)
-    stacked = r" \\ ".join(map(latex, lines))
-    return latex(text) if len(lines) < 2 else rf"\shortstack{{{stacked}}}"
+    columns = "l" * table.names + "r" * (len(table.header) - table.names)
+    text = frame.to_latex(index=False, column_format=columns, caption=caption, position="htbp")
+    return text.replace(r"\begin{tabular}", LATEX_FIT + r"{\begin{tabular}").replace(
+        r"\end{tabular}", r"\end{tabular}}"
+    )
 
 
 def short(value: float) -> str:

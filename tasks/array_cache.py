@@ -31,7 +31,7 @@ def default_cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / "attention-comparison"
 
 
-def read_arrays(folder: Path, name: str) -> Arrays | None:
+def read_cached(folder: Path, name: str) -> Arrays | None:
     """The arrays of an entry, or None where there is none that can be read."""
     try:
         with (folder / f"{name}.npz").open("rb") as file, np.load(file, allow_pickle=False) as entry:
@@ -40,7 +40,7 @@ def read_arrays(folder: Path, name: str) -> Arrays | None:
         return None
 
 
-def write_arrays(folder: Path, name: str, arrays: Arrays) -> None:
+def write_cached(folder: Path, name: str, arrays: Arrays) -> None:
     """Write an entry; where that fails, say so on stderr and go on."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,8 +51,8 @@ def write_arrays(folder: Path, name: str, arrays: Arrays) -> None:
 
 def cached_arrays(folder: Path, name: str, make: Callable[[], Arrays]) -> Arrays:
     """The arrays of an entry; `make` is called where it is not there yet."""
-    arrays = read_arrays(folder, name)
+    arrays = read_cached(folder, name)
     if arrays is None:
         arrays = make()
-        write_arrays(folder, name, arrays)
+        write_cached(folder, name, arrays)
     return arrays

@@ -27,13 +27,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from command_line import InputError
-from tasks.array_cache import Arrays, cached_arrays, read_arrays
+from tasks.array_cache import Arrays, cached_arrays, read_cached
 from tasks.imdb_download import ARCHIVE, SHA256, download_archive
 from tasks.token_dataset import TokenDataset, offsets_of
 
 TREE = "aclImdb"
 SPLITS = ("train", "test")
-SENTIMENTS = ("neg", "pos")  # their positions are the labels
+FOLDERS = ("neg", "pos")  # their positions are the labels
 REVIEWS_PER_FOLDER = 12_500
 MOST_MEMBERS = 1_000_000  # of an archive; the official one has 100,000
 LARGEST_UNPACKED = 1 << 32  # bytes; the official one has 0.5 GB
@@ -60,7 +60,7 @@ def find_source(folder: Path) -> Path | None:
     if folder.is_file():
         return folder
     archives = [folder / ARCHIVE, *sorted(folder.glob("aclImdb*.tar.gz"))]
-    trees = [folder / TREE] + [folder] * (folder / SPLITS[0] / SENTIMENTS[0]).is_dir()
+    trees = [folder / TREE] + [folder] * (folder / SPLITS[0] / FOLDERS[0]).is_dir()
     found = [path for path in archives if path.is_file()] + [path for path in trees if path.is_dir()]
     return found[0] if found else None
 
@@ -69,12 +69,12 @@ def load_reviews(data_dir: Path | None, cache_dir: Path) -> Reviews:
     """The reviews from `data_dir`, else from the cache, else from the network.
 
     Raises InputError where `data_dir` does not exist or what is found cannot be used, and its subclass
-    MissingData where nothing is found and the download fails."""
+    DataUnavailableError where nothing is found and the download fails."""
     if data_dir is not None and not data_dir.exists():
         raise InputError(f"--data-dir {data_dir} does not exist; give the folder that holds {ARCHIVE}")
     source = find_source(data_dir) if data_dir else None
     if source is None:
-        kept = read_arrays(cache_dir, _entry(SHA256))
+        kept = read_cached(cache_dir, _entry(SHA256))
         if kept is not None:
             return _from_arrays(kept, f"cache of {ARCHIVE}")
         source = cache_dir / ARCHIVE
@@ -107,7 +107,7 @@ def read_archive(path: Path) -> Texts:
     """The reviews of a gzipped tar file by (split, sentiment) and file name.
 
     Raises InputError for a damaged or truncated file and for members that have no business in it."""
-    texts: Texts = {(split, sentiment): {} for split in SPLITS for sentiment in SENTIMENTS}
+    texts: Texts = {(split, sentiment): {} for split in SPLITS for sentiment in FOLDERS}
     try:
         with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as archive:
             files = tqdm(archive, desc=path.name, unit=" files", disable=None, leave=False)
@@ -149,7 +149,7 @@ def _folder_of(member: tarfile.TarInfo, path: Path) -> tuple[str, str] | None:
         raise InputError(f"{path} holds {kind} ({member.name!r}): refused")
     if not member.isreg() or len(parts) != 4 or not _is_review(parts[3]):
         return None
-    return (parts[1], parts[2]) if parts[1] in SPLITS and parts[2] in SENTIMENTS else None
+    return (parts[1], parts[2]) if parts[1] in SPLITS and parts[2] in FOLDERS else None
 
 
 def _is_review(name: str) -> bool:
@@ -158,7 +158,7 @@ def _is_review(name: str) -> bool:
 
 def _files_of_tree(tree: Path) -> Iterator[tuple[tuple[str, str], Path]]:
     for split in SPLITS:
-        for sentiment in SENTIMENTS:
+        for sentiment in FOLDERS:
             folder = tree / split / sentiment
             if folder.is_dir():
                 for path in sorted(folder.iterdir()):
@@ -168,7 +168,7 @@ def _files_of_tree(tree: Path) -> Iterator[tuple[tuple[str, str], Path]]:
 
 def read_tree(tree: Path) -> Texts:
     """The reviews of an unpacked tree by (split, sentiment) and file name."""
-    texts: Texts = {(split, sentiment): {} for split in SPLITS for sentiment in SENTIMENTS}
+    texts: Texts = {(split, sentiment): {} for split in SPLITS for sentiment in FOLDERS}
     files = tqdm(_files_of_tree(tree), desc=str(tree), unit=" files", disable=None, leave=False)
     for folder, path in files:
         try:
@@ -223,7 +223,7 @@ def _state_of_tree(tree: Path) -> str:
 def _to_arrays(texts: Texts, sha256: str) -> Arrays:
     arrays: Arrays = {"about": _json_array({"sha256": sha256, "official": sha256 == SHA256})}
     for split in SPLITS:
-        reviews = [texts[split, sentiment] for sentiment in SENTIMENTS]
+        reviews = [texts[split, sentiment] for sentiment in FOLDERS]
         contents = [part[name] for part in reviews for name in sorted(part)]
         arrays[f"{split}_tokens"] = np.frombuffer(b"".join(contents), np.uint8)
         arrays[f"{split}_offsets"] = offsets_of([len(content) for content in contents])

@@ -120,12 +120,10 @@ def training_batches(
     epoch: int,
     pad_to: str | int = "longest",
     device: torch.device | str = "cpu",
-    skip: int = 0,
 ) -> Iterator[Batch]:
     """Every example once, in batches of similar lengths; order and make-up follow from (seed, epoch) alone.
 
     pad_to: "longest" of the batch, or a number of tokens at least as large as the longest example.
-    skip: leave out as many batches at the start, as one does who goes on within an epoch.
     Raises ValueError where the batch size or pad_to cannot be met."""
     _check(dataset, batch_size, pad_to)
     draws = RandomDraws(seed, "training batches", epoch)
@@ -136,7 +134,7 @@ def training_batches(
         members = order[start : start + pool]
         order[start : start + pool] = members[np.argsort(lengths[members], kind="stable")]
     batches = _cut(order, batch_size)
-    return (pad_batch(dataset, batches[k], pad_to, device) for k in draws.order(len(batches))[skip:])
+    return (pad_batch(dataset, batches[k], pad_to, device) for k in draws.order(len(batches)))
 
 
 def evaluation_batches(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attention_engine.attention_module import AttentionModule
+from attention_module import AttentionModule
 from conventional_attention import ConventionalAttention
 from gravitational_attention import GravitationalAttention
 from gravitational_multi_timescale_attention import GravitationalMultiTimescaleAttention

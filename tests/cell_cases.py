@@ -14,8 +14,9 @@ from torch import nn
 
 from conventional_attention import ConventionalAttention
 from data_pipeline import TaskData, TokenDataset
-from experiment.cell_runner import run_cell
-from train_and_evaluate import ModelSettings, TrainingSettings
+from experiment.cells import noted
+from experiment.models import Model
+from train_and_evaluate import ModelSettings, TrainingSettings, train_and_evaluate
 
 VOCABULARY, CLASSES = 11, 3
 SETTINGS = ModelSettings(embed_dim=8, num_heads=2, num_layers=2, feed_forward_dim=12)
@@ -65,8 +66,15 @@ def run_tiny(
     training: TrainingSettings = TRAINING,
     **options: Any,
 ) -> tuple[str, str]:
+    """Train a cell of `make_task` in the folder; its state and the reason."""
     folder.mkdir(exist_ok=True)
-    return run_cell(attention, make_task(), SETTINGS, training, 0, folder, CPU, **options)
+    arguments = attention, make_task(), SETTINGS, training, 0, folder, CPU
+    return noted(folder, lambda: train_and_evaluate(*arguments, **options))
+
+
+def attention_of(name: str, settings: ModelSettings = SETTINGS) -> Callable[[], nn.Module]:
+    """The factory of a model's attention."""
+    return Model.parse(name).attention(settings)
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
@@ -89,7 +97,6 @@ def outcome(folder: Path) -> dict[str, Any]:
     for name in ("last", "best"):
         saved = torch.load(folder / f"checkpoint_{name}.pt", weights_only=True)
         found[name] = {key: value.numpy().tobytes() for key, value in saved["model"].items()}
-    for name in ("test_predictions", "attention_patterns"):
-        with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
-            found[name] = {key: arrays[key].tobytes() for key in arrays.files}
+    with np.load(folder / "attention_patterns.npz", allow_pickle=False) as arrays:
+        found["patterns"] = {key: arrays[key].tobytes() for key in arrays.files}
     return found

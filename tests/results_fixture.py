@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reporting.task_figures import TaskFigures
+import analyze_results
 from results_folder import Cell
 
 MODELS = ("conventional", "gravitational", "multi_timescale", "gravitational_multi_timescale")
@@ -25,10 +25,10 @@ TEXT = "the film was not bad, but its end is a mess"
 
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let an analysis draw nothing, for tests of its texts: drawing takes nearly all of its time."""
-    monkeypatch.setattr(TaskFigures, "draw", lambda self: iter(()))
+    monkeypatch.setattr(analyze_results, "task_figures", lambda view: iter(()))
 
 
-def task_info(task: str, stand_in_for: str | None = None) -> dict[str, Any]:
+def task_info(task: str) -> dict[str, Any]:
     classes = 10 if task == "listops" else 2
     return {
         "title": TITLES.get(task, task.replace("_", " ").capitalize()),
@@ -38,7 +38,6 @@ def task_info(task: str, stand_in_for: str | None = None) -> dict[str, Any]:
         "test_size": 2000,
         "class_names": [str(number) for number in range(classes)],
         "provenance": {"source": "generated", "seed": 0, "sha256": "0" * 64},
-        "stand_in_for": stand_in_for,
     }
 
 
@@ -55,7 +54,7 @@ def make_results(
     seeds: tuple[int, ...] = (0, 1, 2),
     states: dict[Cell, str] | None = None,
     preset: str = "full",
-    stand_in_for: dict[str, str] | None = None,
+    unavailable: dict[str, str] | None = None,
     epochs: int = 6,
     patterns: bool = True,
     data: dict[str, Any] | None = None,
@@ -77,7 +76,8 @@ def make_results(
         "models": list(models),
         "tasks": list(tasks),
         "seeds": list(seeds),
-        "task_info": {task: task_info(task, (stand_in_for or {}).get(task)) for task in tasks},
+        "task_info": {task: task_info(task) for task in tasks},
+        "unavailable": unavailable or {},
         "cells": [{"task": cell.task, "model": cell.model, "seed": cell.seed} for cell in cells],
         "created": "2026-01-02T03:04:05+0000",
     }
@@ -115,7 +115,6 @@ def make_cell(root: Path, cell: Cell, number: int, state: str, epochs: int, patt
     if state != "done":
         return
     write(folder / "result.json", cell_result(rows, number, float(top), draws))
-    save_predictions(folder / "test_predictions.npz", cell.task, float(top), draws)
     if patterns:
         save_patterns(folder / "attention_patterns.npz", cell.model, draws)
 
@@ -166,8 +165,6 @@ def cell_result(
         "best_val_accuracy": rows[-1]["val_accuracy"],
         "epochs_run": len(rows),
         "stopped_early": False,
-        "convergence_epoch": 1,
-        "convergence_epoch_above_chance": min(len(rows), 3 + number),
         "seconds_per_epoch": float(10 * (1 + number) + draws.random()),
         "tokens_per_second": float(1e4 / (1 + number) + draws.random()),
         "peak_memory_bytes": int(2**29 * (1 + 0.3 * number)),
@@ -175,17 +172,8 @@ def cell_result(
         "parameters": 300_000 + 50_000 * number,
         "attention_parameters": 130_000 + 50_000 * number,
         "attention_patterns_reason": "",
-        "test_predictions_best": "test_predictions.npz",
         "wall_seconds": 100.0,
     }
-
-
-def save_predictions(path: Path, task: str, accuracy: float, draws: np.random.Generator) -> None:
-    """Answers that are right with this probability; the labels are those of the task, equal for all cells."""
-    classes = task_info(task)["num_classes"]
-    labels = np.random.default_rng(len(task)).integers(0, classes, 2000)
-    right = draws.random(len(labels)) < accuracy
-    np.savez(path, predictions=np.where(right, labels, (labels + 1) % classes), labels=labels)
 
 
 def pattern_arrays(model: str, draws: np.random.Generator) -> dict[str, np.ndarray]:

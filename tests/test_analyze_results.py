@@ -17,12 +17,8 @@ from results_fixture import HOLES, MODELS, make_results, without_figures, write
 import analyze_results
 from analyze_results import analyze, main
 from reporting.analysis_report import report
-from reporting.comparison_tables import (
-    ACCURACY,
-    learned_table,
-    read_patterns,
-    usable,
-)
+from reporting.comparison_tables import learned_table
+from reporting.run_results import ACCURACY, read_patterns, usable
 from reporting.text_tables import latex, markdown, short
 from results_folder import Cell, note_sharing, read_results
 

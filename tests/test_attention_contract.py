@@ -37,7 +37,7 @@ from attention_cases import (
 )
 from torch import Tensor, nn
 
-from attention_engine.attention_module import AttentionModule
+from attention_module import AttentionModule
 from gravitational_attention import GravitationalAttention
 from gravitational_multi_timescale_attention import GravitationalMultiTimescaleAttention
 

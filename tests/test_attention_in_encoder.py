@@ -19,7 +19,7 @@ from attention_cases import (
 )
 from torch import nn
 
-from attention_engine.attention_module import AttentionModule
+from attention_module import AttentionModule
 
 
 def make_encoder(name: str, num_layers: int = 0) -> nn.Module:

@@ -26,7 +26,7 @@ from attention_cases import (
 )
 from torch import Tensor, nn
 
-from attention_engine.attention_module import AttentionModule
+from attention_module import AttentionModule
 from conventional_attention import ConventionalAttention
 
 

@@ -7,8 +7,8 @@ import pytest
 from results_fixture import make_results, without_figures, write
 
 from analyze_results import main
-from reporting.comparison_tables import ACCURACY, default_baseline
 from reporting.figure_style import LONGEST_NAME, ModelStyle, model_styles
+from reporting.run_results import ACCURACY, default_baseline
 from reporting.task_figures import file_stems
 from results_folder import read_results
 

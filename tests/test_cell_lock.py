@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from experiment.cell_lock import LOCK, CellLock, LockedError, LockLostError, this_process
 
 from experiment import cell_lock
-from experiment.cell_lock import LOCK, CellLock, LockedError, LockLostError, this_process
 from results_folder import WriteError
 
 

@@ -8,18 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
 from results_fixture import MODELS, make_results
 
-from reporting.comparison_tables import (
-    ACCURACY,
-    compare,
-    epoch_table,
-    improvements,
-    metric_table,
-    radar_scores,
-    summarize,
-    usable,
-)
-from reporting.figure_style import MODEL_STYLES, drawable, figure_style, model_styles, new_figure
-from reporting.figures import (
+from reporting.comparison_figures import (
     plot_accuracy,
     plot_bars,
     plot_curves,
@@ -27,6 +16,16 @@ from reporting.figures import (
     plot_radar,
     reference_levels,
 )
+from reporting.comparison_tables import (
+    compare,
+    epoch_table,
+    improvements,
+    metric_table,
+    radar_scores,
+    summarize,
+)
+from reporting.figure_style import MODEL_STYLES, drawable, figure_style, model_styles, new_figure
+from reporting.run_results import ACCURACY, usable
 from reporting.text_tables import (
     TextTable,
     code_block,

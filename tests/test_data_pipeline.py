@@ -14,18 +14,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tasks.synthetic_reviews import PAIRS, generate_reviews
 
 import data_pipeline
 from command_line import InputError
 from data_pipeline import (
     TASKS,
     Batch,
-    ByteTokenizer,
     DataSettings,
-    ListOpsTokenizer,
     TaskData,
     TokenDataset,
-    WordTokenizer,
     evaluation_batches,
     load_task,
     main,
@@ -33,8 +31,14 @@ from data_pipeline import (
 )
 from tasks import synthetic_reviews
 from tasks.random_draws import RandomDraws
-from tasks.synthetic_reviews import PAIRS, generate_reviews
-from tasks.text_tokenizers import count_words, make_vocabulary, split_words
+from tasks.text_tokenizers import (
+    ByteTokenizer,
+    ListOpsTokenizer,
+    WordTokenizer,
+    count_words,
+    make_vocabulary,
+    split_words,
+)
 from tasks.token_dataset import concatenate, offsets_of, stratified_choice
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment import device_memory
-from experiment.device_memory import PeakMemory
+from training import device_memory
+from training.device_memory import PeakMemory
 
 MIB = 2**20
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from attention_cases import GAMMAS, POISON, H, L, N, S, T, make, make_inputs, relative
 from torch import Tensor
 
-from attention_engine.attention_module import AttentionModule
 from attention_engine.attention_scores import DotProduct, Gravity, Mask
 from attention_kernels import attend, fastest_backend
+from attention_module import AttentionModule
 from gravitational_multi_timescale_attention import GravitationalMultiTimescaleAttention
 from multi_timescale_attention import Discounts, MultiTimescaleAttention
 

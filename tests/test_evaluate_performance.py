@@ -12,15 +12,9 @@ import results_fixture
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluate_performance import (
-    AttentionPatterns,
-    attention_entropy,
-    convergence_epoch,
-    main,
-    read_attention_patterns,
-    share_within,
-    token_masses,
-)
+from evaluate_performance import main
+from reporting.attention_numbers import attention_entropy, share_within, token_masses
+from reporting.comparison_tables import convergence_epoch
 from reporting.seed_statistics import (
     estimate,
     holm,
@@ -29,7 +23,7 @@ from reporting.seed_statistics import (
     smallest_sign_flip_p,
     t_quantile,
 )
-from results_folder import Cell
+from results_folder import AttentionPatterns, Cell, read_attention_patterns
 
 # Convergence
 

@@ -12,11 +12,10 @@ from results_fixture import MODELS
 
 from analyze_results import make_analysis
 from reporting.accuracy_against_cost import progress_table
-from reporting.comparison_tables import ACCURACY, epoch_table, metric_table, read_patterns
-from reporting.distance_figures import distance_figure
+from reporting.attention_figures import distance_figure, shaded_figure
+from reporting.comparison_tables import epoch_table, metric_table
 from reporting.figure_style import figure_style, model_styles, save_figure
-from reporting.joined_results import read_joined
-from reporting.mass_figures import shaded_figure
+from reporting.run_results import ACCURACY, read_joined, read_patterns
 from reporting.task_figures import CONVERGENCE_PANELS, COST_PANELS, TaskFigures
 
 STYLES = model_styles(MODELS)

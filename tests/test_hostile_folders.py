@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from results_fixture import make_results
 
 import analyze_results
-from reporting.comparison_tables import done_cells, metric_table, read_patterns, usable
+from reporting.comparison_tables import metric_table
+from reporting.run_results import done_cells, read_patterns, usable
 from results_folder import Cell, read_results
 
 MODELS = ("conventional", "gravitational", "multi_timescale")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from command_line import InputError
-from data_pipeline import DataSettings, MissingData, load_task, main
+from data_pipeline import DataSettings, DataUnavailableError, load_task, main
 from tasks import imdb, imdb_download
 from tasks.imdb import Reviews, load_reviews, read_source
 
@@ -271,7 +271,7 @@ def test_wrong_counts_and_empty_reviews_are_refused(
 def test_a_data_folder_that_does_not_exist_is_an_error_and_not_missing_data(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist") as caught:
         load_task("imdb", DataSettings(data_dir=str(tmp_path / "none"), cache_dir=str(tmp_path)))
-    assert not isinstance(caught.value, MissingData)
+    assert not isinstance(caught.value, DataUnavailableError)
 
 
 def test_the_task_has_a_stratified_tenth_for_validation_and_raw_bytes(

@@ -13,7 +13,7 @@ from typing import ClassVar
 import pytest
 from test_imdb import contents, expected_contents, members, small_and_offline, tar_bytes
 
-from data_pipeline import DataSettings, MissingData, load_task, main
+from data_pipeline import DataSettings, DataUnavailableError, load_task, main
 from tasks import imdb, imdb_download
 from tasks.imdb import load_reviews
 
@@ -104,7 +104,7 @@ def test_a_broken_download_is_resumed_within_the_run_and_by_the_next(
     server: type[Server], tmp_path: Path
 ) -> None:
     server.cuts = [100, 50, 30]
-    with pytest.raises(MissingData, match="run again to resume"):
+    with pytest.raises(DataUnavailableError, match="run again to resume"):
         load_reviews(None, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["aclImdb_v1.tar.gz.part"]
     assert (tmp_path / "aclImdb_v1.tar.gz.part").read_bytes() == server.content[:180]
@@ -139,7 +139,7 @@ def test_a_download_with_a_wrong_checksum_is_thrown_away(
 @pytest.mark.parametrize("status", [404, 503])
 def test_an_error_of_the_server_leaves_nothing(server: type[Server], tmp_path: Path, status: int) -> None:
     server.status = status
-    with pytest.raises(MissingData, match=f"answers {status}"):
+    with pytest.raises(DataUnavailableError, match=f"answers {status}"):
         load_reviews(None, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -150,7 +150,7 @@ def test_without_a_network_the_command_to_run_is_named_at_once(
     started = time.monotonic()
     (tmp_path / "my data").mkdir()
     settings = DataSettings(data_dir=str(tmp_path / "my data"), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(MissingData) as caught:
+    with pytest.raises(DataUnavailableError) as caught:
         load_task("imdb", settings)
     target = tmp_path / "my data" / "aclImdb_v1.tar.gz"
     assert f"curl -L --create-dirs --output '{target}' {imdb_download.URL}" in str(caught.value)
@@ -166,7 +166,7 @@ def test_a_server_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pyt
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/aclImdb_v1.tar.gz"
         monkeypatch.setattr(imdb_download, "URL", url)
-        with pytest.raises(MissingData, match="timed out"):
+        with pytest.raises(DataUnavailableError, match="timed out"):
             load_reviews(None, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -175,7 +175,7 @@ def test_a_download_into_a_folder_that_cannot_be_written_is_missing_data(
     server: type[Server], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(MissingData):
+    with pytest.raises(DataUnavailableError):
         load_reviews(None, tmp_path / "file" / "cache")
     assert server.asked == []
 
@@ -228,7 +228,7 @@ def test_a_body_that_hardly_moves_is_given_up(
     monkeypatch.setattr(imdb_download, "SLOW_SECONDS", -1.0)
     monkeypatch.setattr(imdb_download, "SLOWEST", 10**12)
     monkeypatch.setattr(imdb_download, "CHUNK", 16)
-    with pytest.raises(MissingData, match="bytes a second came; run again to resume"):
+    with pytest.raises(DataUnavailableError, match="bytes a second came; run again to resume"):
         load_reviews(None, tmp_path)
 
 
@@ -268,6 +268,6 @@ def test_a_second_process_waits_for_nothing_and_is_told_of_the_first(
 ) -> None:
     with (tmp_path / "aclImdb_v1.tar.gz.part").open("ab") as file:
         imdb_download._lock(file)
-        with pytest.raises(MissingData, match="another process is downloading it"):
+        with pytest.raises(DataUnavailableError, match="another process is downloading it"):
             load_reviews(None, tmp_path)
     assert server.asked == []

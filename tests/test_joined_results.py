@@ -10,7 +10,7 @@ from results_fixture import make_results, without_figures, write
 
 from analyze_results import main
 from command_line import InputError
-from reporting.joined_results import read_joined
+from reporting.run_results import read_joined
 from results_folder import Cell
 
 MODELS = ("conventional", "gravitational")

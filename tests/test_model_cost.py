@@ -8,18 +8,20 @@ import pytest
 from torch import nn
 
 import run_experiment
+from command_line import InputError
 from conventional_attention import ConventionalAttention
-from experiment.experiment_plan import COMPARED, attention_factory
-from experiment.model_cost import count_parameters, forward_flops, matched_settings
-from experiment.transformer_classifier import ModelSettings, TransformerClassifier
+from experiment.models import COMPARED, Model, build, matched_settings
 from results_folder import Cell
+from train_and_evaluate import ModelSettings, TransformerClassifier
+from training.model_cost import count_parameters, forward_flops
 
 E, H, D, F, C = 12, 3, 4, 20, 5
-SETTINGS = ModelSettings(embed_dim=E, num_heads=H, feed_forward_dim=F, num_layers=2, num_timescales=2)
+SETTINGS = ModelSettings(embed_dim=E, num_heads=H, feed_forward_dim=F, num_layers=2)
 
 
 def model_of(name: str, settings: ModelSettings = SETTINGS) -> TransformerClassifier:
-    return TransformerClassifier(attention_factory(name, settings), 17, C, settings)
+    two = ",num_timescales=2" if "multi" in name else ""
+    return build(Model.parse(name + two), settings, 17, C)
 
 
 def by_hand(name: str, length: int) -> int:
@@ -40,16 +42,18 @@ def by_hand(name: str, length: int) -> int:
 @pytest.mark.parametrize("name", COMPARED)
 def test_flops_are_those_counted_by_hand(name: str) -> None:
     model = model_of(name)
-    assert forward_flops(model, np.array([31])) == pytest.approx(by_hand(name, 31), rel=1e-9)
+    assert forward_flops(model, model.attentions, np.array([31])) == pytest.approx(
+        by_hand(name, 31), rel=1e-9
+    )
     lengths = np.array([3, 40, 77])
     mean = np.mean([by_hand(name, int(length)) for length in lengths])
-    assert forward_flops(model, lengths) == pytest.approx(mean, rel=1e-9)
+    assert forward_flops(model, model.attentions, lengths) == pytest.approx(mean, rel=1e-9)
 
 
 def test_counting_leaves_the_model_as_it_was() -> None:
     model = model_of("gravitational")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    forward_flops(model.train(), np.array([10]))
+    forward_flops(model.train(), model.attentions, np.array([10]))
     assert model.training and not any(attention._forward_pre_hooks for attention in model.attentions)
     assert all(bool((value == before[name]).all()) for name, value in model.state_dict().items())
 
@@ -61,14 +65,17 @@ def test_pytorchs_own_attention_is_counted_like_ours() -> None:
     theirs = TransformerClassifier(pytorchs, 17, C, SETTINGS)
     ours = TransformerClassifier(lambda: ConventionalAttention(E, H), 17, C, SETTINGS)
     lengths = np.array([20, 30])
-    assert forward_flops(theirs, lengths) == pytest.approx(forward_flops(ours, lengths))
+    assert forward_flops(theirs, theirs.attentions, lengths) == pytest.approx(
+        forward_flops(ours, ours.attentions, lengths)
+    )
 
 
 def test_matched_models_have_the_parameters_of_the_largest_within_one_per_cent() -> None:
     settings = ModelSettings(embed_dim=32, num_heads=4, feed_forward_dim=64)
-    matched = matched_settings(attention_factory, COMPARED, 17, C, settings)
-    counts = {name: count_parameters(model_of(name, chosen)) for name, chosen in matched.items()}
-    largest = max(count_parameters(model_of(name, settings)) for name in COMPARED)
+    models = {name: Model.parse(name) for name in COMPARED}
+    matched = matched_settings(models.values(), settings, 17, C)
+    counts = {name: count_parameters(build(models[name], one, 17, C)) for name, one in matched.items()}
+    largest = max(count_parameters(build(model, settings, 17, C)) for model in models.values())
     assert all(abs(count - largest) <= 0.01 * largest for count in counts.values()), counts
     assert matched["multi_timescale"] == settings
     assert matched["conventional"].feed_forward_dim > settings.feed_forward_dim
@@ -76,8 +83,8 @@ def test_matched_models_have_the_parameters_of_the_largest_within_one_per_cent()
 
 def test_a_width_whose_step_is_too_coarse_is_refused() -> None:
     settings = ModelSettings(embed_dim=2, num_heads=1, feed_forward_dim=1, num_layers=30)
-    with pytest.raises(ValueError, match="cannot be matched"):
-        matched_settings(attention_factory, ("conventional", "gravitational"), 3, 2, settings)
+    with pytest.raises(InputError, match="cannot be matched"):
+        matched_settings(map(Model.parse, ("conventional", "gravitational")), settings, 3, 2)
 
 
 def test_matched_models_have_equal_sizes_in_their_cells_and_in_the_dry_run(

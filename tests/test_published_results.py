@@ -8,8 +8,8 @@ import pytest
 
 from analyze_results import make_analysis
 from reporting.accuracy_against_cost import progress_table
-from reporting.comparison_tables import default_baseline, metric_table, models_of, read_patterns
-from reporting.joined_results import read_joined
+from reporting.comparison_tables import metric_table
+from reporting.run_results import default_baseline, models_of, read_joined, read_patterns
 from reporting.summary_tables import tables
 from reporting.text_tables import markdown_table
 from results_folder import read_results

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from cell_cases import meanwhile, outcome
+from experiment.cell_lock import LOCK
 
 import run_experiment
-from experiment.cell_lock import LOCK
-from experiment.ray_cells import cells_on_a_device
+from experiment.executors import cells_on_a_device
 from results_folder import SHARED_BY, CellRecord, read_json, read_results
 
 SMOKE = ["--preset", "smoke", "--device", "cpu"]

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment.experiment_plan import MODELS, PRESETS
+from experiment.models import MODELS
+from experiment.run_plan import PRESETS
 from run_experiment import make_parser
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from reporting.report_blocks import Bullets, Code, Facts, Heading, Paragraph
+from reporting.report_html import html_report
+from reporting.report_markdown import markdown_report
 from results_fixture import MODELS, make_results, without_figures, write
 
 from analyze_results import analyze
-from reporting.comparison_tables import ACCURACY
-from reporting.published_results import comparable
-from reporting.report_blocks import Block, Bullets, Code, Facts, Heading, Notice, Paragraph
-from reporting.report_html import html_report
-from reporting.report_markdown import markdown_report
+from attention_engine.tile_plan import Block
+from reporting.analysis_report import Notice
+from reporting.lra_literature import comparable
+from reporting.run_results import ACCURACY
 from reporting.text_tables import TextTable, markdown, short
 from results_folder import Cell, read_results
 

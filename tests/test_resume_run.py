@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from cell_cases import outcome
+from experiment.cell_lock import LOCK, CellLock, LockLostError
 from test_cell_lock import write_lock
 
 import run_experiment
-from experiment.cell_lock import LOCK, CellLock, LockLostError
 from results_folder import Cell, read_results, write_json, write_status
 
 ANALYZE_RUN = run_experiment.analyze_run

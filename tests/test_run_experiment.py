@@ -8,26 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from experiment.experiment_plan import attention_factory, find_model
 
 import run_experiment
+from attention_engine.triton_attention import Plan
 from command_line import InputError
-from data_pipeline import TASKS, MissingData, TaskData, load_task
+from data_pipeline import TASKS, DataUnavailableError, TaskData, load_task
 from experiment import experiment_plan, plan_files
-from experiment.cell_runner import run_cell
-from experiment.experiment_plan import (
-    MODELS,
-    PRESETS,
-    Plan,
-    attention_factory,
-    find_model,
-    load_tasks,
-    make_plan,
-)
-from experiment.experiment_progress import TerminalProgress, duration, make_progress
-from experiment.transformer_classifier import ModelSettings
+from experiment.cells import run_cell
+from experiment.models import MODELS
+from experiment.run_plan import PRESETS, load_tasks, make_plan
+from experiment.run_progress import TerminalProgress, duration, make_progress
 from multi_timescale_attention import MultiTimescaleAttention
 from results_folder import Cell, read_results
 from run_experiment import make_parser
+from train_and_evaluate import ModelSettings
 
 USER_MODELS = '''
 import os, signal
@@ -316,7 +311,7 @@ def test_a_mistyped_option_is_one_line_with_the_nearest(capsys: pytest.CaptureFi
 
 def without_imdb(name: str, settings: Any) -> TaskData:
     if name == "imdb":
-        raise MissingData("IMDb is missing: curl -LO https://example.org/imdb.tar.gz")
+        raise DataUnavailableError("IMDb is missing: curl -LO https://example.org/imdb.tar.gz")
     return load_task(name, settings)
 
 
@@ -345,7 +340,7 @@ def test_quick_without_imdb_says_that_synthetic_reviews_stand_in_under_their_own
 
 def test_a_task_that_was_asked_for_by_name_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment_plan, "load_task", without_imdb)
-    with pytest.raises(MissingData, match="curl"):
+    with pytest.raises(DataUnavailableError, match="curl"):
         load_tasks(plan_of("--preset", "quick", "--tasks", "imdb"))
 
 
@@ -456,7 +451,7 @@ def test_on_a_terminal_there_are_bars_with_loss_and_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setattr("experiment.training_progress.READ_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("training.training_progress.READ_EVERY_SECONDS", 0.0)
     cells = [Cell("listops", "conventional", 0)]
     progress = make_progress(cells, max_epochs=2)
     assert isinstance(progress, TerminalProgress)

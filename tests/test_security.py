@@ -14,8 +14,7 @@ import results_fixture
 
 from command_line import InputError
 from evaluate_performance import main as evaluate_main
-from evaluate_performance import read_attention_patterns
-from results_folder import LARGEST_JSON, Cell, read_cell, read_json, read_results
+from results_folder import LARGEST_JSON, Cell, read_attention_patterns, read_cell, read_json, read_results
 from tasks import imdb
 from tasks.imdb import read_source
 

@@ -17,7 +17,7 @@ from attention_engine.tile_plan import Plan
 from attention_kernels import attend
 from benchmarks.attention_speed import MECHANISMS, Case, SpeedSettings, peak_bytes
 from benchmarks.benchmarking import peak_process
-from experiment.device_memory import PeakMemory
+from training.device_memory import PeakMemory
 
 N, H, D, L, S = 2, 3, 8, 270, 301  # a batch with more queries and keys than a tile has
 OUTPUT, GRADIENT = 2e-6, 2e-5  # what float32 may err, relative to the norm

@@ -18,26 +18,29 @@ from cell_cases import (
     SETTINGS,
     TRAINING,
     VOCABULARY,
+    attention_of,
     make_split,
     make_task,
     metrics_of,
+    run_tiny,
 )
 from torch import Tensor, nn
 
-import train_and_evaluate
+import train_and_evaluate as trainer_module
 from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches
-from experiment import training_progress
-from experiment.cell_runner import run_cell
-from experiment.experiment_plan import MODELS, attention_factory
-from experiment.training_progress import Progress
-from experiment.transformer_classifier import random_stream, sinusoidal_positions
+from experiment.models import MODELS
 from train_and_evaluate import (
     ModelSettings,
     Trainer,
     TrainingSettings,
     TransformerClassifier,
-    evaluate,
+    random_stream,
+    sinusoidal_positions,
+    train_and_evaluate,
 )
+from training import training_progress
+from training.evaluation import evaluate
+from training.training_progress import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,10 +61,7 @@ def train_cell(
 ) -> dict[str, Any]:
     """Run a cell that must succeed; its result."""
     folder.mkdir(exist_ok=True)
-    outcome = run_cell(attention, task or make_task(), SETTINGS, training, seed, folder, CPU)
-    assert outcome == ("done", "")
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return result
+    return train_and_evaluate(attention, task or make_task(), SETTINGS, training, seed, folder, CPU)
 
 
 def scripted_validation(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
@@ -101,7 +101,7 @@ class TroubledAttention(SilentAttention):
 @pytest.mark.parametrize("name", MODELS)
 def test_all_models_start_from_the_same_weights_outside_attention(name: str) -> None:
     one = make_classifier().state_dict()
-    other = make_classifier(attention_factory(name, SETTINGS)).state_dict()
+    other = make_classifier(attention_of(name, SETTINGS)).state_dict()
     shared = [key for key in one if ".attention." not in key]
     assert len(shared) == 21
     assert shared == [key for key in other if ".attention." not in key]
@@ -110,7 +110,7 @@ def test_all_models_start_from_the_same_weights_outside_attention(name: str) -> 
 
 def test_equal_shaped_first_draws_of_two_mechanisms_are_equal() -> None:
     one = make_classifier().state_dict()
-    other = make_classifier(attention_factory("gravitational", SETTINGS)).state_dict()
+    other = make_classifier(attention_of("gravitational", SETTINGS)).state_dict()
     assert all(torch.equal(one[key], other[key]) for key in one if "in_proj" in key)
 
 
@@ -155,7 +155,7 @@ def test_models_of_a_seed_see_the_same_batches_and_the_same_dropout(tmp_path: Pa
 
 @pytest.mark.parametrize("name", MODELS)
 def test_neither_the_amount_nor_the_content_of_padding_changes_the_logits(name: str) -> None:
-    model = make_classifier(attention_factory(name, SETTINGS))
+    model = make_classifier(attention_of(name, SETTINGS))
     tokens = torch.randint(1, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([7, 4, 1])
     with torch.no_grad():
@@ -212,7 +212,6 @@ def test_an_evaluation_is_the_mean_over_examples_with_a_ragged_last_batch() -> N
     labels = torch.from_numpy(split.labels)
     assert found.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert found.accuracy == (logits.argmax(-1) == labels).double().mean().item()
-    np.testing.assert_array_equal(found.predictions, logits.argmax(-1).numpy())
 
 
 def test_a_training_epoch_counts_each_example_once_with_a_ragged_last_batch() -> None:
@@ -248,7 +247,7 @@ def test_the_test_split_is_read_once_and_after_training(
             read.append("test" if split is task.test else "val")
             yield batch
 
-    monkeypatch.setattr(train_and_evaluate, "evaluation_batches", spy)
+    monkeypatch.setattr(trainer_module, "evaluation_batches", spy)
     scripted = [0.5, 0.3, 0.2]
     original = Trainer.validate
 
@@ -277,10 +276,6 @@ def test_the_best_validation_epoch_is_selected_and_the_last_is_recorded_beside_i
         [expected] = evaluate([model], evaluation_batches(task.test, 8))
         assert result[f"test_loss_{which}"] == pytest.approx(expected.loss, rel=1e-6)
         assert result[f"test_accuracy_{which}"] == expected.accuracy
-        if which == "best":
-            with np.load(tmp_path / "test_predictions.npz") as arrays:
-                np.testing.assert_array_equal(arrays["predictions"], expected.predictions)
-                np.testing.assert_array_equal(arrays["labels"], task.test.labels)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +301,7 @@ def test_two_runs_of_a_seed_are_equal_to_the_bit_and_another_seed_differs(name: 
     rows, weights = [], []
     for run, seed in enumerate((4, 4, 5)):
         folder = tmp_path / str(run)
-        train_cell(folder, attention_factory(name, SETTINGS), seed=seed)
+        train_cell(folder, attention_of(name, SETTINGS), seed=seed)
         rows.append(
             [{key: value for key, value in row.items() if key not in TIMINGS} for row in metrics_of(folder)]
         )
@@ -331,14 +326,14 @@ def test_a_checkpoint_has_all_that_the_next_epoch_needs(tmp_path: Path) -> None:
 
 
 def test_metrics_and_result_hold_what_a_reader_needs(tmp_path: Path) -> None:
-    result = train_cell(tmp_path, attention_factory("gravitational_multi_timescale", SETTINGS))
+    result = train_cell(tmp_path, attention_of("gravitational_multi_timescale", SETTINGS))
     rows = metrics_of(tmp_path)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert all(row["train_seconds"] > 0 and row["tokens_per_second"] > 0 for row in rows)
     assert np.shape(rows[0]["learned"]["layer1"]["gamma"]) == (3, 2)
     assert np.shape(rows[0]["learned"]["layer0"]["gravity"]) == (3, 2)
     assert result["seconds_per_epoch"] == pytest.approx(np.mean([row["train_seconds"] for row in rows]))
-    model = make_classifier(attention_factory("gravitational_multi_timescale", SETTINGS))
+    model = make_classifier(attention_of("gravitational_multi_timescale", SETTINGS))
     attention = sum(p.numel() for layer in model.attentions for p in layer.parameters())
     assert (result["parameters"], result["attention_parameters"]) == (
         sum(p.numel() for p in model.parameters()),
@@ -364,7 +359,7 @@ def test_padding_to_the_longest_of_the_task_gives_the_same_results(tmp_path: Pat
     [padded] = trainer.evaluate([trainer.model], task.val)
     [cut] = evaluate([trainer.model], evaluation_batches(task.val, 8))
     assert padded.loss == pytest.approx(cut.loss, rel=1e-5)
-    np.testing.assert_array_equal(padded.predictions, cut.predictions)
+    assert padded.accuracy == cut.accuracy
 
 
 def test_bf16_training_runs_on_the_cpu_when_asked_for(tmp_path: Path) -> None:
@@ -378,7 +373,7 @@ def test_bf16_training_runs_on_the_cpu_when_asked_for(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_ends_the_cell_as_diverged_at_its_step(tmp_path: Path) -> None:
     # 37 examples in batches of 8: 5 steps an epoch, so the 7th call of a layer is step 2 of epoch 2.
     nan = partial(TroubledAttention, 7, lambda query: query * math.nan)
-    state, reason = run_cell(nan, make_task(), SETTINGS, TRAINING, 0, tmp_path, CPU)
+    state, reason = run_tiny(tmp_path, nan)
     assert state == "diverged"
     assert reason == "the training loss is nan in epoch 2, step 2"
     assert len(metrics_of(tmp_path)) == 1
@@ -396,7 +391,7 @@ def test_weights_broken_by_the_last_step_are_found_by_validation(
         return row
 
     monkeypatch.setattr(Trainer, "train_epoch", train_epoch)
-    state, reason = run_cell(CONVENTIONAL, make_task(), SETTINGS, TRAINING, 0, tmp_path, CPU)
+    state, reason = run_tiny(tmp_path)
     assert (state, reason) == ("diverged", "the validation loss is nan after epoch 1")
 
 
@@ -405,9 +400,7 @@ def test_an_error_in_a_cell_is_recorded_with_its_reason(kind: type[Exception], t
     def fail(query: Tensor) -> Tensor:
         raise kind("no luck\nwith details")
 
-    state, reason = run_cell(
-        partial(TroubledAttention, 3, fail), make_task(), SETTINGS, TRAINING, 0, tmp_path, CPU
-    )
+    state, reason = run_tiny(tmp_path, partial(TroubledAttention, 3, fail))
     assert state == "failed"
     assert reason.startswith(f"{kind.__name__}: no luck (test_train_and_evaluate.py:")
     assert json.loads((tmp_path / "status.json").read_text())["reason"] == reason
@@ -421,7 +414,7 @@ def test_an_interrupt_is_noted_and_passed_on(tmp_path: Path) -> None:
 
     troubled = partial(TroubledAttention, 7, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run_cell(troubled, make_task(), SETTINGS, TRAINING, 0, tmp_path, CPU)
+        run_tiny(tmp_path, troubled)
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "interrupted"
     assert torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)["epoch"] == 1
 
@@ -447,9 +440,8 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 @pytest.mark.parametrize("name", MODELS)
 def test_on_cuda_a_cell_trains_in_bf16_and_counts_the_allocators_memory(name: str, tmp_path: Path) -> None:
     settings = ModelSettings(embed_dim=64, num_heads=2)
-    cell = attention_factory(name, settings), make_task(), settings, TRAINING, 0, tmp_path
-    assert run_cell(*cell, torch.device("cuda")) == ("done", "")
-    result = json.loads((tmp_path / "result.json").read_text())
+    cell = attention_of(name, settings), make_task(), settings, TRAINING, 0, tmp_path
+    result = train_and_evaluate(*cell, torch.device("cuda"))
     assert (result["precision"], result["memory_kind"]) == ("bf16", "cuda allocator")
     assert result["peak_memory_bytes"] > 4 * result["parameters"]
 
@@ -460,7 +452,7 @@ def test_on_cuda_a_cell_trains_in_bf16_and_counts_the_allocators_memory(name: st
 def test_on_cuda_a_training_step_does_not_wait_for_the_device(name: str) -> None:
     device = torch.device("cuda")
     settings = ModelSettings(embed_dim=64, num_heads=2)
-    model = TransformerClassifier(attention_factory(name, settings), VOCABULARY, CLASSES, settings)
+    model = TransformerClassifier(attention_of(name, settings), VOCABULARY, CLASSES, settings)
     trainer = Trainer(model, make_task(), TRAINING, 0, device, Progress())
     batch = next(evaluation_batches(trainer.task.train, 8, device=device))
     trainer.step(batch)

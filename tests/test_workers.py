@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from cell_cases import meanwhile, outcome
+from experiment.cell_lock import LOCK
+from experiment.many_cells import Deaths, check_options
 
 import run_experiment
-from experiment.cell_lock import LOCK
-from experiment.many_cells import MOST_DEATHS, Deaths, check_options
-from experiment.worker_processes import devices_in_turn
+from experiment.executors import MOST_DEATHS, devices_in_turn
 from results_folder import SHARED_BY, read_json, read_results, write_status
 from run_experiment import make_parser
 

@@ -21,12 +21,11 @@ from typing import Any
 import torch
 
 from command_line import one_line
-from experiment.distributed import by_first, gathered, rank
 from results_folder import write_atomic
 
 LAST, PREVIOUS, BEST = "checkpoint_last.pt", "checkpoint_previous.pt", "checkpoint_best.pt"
 ASIDE = ".set_aside"
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 SEAL = b"\nsha256:"
 SEAL_BYTES = len(SEAL) + 64
 
@@ -37,7 +36,6 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says why."""
 
 
-@by_first
 def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Make `state` the newest checkpoint; the newest until now becomes the one before."""
 
@@ -52,7 +50,6 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     write_atomic(folder / LAST, lambda file: file.write(contents), verify)
 
 
-@by_first
 def write_weights(path: Path, state: dict[str, Any]) -> None:
     contents = _serialized(state)
     write_atomic(path, lambda file: file.write(contents))
@@ -120,26 +117,7 @@ def usable_checkpoints(folder: Path, note: Note) -> Iterator[tuple[Path, dict[st
         yield path, state
 
 
-@by_first
 def set_aside(path: Path, why: str, note: Note) -> None:
     """Rename a checkpoint that cannot be used, so that it is spoken of once."""
     path.replace(path.with_name(path.name + ASIDE))
     note(one_line(f"{path} cannot be used and is set aside as {path.name}{ASIDE}: {why}"))
-
-
-def generators(device: torch.device) -> dict[str, Any]:
-    """The states of PyTorch's global generators: rank 0's, and in a list those of the other ranks."""
-    own = {"cpu": torch.get_rng_state()}
-    own |= {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    first, *others = gathered([own])
-    return {**first, "others": others}
-
-
-def set_generators(states: dict[str, Any], device: torch.device) -> None:
-    """Restore this rank's states; a rank that there was none of then goes on with a stream of its own."""
-    by_rank = [states, *states.get("others", [])]
-    if rank() < len(by_rank):
-        own = by_rank[rank()]
-        torch.set_rng_state(own["cpu"])
-        if device.type == "cuda" and "cuda" in own:
-            torch.cuda.set_rng_state(own["cuda"], device)

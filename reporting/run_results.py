@@ -1,26 +1,133 @@
-"""Several results folders as one: more seeds, more models, another machine.
+"""One or several results folders as read for a comparison, and what they say of their tasks and cells.
 
-    joined = read_joined([Path("results_a"), Path("results_b")])
+    joined = read_joined([Path("results_a"), Path("results_b")])      # more seeds, models, another machine
     joined.results, joined.sources, joined.differences
+    task_facts(joined.results, "listops").chance
 
 What would make one mean of unlike numbers is refused, in one line that names the first difference: another
 preset, other settings of model, training or data, other data, other arithmetic (bf16 against fp32), or a cell
 that is done in two folders. Machines, commits, models and seeds may differ: the report names them.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from command_line import InputError
-from reporting.comparison_tables import usable
-from results_folder import Cell, CellRecord, Results, read_results
+from results_folder import (
+    PATTERNS,
+    SHARED_BY,
+    AttentionPatterns,
+    Cell,
+    CellRecord,
+    Results,
+    read_attention_patterns,
+    read_results,
+)
 
+BASELINE = "conventional"
+ACCURACY = "test_accuracy_best"
 PLACES = ("data_dir", "cache_dir")  # where the data lay: not what they are
 MIXED = "--allow-differences"
-# Settings that folders of an older version lack, and what held there.
-YOUNGER = {"model": {"discount": "weights"}}
+
+
+# What a folder says
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What config.json says of a task; None where it does not."""
+
+    name: str
+    title: str
+    chance: float | None
+    majority: float | None
+    test_size: int | None
+    num_classes: int | None
+    provenance: dict[str, Any]
+
+
+def number(value: Any) -> float | None:
+    """The value if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _share(value: Any) -> float | None:
+    found = number(value)
+    return found if found is not None and 0 <= found <= 1 else None
+
+
+def _count(value: Any) -> int | None:
+    found = number(value)
+    return int(found) if found is not None and found >= 1 else None
+
+
+def usable(results: Results) -> Results:
+    """The results with each cell once, and with a "done" cell that has no test accuracy named as failed."""
+    cells = []
+    for record in {record.cell: record for record in results.cells}.values():
+        accuracy = _share((record.result or {}).get(ACCURACY))
+        if record.state == "done" and accuracy is None:
+            record = replace(record, state="failed", reason=f"unusable: result.json has no {ACCURACY}")
+        cells.append(record)
+    return replace(results, cells=cells)
+
+
+def task_facts(results: Results, task: str) -> TaskFacts:
+    info = results.config.get("task_info")
+    facts = info.get(task) if isinstance(info, dict) else None
+    facts = facts if isinstance(facts, dict) else {}
+    provenance = facts.get("provenance")
+    return TaskFacts(
+        name=task,
+        title=str(facts.get("title") or task),
+        chance=_share(facts.get("chance")),
+        majority=_share(facts.get("majority")),
+        test_size=_count(facts.get("test_size")),
+        num_classes=_count(facts.get("num_classes")),
+        provenance=provenance if isinstance(provenance, dict) else {},
+    )
+
+
+def tasks_of(results: Results) -> list[str]:
+    return list(dict.fromkeys(record.cell.task for record in results.cells))
+
+
+def models_of(results: Results) -> list[str]:
+    return list(dict.fromkeys(record.cell.model for record in results.cells))
+
+
+def default_baseline(models: Sequence[str]) -> str:
+    """What differences are taken to: softmax attention, or the first model where that was not run."""
+    return BASELINE if BASELINE in models or not models else models[0]
+
+
+def done_cells(results: Results) -> list[CellRecord]:
+    return [record for record in results.cells if record.state == "done"]
+
+
+def most_on_a_device(record: CellRecord) -> int:
+    """How many cells were on the cell's device at a time, itself included; 1 where nothing is noted."""
+    return int(number(record.config.get(SHARED_BY)) or 1)
+
+
+def read_patterns(results: Results) -> tuple[dict[Cell, AttentionPatterns], dict[Cell, str]]:
+    """The attention patterns of the finished cells, and why a cell has none."""
+    patterns, reasons = {}, {}
+    for record in done_cells(results):
+        try:
+            patterns[record.cell] = read_attention_patterns(record.folder / PATTERNS)
+        except ValueError as error:
+            given = (record.result or {}).get("attention_patterns_reason")
+            reasons[record.cell] = str(given or error)
+    return patterns, reasons
+
+
+# Several folders as one
 
 
 @dataclass(frozen=True)
@@ -69,11 +176,19 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _joined_config(sources: Sequence[Results]) -> dict[str, Any]:
-    """The first folder's config, with the tasks of all."""
+    """The first folder's config, with the tasks of all, and those that none of them has as unavailable."""
     infos: dict[str, Any] = {}
+    unavailable: dict[str, Any] = {}
     for source in reversed(sources):
         infos |= _object(source.config.get("task_info"))
-    return sources[0].config | {"task_info": infos}
+        unavailable |= _object(source.config.get("unavailable"))
+    missing = {task: why for task, why in unavailable.items() if task not in infos}
+    return sources[0].config | {"task_info": infos, "unavailable": missing}
+
+
+def unavailable_tasks(results: Results) -> dict[str, str]:
+    """By task that was left out, why."""
+    return {str(task): str(why) for task, why in _object(results.config.get("unavailable")).items()}
 
 
 def _differences(one: Results, other: Results) -> Iterator[str]:
@@ -100,12 +215,12 @@ def _comparable(results: Results) -> Iterator[tuple[str, Any]]:
     yield "preset", config.get("preset")
     settings = _object(config.get("settings"))
     for group in ("model", "training"):
-        for name, value in (YOUNGER.get(group, {}) | _object(settings.get(group))).items():
+        for name, value in _object(settings.get(group)).items():
             yield f"{group} setting {name}", value
     for task, values in _object(settings.get("data")).items():
         yield from ((f"{task} setting {name}", value) for name, value in values.items() if name not in PLACES)
     for task, facts in _object(config.get("task_info")).items():
-        for name in ("num_classes", "test_size", "stand_in_for"):
+        for name in ("num_classes", "test_size"):
             yield f"{task} {name}", _object(facts).get(name)
         yield f"{task} data sha256", _object(_object(facts).get("provenance")).get("sha256")
     arithmetic = sorted(

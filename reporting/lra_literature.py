@@ -3,8 +3,8 @@
     for line in comparable(results, "listops"):
         print(line.name, line.accuracy, line.source)
 
-A run on shorter texts, fewer examples, words instead of bytes or stand-in data is another task under the
-same name: it has no comparable published figure.
+A run on shorter texts, fewer examples or words instead of bytes is another task under the same name: it has
+no comparable published figure.
 """
 
 from dataclasses import dataclass

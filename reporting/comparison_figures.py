@@ -1,8 +1,10 @@
-"""Figures that compare models: accuracy as points, costs as bars, learning curves, improvement, radar.
+"""Figures that compare models: accuracy as points, costs as bars, learning curves, improvement, radar, and
+what accuracy costs in training time and tokens.
 
 Plot functions take data and `ax` and return `ax`; the *_figure functions lay panels out. `values` is a part
 of the tidy table (comparison_tables.py) with the columns model, seed, value, for one task and one metric.
 Every mean is drawn with its 95 % t interval where two seeds or more allow one, and with a mark per seed.
+`progress` is the table of accuracy_against_cost.py for one task.
 """
 
 import itertools
@@ -12,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.projections.polar import PolarAxes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
+from reporting.accuracy_against_cost import pareto_front
 from reporting.figure_style import ModelStyle, model_legend, new_figure, no_data
-from reporting.published_results import Published
+from reporting.lra_literature import Published
 from reporting.seed_statistics import Estimate, estimate
 
 BAR_ROOM = 0.42  # inches per bar
@@ -58,7 +62,14 @@ def plot_bars(
             words = (absent or {}).get(model, unmeasured)
             ax.text(0.01, row, words, transform=ax.get_yaxis_transform(), va="center", color="#666666")
             continue
-        ax.barh(row, mean.mean, height=0.66, color=style.color, alpha=0.3, zorder=1)
+        bar: dict[str, Any] = {
+            "color": style.color,
+            "saturation": 1,
+            "width": 0.66,
+            "alpha": 0.3,
+            "zorder": 1,
+        }
+        sns.barplot(x=[mean.mean], y=[row], orient="y", native_scale=True, errorbar=None, ax=ax, **bar)
         _draw_seeds(ax, numbers, row, style)
         _draw_interval(ax, mean, row)
         end = max(*numbers, min(mean.high, 3 * max(numbers))) if mean.n > 1 else numbers[0]
@@ -79,9 +90,9 @@ def _draw_seeds(
 ) -> None:
     """A mark per seed, the first seed uppermost, up to `reach` above and below the row."""
     spread = np.linspace(-reach, reach, len(numbers)) if len(numbers) > 1 else np.zeros(1)
-    ax.plot(
-        numbers, row + spread, style.marker, color=style.color, ms=4.5, mec="white", mew=0.5, clip_on=False
-    )
+    look: dict[str, Any] = {"color": style.color, "marker": style.marker, "s": 22}
+    look |= {"edgecolor": "white", "linewidth": 0.5}
+    sns.scatterplot(x=numbers, y=row + spread, clip_on=False, legend=False, ax=ax, **look)
 
 
 def _draw_interval(ax: Axes, mean: Estimate, row: int) -> None:
@@ -188,16 +199,17 @@ def plot_curves(
             if state != "done":
                 ax.plot(cell["epoch"].iloc[-1:], scale * cell[column].iloc[-1:], "x", color=style.color, ms=7)
         done = mine[mine["state"] == "done"]
-        spread = done.groupby("epoch")[column].agg(["mean", "min", "max", "count"])
-        shared = spread[spread["count"] == done["seed"].nunique()] * scale
-        x = shared.index.to_numpy()
-        every = max(1, len(x) // 10)
-        ax.plot(x, shared["mean"], color=style.color, marker=style.marker, markevery=every, label=style.name)
-        if done["seed"].nunique() > 1:
-            ax.fill_between(x, shared["min"], shared["max"], color=style.color, alpha=0.12, lw=0)
+        by_all = done.groupby("epoch")["seed"].transform("size") == done["seed"].nunique()
+        shared = done[by_all].assign(shown=scale * done[column])
+        every = max(1, shared["epoch"].nunique() // 10)
+        look: dict[str, Any] = {"color": style.color, "marker": style.marker, "markevery": every}
+        look |= {"mec": style.color, "errorbar": ("pi", 100), "err_kws": {"alpha": 0.12, "lw": 0}}
+        sns.lineplot(shared, x="epoch", y="shown", label=style.name, legend=False, ax=ax, **look)
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     ax.set_xlabel("epoch")
     ax.grid(axis="y")
+    for label in (ax.xaxis.label, ax.yaxis.label):
+        label.set_visible(True)  # seaborn hides those of inner panels
     return ax
 
 
@@ -326,5 +338,113 @@ def radar_figure(scores: pd.DataFrame, styles: dict[str, ModelStyle], title: str
     else:
         no_data(axes[0, 0], "no scores")
     model_legend(figure, present)
+    figure.suptitle(title)
+    return figure
+
+
+# What accuracy costs
+
+
+def plot_progress(
+    progress: pd.DataFrame,
+    styles: dict[str, ModelStyle],
+    ax: Axes,
+    column: str,
+    *,
+    target: float | None = None,
+) -> Axes:
+    """Validation accuracy in percent by `column` ("seconds" or "tokens"), which is added up over the epochs.
+
+    Thick: mean over the finished seeds, epoch by epoch, as long as all of them ran; thin: each seed."""
+    done = progress[(progress["state"] == "done") & (progress[column] > 0) & progress["val_accuracy"].notna()]
+    if done.empty:
+        return no_data(ax, f"no {column} on record")
+    for model, style in styles.items():
+        mine = done[done["model"] == model]
+        for _, cell in mine.groupby("seed"):
+            ax.plot(cell[column], 100 * cell["val_accuracy"], color=style.color, lw=0.7, alpha=0.45)
+        by_epoch = mine.groupby("epoch").agg(
+            x=(column, "mean"), y=("val_accuracy", "mean"), n=("val_accuracy", "size")
+        )
+        shared = by_epoch[by_epoch["n"] == mine["seed"].nunique()]
+        every = max(1, len(shared) // 10)
+        ax.plot(shared["x"], 100 * shared["y"], color=style.color, marker=style.marker, markevery=every)
+    if target is not None:
+        ax.axhline(100 * target, color="#555555", ls="-.", lw=1.0)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    if column == "seconds":
+        _time_axis(ax)
+    ax.xaxis.set_major_formatter(FuncFormatter(_short_number))
+    ax.grid(axis="both")
+    ax.set_ylabel("validation accuracy (%)")
+    return ax
+
+
+def _time_axis(ax: Axes) -> None:
+    """Logarithmic where the fastest and the slowest lie far apart."""
+    low, high = ax.dataLim.intervalx
+    if low <= 0 or high / low < 5:
+        return
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
+    ax.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+
+
+def _short_number(value: float, _: object = None) -> str:
+    """1,500,000 as "1.5M"."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.10g}{unit}"
+    return f"{value:.10g}"
+
+
+def plot_trade_off(points: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes) -> Axes:
+    """Test accuracy in percent by the training time it took. `points`: model, seed, seconds, accuracy.
+
+    Large: means, with the 95 % t interval of accuracy; small: seeds. Dashed: the front of models
+    that no other beats in both."""
+    means = []
+    if points.empty:
+        return no_data(ax, "no training time on record")
+    for model, style in styles.items():
+        mine = points[points["model"] == model].sort_values("seed")
+        if mine.empty:
+            continue
+        seconds, accuracy = estimate(mine["seconds"].tolist()), estimate((100 * mine["accuracy"]).tolist())
+        ax.plot(mine["seconds"], 100 * mine["accuracy"], style.marker, color=style.color, ms=3.5, alpha=0.55)
+        if accuracy.n > 1:
+            half = accuracy.mean - accuracy.low
+            ax.errorbar(seconds.mean, accuracy.mean, yerr=half, color=style.color, lw=1, capsize=3)
+        ax.plot(seconds.mean, accuracy.mean, style.marker, color=style.color, ms=9, mec="white", zorder=4)
+        means.append((seconds.mean, accuracy.mean))
+    front = [means[index] for index in pareto_front(means)]
+    ax.plot(*zip(*front, strict=True), color="#777777", ls="--", lw=1.0, drawstyle="steps-post", zorder=1)
+    _time_axis(ax)
+    ax.xaxis.set_major_formatter(FuncFormatter(_short_number))
+    ax.grid(axis="both")
+    ax.set_xlabel("training time to the best epoch (s)")
+    ax.set_ylabel("test accuracy (%)")
+    return ax
+
+
+def progress_figure(
+    progress: pd.DataFrame,
+    points: pd.DataFrame,
+    styles: dict[str, ModelStyle],
+    title: str,
+    *,
+    target: float | None = None,
+) -> Figure:
+    figure, axes = new_figure(1, 3, width=10.5, height=3.8)
+    by_time, by_tokens, trade_off = axes[0]
+    plot_progress(progress, styles, by_time, "seconds", target=target).set_xlabel("training time (s)")
+    plot_progress(progress, styles, by_tokens, "tokens", target=target).set_xlabel("training tokens seen")
+    plot_trade_off(points, styles, trade_off)
+    extra: Sequence[Line2D] = [Line2D([], [], color="#777777", ls="--", lw=1.0, label="best trade-offs")]
+    if target is not None:
+        line = Line2D([], [], color="#555555", ls="-.", lw=1.0, label=f"target: {100 * target:.1f} %")
+        extra = [line, *extra]
+    present = [style for model, style in styles.items() if model in set(progress["model"])]
+    model_legend(figure, present, extra)
     figure.suptitle(title)
     return figure

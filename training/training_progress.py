@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiment.distributed import any_rank, summed
-
 READ_EVERY_SECONDS = 1.0  # how often a running epoch's losses are read, which waits for the device
 
 
@@ -44,7 +42,6 @@ class StepMeter:
     They stay on the device and are read about once a second and at the end, so that steps are queued
     without waiting; every step's loss is then looked at, in order. Raises DivergedError where
     `divergence_steps` losses in a row are not finite; `streak` is how many they are, and where they began.
-    Of several ranks each adds its shares of the batches; they read at the same steps, the sums of all.
     """
 
     def __init__(
@@ -55,21 +52,20 @@ class StepMeter:
         self.waiting: list[Tensor] = []
         self.steps = self.examples = 0
         self.loss_sum = self.correct = 0.0
-        self.seconds, self.timed_tokens = 0.0, 0
         self.last_read = time.perf_counter()
 
     def add(self, sums: Tensor, examples: int) -> None:
         """Take a step's (summed loss, correct answers), a tensor (2,), and the number of the whole batch."""
         self.waiting.append(sums)
         self.examples += examples
-        if any_rank(time.perf_counter() - self.last_read >= READ_EVERY_SECONDS):
+        if time.perf_counter() - self.last_read >= READ_EVERY_SECONDS:
             self.progress.steps_done(1, *self.means())
         else:
             self.progress.steps_done(1, None, None)
 
     def means(self) -> tuple[float, float]:
         """Mean loss and accuracy so far, in one read; added up step by step, whenever reads happen."""
-        for loss, correct in summed(torch.stack(self.waiting)).tolist() if self.waiting else []:
+        for loss, correct in torch.stack(self.waiting).tolist() if self.waiting else []:
             self.steps += 1
             self._watch(loss)
             self.loss_sum += loss
@@ -87,14 +83,3 @@ class StepMeter:
         self.streak = (count + 1, began)
         if count + 1 >= self.divergence_steps:
             raise DivergedError(began)
-
-    def state(self) -> dict[str, Any]:
-        """Where the epoch is, for a checkpoint."""
-        self.means()
-        names = ("steps", "examples", "loss_sum", "correct", "seconds", "timed_tokens")
-        return {name: getattr(self, name) for name in names}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-        self.progress.steps_done(self.steps, None, None)

@@ -1,0 +1,229 @@
+"""What a run will do, settled and checked before any work: presets, and the plan made from the command line.
+
+plan = make_plan(arguments)               # InputError names the first thing that cannot work
+plan, tasks = load_tasks(plan)            # the tasks whose data can be had
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from command_line import InputError, choose, given_settings
+from data_pipeline import TASKS, DataSettings, DataUnavailableError, TaskData, load_task
+from experiment.models import COMPARED, Model, build, matched_settings
+from results_folder import Cell, file_name
+from train_and_evaluate import ModelSettings, TrainingSettings
+from training.model_cost import count_parameters
+
+DEVICE_TYPES = ("cpu", "cuda", "mps")
+LONGEST_NAME = 200  # bytes: file systems take 255 for a folder's name
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings that differ from the defaults, those of the data by task.
+
+    complete: whether a task whose data cannot be had ends the run before it begins; else it is left out.
+    """
+
+    summary: str
+    tasks: tuple[str, ...] = ("imdb", "listops")
+    seeds: tuple[int, ...] = (0,)
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    complete: bool = False
+
+
+PRESETS = {
+    "full": Preset(
+        "the seed configuration on IMDb and ListOps, seeds 0 1 2; for a GPU", seeds=(0, 1, 2), complete=True
+    ),
+    "quick": Preset(
+        "the same models, short texts and expressions; at most 10 minutes on 2 cores",
+        model={"embed_dim": 64, "feed_forward_dim": 128},
+        training={"max_epochs": 4, "learning_rate": 1e-3, "patience": 4},
+        data={
+            "imdb": {"tokenizer": "word", "max_length": 128}
+            | {"train_size": 3000, "val_size": 1000, "test_size": 2000},
+            "listops": {"min_length": 10, "max_length": 80}
+            | {"train_size": 6000, "val_size": 1000, "test_size": 2000},
+        },
+    ),
+    "smoke": Preset(
+        "every step of a run once, tiny and offline; its figures mean nothing",
+        tasks=("listops",),
+        model={"embed_dim": 16, "num_heads": 2, "num_layers": 1, "feed_forward_dim": 32},
+        training={"max_epochs": 2, "batch_size": 16, "learning_rate": 1e-3},
+        data={
+            "listops": {"min_length": 5, "max_length": 40}
+            | {"train_size": 64, "val_size": 32, "test_size": 32}
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run with everything settled. data_settings: by task. unavailable: by task that was left out, why."""
+
+    preset: str
+    models: tuple[Model, ...]
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    model_settings: ModelSettings
+    training_settings: TrainingSettings
+    data_settings: dict[str, DataSettings]
+    device: torch.device
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Seeds outermost: a run that is cut off is still a comparison."""
+        return [
+            Cell(task, model.name, seed)
+            for seed in self.seeds
+            for task in self.tasks
+            for model in self.models
+        ]
+
+    def model_of(self, cell: Cell) -> Model:
+        return next(model for model in self.models if model.name == cell.model)
+
+
+def make_plan(arguments: argparse.Namespace) -> RunPlan:
+    """The plan of the command line's options over the preset's over the defaults.
+
+    Raises InputError for unknown names, illegal values, a device that is not there, a model that cannot be
+    built with these settings or that fails on three tokens."""
+    device = find_device(arguments.device)
+    preset_name = choose(arguments.preset, ("auto", *PRESETS), "preset")
+    if preset_name == "auto":
+        preset_name = "full" if device.type == "cuda" else "quick"
+    preset = PRESETS[preset_name]
+    models = tuple(map(Model.parse, _each_once(arguments.models or COMPARED, "--models")))
+    tasks = _each_once(arguments.tasks or preset.tasks, "--tasks")
+    seeds = _each_once(arguments.seeds or preset.seeds, "--seeds")
+    for task in tasks:
+        choose(task, TASKS, "task")
+    if min(seeds) < 0:
+        raise InputError(f"--seeds must be at least 0, got {min(seeds)}")
+    plan = RunPlan(
+        preset=preset_name,
+        models=models,
+        tasks=tasks,
+        seeds=seeds,
+        model_settings=ModelSettings(**preset.model | given_settings(arguments, ModelSettings)),
+        training_settings=TrainingSettings(**preset.training | given_settings(arguments, TrainingSettings)),
+        data_settings={
+            task: _data_settings(preset, task, given_settings(arguments, DataSettings)) for task in tasks
+        },
+        device=device,
+    )
+    for number, model in enumerate(models):
+        model.check(plan.model_settings)
+        for other in models[:number]:
+            if model.same_as(other):
+                raise InputError(
+                    f"--models names one model twice: {other.name} and {model.name} have equal settings"
+                )
+    return plan
+
+
+def _each_once(entries: Sequence[Any], option: str) -> tuple[Any, ...]:
+    """The entries; InputError where one comes twice, also as a folder's name, or is too long for one."""
+    names = [file_name(str(entry)) for entry in entries]
+    for entry, name in zip(entries, names, strict=True):
+        if names.count(name) > 1:
+            raise InputError(f"{option} names {entry} twice; name each once")
+        if len(name.encode()) > LONGEST_NAME:
+            raise InputError(
+                f"{option} names {entry[:40]}..., longer than the {LONGEST_NAME} bytes of a folder"
+            )
+    return tuple(entries)
+
+
+def _data_settings(preset: Preset, task: str, given: dict[str, Any]) -> DataSettings:
+    """A task's data settings; an option that means nothing to the task is left out."""
+    values = preset.data.get(task, {}) | given
+    if task != "listops":
+        values.pop("min_length", None)
+    return DataSettings(**values)
+
+
+def find_device(name: str) -> torch.device:
+    """ "auto", or what torch.device takes; InputError where the device cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choose(name.split(":")[0], ("auto", *DEVICE_TYPES), "--device")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--device {name} cannot be used here: {reason}") from error
+    return device
+
+
+def check_output_folder(parent: Path) -> None:
+    """InputError where no folder can be made in `parent`; makes nothing."""
+    existing = next(folder for folder in (parent.absolute(), *parent.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise InputError(f"cannot write to {parent}: {existing} is no folder; choose another --output-dir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to {parent}: no permission; choose another --output-dir")
+
+
+@cache
+def load_once(task: str, settings: DataSettings) -> TaskData:
+    """A task's data, which all its cells in this process share."""
+    return load_task(task, settings)
+
+
+def load_tasks(plan: RunPlan, leave_out: bool = False) -> tuple[RunPlan, dict[str, TaskData]]:
+    """Each task's data. DataUnavailableError where one cannot be had; with `leave_out` it is left out of the
+    plan, which is said, as long as a task remains."""
+    tasks: dict[str, TaskData] = {}
+    unavailable = dict(plan.unavailable)
+    for number, task in enumerate(plan.tasks, 1):
+        try:
+            tasks[task] = load_once(task, plan.data_settings[task])
+        except DataUnavailableError as error:
+            if not leave_out or (number == len(plan.tasks) and not tasks):
+                raise
+            unavailable[task] = str(error)
+            print(f"{task} is left out, its data are unavailable: {error}", flush=True)
+    data = {task: plan.data_settings[task] for task in tasks}
+    return replace(plan, tasks=tuple(tasks), data_settings=data, unavailable=unavailable), tasks
+
+
+def settings_by_cell(plan: RunPlan, tasks: dict[str, TaskData]) -> dict[tuple[str, str], ModelSettings]:
+    """The encoder's settings by (task, model): the plan's, with --match-parameters widened for each model.
+
+    The largest is that of the models compared by default and the plan's own, so that a control that is run
+    alone has the size of what it is a control for."""
+    if not plan.model_settings.match_parameters:
+        return {(task, model.name): plan.model_settings for task in tasks for model in plan.models}
+    models = (*map(Model.parse, COMPARED), *plan.models)
+    found: dict[tuple[str, str], ModelSettings] = {}
+    for name, task in tasks.items():
+        matched = matched_settings(models, plan.model_settings, task.vocab_size, task.num_classes)
+        found |= {(name, model.name): matched[model.name] for model in plan.models}
+    return found
+
+
+def parameter_counts(plan: RunPlan, tasks: dict[str, TaskData]) -> dict[tuple[str, str], int]:
+    """The number of parameters by (task, model)."""
+    models = {model.name: model for model in plan.models}
+    return {
+        (task, name): count_parameters(
+            build(models[name], settings, tasks[task].vocab_size, tasks[task].num_classes)
+        )
+        for (task, name), settings in settings_by_cell(plan, tasks).items()
+    }

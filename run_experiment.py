@@ -145,7 +145,8 @@ def chosen_resources(arguments: argparse.Namespace) -> Resources:
     on_gpu = find_device(arguments.device).type == "cuda"
     many = arguments.ray is not None or arguments.workers not in ("auto", "1")
     for name in ("cell_index", "prepare") if many else ():
-        if getattr(arguments, name) not in (None, False):
+        given = getattr(arguments, name)
+        if given is not None and given is not False:  # an index of 0 is given
             way = "--workers" if arguments.ray is None else "--ray"
             raise InputError(f"{way} is for many cells, so it cannot go with {option_name(name)}")
     for name, value in (("--workers", arguments.workers), ("--threads", arguments.threads)):

@@ -93,6 +93,11 @@ def leased(folder: Path, wait: float = 0.0) -> Iterator[Callable[[], None]]:
 
 
 def _lease(folder: Path) -> filelock.SoftFileLease:
+    # A machine that lost its power may leave an empty file, which filelock would respect for ever.
+    with contextlib.suppress(OSError):
+        about = (folder / LEASE).stat()
+        if about.st_size == 0 and time.time() - about.st_mtime > LEASE_SECONDS:
+            (folder / LEASE).unlink()
     return filelock.SoftFileLease(
         folder / LEASE, lease_duration=LEASE_SECONDS, heartbeat_interval=HEARTBEAT_SECONDS
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from cell_cases import outcome
+from run_cases import HERE, only
 
 import run_experiment
 from results_folder import Cell, read_json, read_results
@@ -41,7 +42,7 @@ class Sleepy(ConventionalAttention):
             time.sleep(float(os.environ.get("SLEEP", "0")))
         return super().forward(query, *rest, **options)
 """
-RUN = ["--preset", "smoke", "--tasks", "listops", "--device", "cpu", "--models", "sleepy_model:Sleepy"]
+RUN = [*HERE, "--models", "sleepy_model:Sleepy"]
 CELL = Cell("listops", "sleepy_model:Sleepy", 0)
 
 
@@ -77,11 +78,6 @@ def wait_for(process: subprocess.Popen[str], word: str) -> None:
         if word in line:
             return
     raise AssertionError(f"the process ended without '{word}'")
-
-
-def only(parent: Path) -> Path:
-    [root] = parent.glob("results_*")
-    return root
 
 
 @pytest.fixture(autouse=True)
@@ -133,15 +129,15 @@ def test_the_first_signal_stops_after_the_step_and_the_run_goes_on_to_the_same_b
     assert "Traceback" not in err and f"--resume {root}" in err
     status = read_json(CELL.folder(root) / "status.json")
     assert (status["state"], status["reason"]) == ("interrupted", f"stopped by {signal.Signals(signum).name}")
-    assert not list(CELL.folder(root).glob("lock*"))
-    assert run_experiment.main(["--resume", str(root)]) == 0
-    assert re.search(r"goes on after epoch 1, step [1-4] of the next", capsys.readouterr().out)
+    assert not (CELL.folder(root) / "lease").exists()
+    assert run_experiment.main(["--workers", "1", "--resume", str(root)]) == 0
+    assert "resumes after epoch 1" in capsys.readouterr().out
     assert outcome(CELL.folder(root)) == outcome(CELL.folder(whole))
 
 
 def test_the_second_signal_ends_the_process_at_once(code: Path, whole: Path, tmp_path: Path) -> None:
     process = start(code, *RUN, "--max-epochs", "6", "--output-dir", str(tmp_path), sleep=2.5)
-    wait_for(process, "sleepy_model:Sleepy/seed0")
+    wait_for(process, "smoke: ")
     time.sleep(0.5)
     started = time.monotonic()
     process.send_signal(signal.SIGTERM)
@@ -151,7 +147,7 @@ def test_the_second_signal_ends_the_process_at_once(code: Path, whole: Path, tmp
     # Within the step of 2.5 s, or within the first one after the first signal was seen.
     assert returned in (-signal.SIGTERM, 143) and time.monotonic() - started < 6
     assert "Traceback" not in err
-    assert run_experiment.main(["--resume", str(only(tmp_path))]) == 0
+    assert run_experiment.main(["--workers", "1", "--resume", str(only(tmp_path))]) == 0
     assert outcome(CELL.folder(only(tmp_path))) == outcome(CELL.folder(whole))
 
 
@@ -177,9 +173,9 @@ def kill_and_resume(code: Path, parent: Path, draws: random.Random, most: int) -
             assert process.returncode == 0
             return root, kills
         if kills >= most:
-            assert run_experiment.main(["--resume", str(root)]) == 0
+            assert run_experiment.main(["--workers", "1", "--resume", str(root)]) == 0
             return root, kills
-        process = start(code, "--resume", str(root), sleep=0.02)
+        process = start(code, "--workers", "1", "--resume", str(root), sleep=0.02)
         wait_for(process, "results: ")
 
 
@@ -193,7 +189,7 @@ def check_killed_runs(runs: int, most: int, code: Path, whole: Path, tmp_path: P
         folder = CELL.folder(root)
         assert outcome(folder) == outcome(CELL.folder(whole)), number
         assert read_results(root).cells[0].state == "done"
-        assert not [path.name for path in folder.iterdir() if path.name.startswith((".", "lock"))]
+        assert not [path.name for path in folder.iterdir() if path.name.startswith((".", "lease"))]
     return kills
 
 
@@ -219,20 +215,17 @@ def test_two_processes_on_one_folder_run_each_cell_once(code: Path, tmp_path: Pa
     seeds = ["0", "1", "2", "3", "4"]
     assert run_experiment.main([*RUN, "--seeds", *seeds, "--prepare", "--output-dir", str(tmp_path)]) == 0
     root = only(tmp_path)
-    processes = [start(code, "--resume", str(root), sleep=0.05) for _ in range(2)]
+    processes = [start(code, "--workers", "1", "--resume", str(root), sleep=0.05) for _ in range(2)]
     with ThreadPoolExecutor() as pool:
         ends = list(pool.map(finish, processes))
     assert [returned for returned, _, _ in ends if returned not in (0, 75)] == []
     assert 0 in [returned for returned, _, _ in ends]
     trained = [
-        cell
-        for _, out, _ in ends
-        for cell, said in re.findall(r"\] (\S+/seed\d)\n((?:  .*\n)*)", out)
-        if "epoch 1/2" in said
+        cell for _, out, _ in ends for cell in re.findall(r"^(\S+/seed\d): epoch 1/2", out, re.MULTILINE)
     ]
     assert sorted(trained) == sorted(str(record.cell) for record in read_results(root).cells)
     assert {record.state for record in read_results(root).cells} == {"done"}
-    assert not list(root.rglob("lock*"))
+    assert not list(root.rglob("lease*"))
 
 
 # Disks
@@ -256,7 +249,7 @@ def unchecked_space(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_experiment, "check_space", lambda *_: None)
 
 
-PLAIN = ["--preset", "smoke", "--tasks", "listops", "--device", "cpu", "--models", "conventional"]
+PLAIN = [*HERE, "--models", "conventional"]
 PLAIN_CELL = Cell("listops", "conventional", 0)
 
 
@@ -277,14 +270,14 @@ def test_on_a_full_disk_a_run_ends_in_one_line_and_goes_on_when_there_is_room(
     room = shutil.disk_usage(small_disk).free
     (small_disk / "ballast").write_bytes(bytes(max(0, room - free)))
     capsys.readouterr()
-    assert run_experiment.main(["--resume", str(root)]) == 1
+    assert run_experiment.main(["--workers", "1", "--resume", str(root)]) == 1
     assert "No space left on device" in only_line(capsys.readouterr().err)
     for path in root.rglob("*"):
-        if path.suffix == ".json" and path.name != "lock.json":
+        if path.suffix == ".json":
             assert isinstance(json.loads(path.read_text()), dict)
     assert all((path.read_bytes() == before[path]) or path.name == "status.json" for path in before)
     (small_disk / "ballast").unlink()
-    assert run_experiment.main(["--resume", str(root)]) == 0
+    assert run_experiment.main(["--workers", "1", "--resume", str(root)]) == 0
     assert outcome(PLAIN_CELL.folder(root)) == outcome(PLAIN_CELL.folder(only(tmp_path / "whole")))
 
 
@@ -296,7 +289,7 @@ def test_a_read_only_folder_is_told_in_one_line_and_nothing_is_changed(
     root = only(small_disk)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     capsys.readouterr()
-    assert run_experiment.main(["--resume", str(root)]) == 1
+    assert run_experiment.main(["--workers", "1", "--resume", str(root)]) == 1
     assert "Read-only file system" in only_line(capsys.readouterr().err)
     assert read_results(root).cells[0].state == "pending"
     assert run_experiment.main([*PLAIN, "--output-dir", str(small_disk)]) == 2
@@ -311,7 +304,7 @@ def test_a_folder_that_vanishes_is_told_in_one_line_and_not_made_again(
     def vanish(*_: object) -> None:
         shutil.rmtree(only(tmp_path) if what == "root" else PLAIN_CELL.folder(only(tmp_path)))
 
-    monkeypatch.setattr("experiment.experiment_progress.RunProgress.epoch_ended", vanish)
+    monkeypatch.setattr("experiment.run_progress.RunProgress.epoch_ended", vanish)
     assert run_experiment.main([*PLAIN, "--output-dir", str(tmp_path)]) == 1
     assert "No such file or directory" in only_line(capsys.readouterr().err)
     assert bool(list(tmp_path.iterdir())) == (what == "cell")

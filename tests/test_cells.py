@@ -1,0 +1,165 @@
+"""One process at a time works on a cell, a lease outlives no process for long, and what a cell was is told."""
+
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+import pytest
+
+from experiment import cells
+from experiment.cells import LEASE, LeasedError, LeaseLostError, freed, leased
+from results_folder import Cell, WriteError
+
+FAR = "gpu7"
+
+
+@pytest.fixture(autouse=True)
+def quick_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(cells, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(cells, "LOOK_AGAIN_SECONDS", 0.05)
+
+
+def write_lease(folder: Path, pid: int, host: str = FAR, start: int | None = None) -> None:
+    """The lease of a process that renews it no more."""
+    lines = ["filelock/2", f"pid={pid}", f"host={host}", "mode=lease", "token=abc"]
+    lines += [f"duration={cells.LEASE_SECONDS!r}", *([f"start={start}"] if start is not None else [])]
+    (folder / LEASE).write_text("".join(f"{line}\n" for line in lines))
+
+
+def own_lease(folder: Path) -> dict[str, str]:
+    """What a lease of this process says."""
+    with leased(folder):
+        return dict(line.split("=", 1) for line in (folder / LEASE).read_text().splitlines()[1:])
+
+
+def test_a_lease_that_is_held_is_refused_with_its_holders_host_and_process(tmp_path: Path) -> None:
+    with leased(tmp_path) as check:
+        with pytest.raises(LeasedError, match=rf"process {os.getpid()} on .* works on it") as refused:
+            with leased(tmp_path):
+                pass
+        assert not refused.value.far
+        check()
+    assert list(tmp_path.iterdir()) == []
+
+
+def dead_process() -> int:
+    process = multiprocessing.get_context("spawn").Process(target=os.getpid)
+    process.start()
+    process.join()
+    assert process.pid is not None
+    return process.pid
+
+
+@pytest.mark.parametrize("kind", ["a process that has ended", "a process id used again", "an earlier boot"])
+def test_a_lease_of_a_dead_process_of_this_host_is_taken_over_at_once(kind: str, tmp_path: Path) -> None:
+    own = own_lease(tmp_path)
+    start = int(own["start"])
+    if kind == "a process that has ended":
+        write_lease(tmp_path, dead_process(), own["host"])
+    else:  # this process lives, but is another than the one that wrote the lease
+        write_lease(tmp_path, os.getpid(), own["host"], start - 1 if "id" in kind else start ^ (1 << 70))
+    started = time.monotonic()
+    with leased(tmp_path):
+        assert time.monotonic() - started < 0.5
+
+
+def test_another_hosts_lease_is_respected_until_it_was_not_renewed_for_long(tmp_path: Path) -> None:
+    write_lease(tmp_path, 11)
+    with pytest.raises(LeasedError, match=f"process 11 on {FAR} works on it") as refused:
+        with leased(tmp_path):
+            pass
+    assert refused.value.far
+    with leased(tmp_path, wait=5.0):
+        assert f"host={socket.gethostname()}" in (tmp_path / LEASE).read_text()
+
+
+@pytest.mark.parametrize("content", ["", "{", "filelock/2\npid=1"])
+def test_a_lease_that_cannot_be_read_is_respected_and_does_not_block_for_ever(
+    content: str, tmp_path: Path
+) -> None:
+    (tmp_path / LEASE).write_text(content)
+    with pytest.raises(LeasedError, match="a process that left no name"), leased(tmp_path):
+        pass
+    if not content:
+        os.utime(tmp_path / LEASE, (0, 0))
+    with leased(tmp_path, wait=10.0):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_whose_lease_was_taken_over_finds_out_and_does_not_remove_the_others(
+    tmp_path: Path,
+) -> None:
+    with leased(tmp_path) as check:
+        (tmp_path / LEASE).unlink()
+        write_lease(tmp_path, 11)
+        with pytest.raises(LeaseLostError, match="not ours any more"):
+            end = time.monotonic() + 10
+            while time.monotonic() < end:
+                check()
+                time.sleep(0.01)
+    assert f"host={FAR}" in (tmp_path / LEASE).read_text()
+
+
+def test_a_lease_is_renewed_while_it_is_held(tmp_path: Path) -> None:
+    with leased(tmp_path):
+        os.utime(tmp_path / LEASE, (0, 0))
+        end = time.monotonic() + 10
+        while (tmp_path / LEASE).stat().st_mtime < 1 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert (tmp_path / LEASE).stat().st_mtime > time.time() - 60
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(filelock.SoftFileLease, "acquire", refuse)
+    with pytest.raises(WriteError, match="Read-only file system"), leased(tmp_path):
+        pass
+
+
+def test_cells_of_other_machines_are_freed_when_released_or_not_renewed(tmp_path: Path) -> None:
+    dead, released, alive = (Cell("listops", name, 0) for name in ("dead", "released", "alive"))
+    for cell in (dead, released, alive):
+        cell.folder(tmp_path).mkdir(parents=True)
+        write_lease(cell.folder(tmp_path), 11)
+
+    def renew() -> None:
+        os.utime(alive.folder(tmp_path) / LEASE)
+        (released.folder(tmp_path) / LEASE).unlink(missing_ok=True)
+
+    found: Iterator[Cell] = freed(tmp_path, (dead, released, alive), renew)
+    assert list(found) == [released, dead]
+
+
+def compete(folder: Path, rounds: int) -> list[str]:
+    """Take dead processes' leases again and again; what this process got, alone."""
+    got = []
+    for number in range(rounds):
+        place = folder / str(number)
+        try:
+            with leased(place):
+                (place / "work").touch(exist_ok=False)
+                got.append(str(number))
+        except (LeasedError, FileExistsError):
+            continue  # another has it, or had finished it before
+    return got
+
+
+def test_of_many_processes_that_find_a_dead_ones_lease_one_gets_it(tmp_path: Path) -> None:
+    rounds, host = 20, own_lease(tmp_path)["host"]
+    for number in range(rounds):
+        (tmp_path / str(number)).mkdir()
+        write_lease(tmp_path / str(number), 2**22 + 5, host)
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        got = [name for part in pool.starmap(compete, [(tmp_path, rounds)] * 4) for name in part]
+    assert len(got) == len(set(got)) >= rounds - 3
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["work"] * len(got)

@@ -1,0 +1,347 @@
+"""--workers and --ray: the same results from several processes, and what becomes of those that are killed."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+import torch
+from cell_cases import meanwhile, outcome
+from run_cases import HERE, PATIENCE, SMOKE, cells, only, records, states, wait_for_checkpoint
+
+import run_experiment
+from experiment.cells import LEASE, CellJob
+from experiment.executors import MOST_DEATHS, ParallelExecutor, cells_on_a_device, devices_in_turn
+from experiment.run_progress import RunProgress
+from experiment.stop_request import StopRequest
+from results_folder import SHARED_BY, Cell, read_json
+from run_experiment import chosen_resources, make_parser
+
+REPOSITORY = Path(run_experiment.__file__).parent
+# A run without the comparison, whose figures take longer than the cells.
+SCRIPT = (
+    "import sys, run_experiment\n"
+    "run_experiment.analyze_run = lambda root: True\n"
+    "sys.exit(run_experiment.main(sys.argv[1:]))\n"
+)
+USER_MODELS = """
+import os, signal, time
+from conventional_attention import ConventionalAttention
+
+class Sleepy(ConventionalAttention):
+    def forward(self, query, *rest, **options):
+        if self.training and query.shape[1] > 3:
+            time.sleep(float(os.environ.get("SLEEP", "0")))
+        return super().forward(query, *rest, **options)
+
+class Broken(ConventionalAttention):
+    def forward(self, query, *rest, **options):
+        if query.shape[1] > 3:
+            raise RuntimeError("not today")
+        return super().forward(query, *rest, **options)
+
+class Deadly(ConventionalAttention):
+    def forward(self, query, *rest, **options):
+        if query.shape[1] > 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(query, *rest, **options)
+"""
+SLEEPY = ["--models", "models_of_mine:Sleepy", "--seeds", "0", "1"]
+TWO = ["--workers", "2", "--threads", "1"]
+TWO_OF_RAY = ["--ray", "--cpus-per-cell", str((os.cpu_count() or 1) / 2), "--threads", "1"]
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="the package ray is not installed (requirements-ray.txt)"
+)
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("code")
+    (folder / "models_of_mine.py").write_text(USER_MODELS)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def compared(code: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """Which folders were to be compared; the user's models, for us and for our workers."""
+    folders: list[Path] = []
+
+    def analyze_run(root: Path) -> bool:
+        folders.append(root)
+        return True
+
+    monkeypatch.setattr(run_experiment, "analyze_run", analyze_run)
+    monkeypatch.syspath_prepend(code)
+    before = torch.get_num_threads()
+    yield folders
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """The two cells of SLEEPY, run undisturbed in this process."""
+    argv = [*HERE, *SLEEPY, "--threads", "1", "--output-dir", str(tmp_path / "whole")]
+    assert run_experiment.main(argv) == 0
+    return only(tmp_path / "whole")
+
+
+def same_files(one: Path, other: Path) -> None:
+    """Each file of two results folders holds the same, but for times, memory and who shared a device."""
+    ours = {"argv", "command", "created", "workers"}
+    configs = [json.loads((root / "config.json").read_text()) for root in (one, other)]
+    assert configs[0] | dict.fromkeys(ours) == configs[1] | dict.fromkeys(ours)
+    assert read_json(one / "environment.json") == read_json(other / "environment.json")
+    for left, right in zip(cells(one), cells(other), strict=True):
+        assert {path.name for path in left.iterdir()} == {path.name for path in right.iterdir()}
+        assert outcome(left) == outcome(right)
+        settings: list[dict[str, Any]] = [read_json(folder / "config.json") for folder in (left, right)]
+        assert settings[0] | {SHARED_BY: 1} == settings[1] | {SHARED_BY: 1}
+
+
+def holder(parent: Path, seed: int) -> int:
+    """The process that works on the cell of that seed."""
+    pid = filelock.SoftFileLease(cells(only(parent))[seed] / LEASE, lease_duration=180.0).pid
+    assert pid is not None
+    return pid
+
+
+# What comes out
+
+
+def test_two_workers_make_the_files_that_one_makes_and_the_comparison_is_made_once(
+    tmp_path: Path, compared: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    for workers in ("1", "2"):
+        argv = [*SMOKE, "--threads", "1", "--workers", workers, "--output-dir", str(tmp_path / workers)]
+        assert run_experiment.main(argv) == 0
+        shown.append(capsys.readouterr().out)
+    one, two = only(tmp_path / "1"), only(tmp_path / "2")
+    assert compared == [one, two] and not (two / "analysis").exists()
+    assert states(two) == ["done"] * 4
+    same_files(one, two)
+    lines, table = (part.splitlines() for part in shown[1].split("test accuracy  "))
+    assert table == shown[0].split("test accuracy  ")[1].splitlines()
+    assert len(lines) == 2 + 4 * 3  # two epochs and an end of each cell
+    assert sum(": done: test accuracy " in line for line in lines) == 4
+    shared = [[record.config.get(SHARED_BY) for record in records(root)] for root in (one, two)]
+    assert shared == [[None] * 4, [2] * 4]
+
+
+def test_gpus_are_taken_in_turn_unless_one_was_chosen() -> None:
+    assert devices_in_turn("cuda", 3, 2) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert devices_in_turn("cuda:1", 2, 2) == ["cuda:1", "cuda:1"]
+    assert devices_in_turn("cpu", 2, 0) == ["cpu", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "cores", "workers", "threads"),
+    [
+        ([], 6, 6, 1),
+        (["--threads", "3"], 6, 6, 3),
+        (["--workers", "1"], 6, 1, 6),
+        (["--workers", "2"], 6, 2, 3),
+        (["--workers", "7"], 6, 7, 1),
+        (["--workers", "4", "--threads", "2"], 6, 4, 2),
+        (["--ray", "--cpus-per-cell", "2.5"], 6, 1, 2),
+    ],
+)
+def test_a_cpu_gives_each_cell_a_core_and_threads_are_shared_out_among_workers(
+    argv: list[str], cores: int, workers: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    torch.set_num_threads(cores)
+    resources = chosen_resources(make_parser().parse_args([*SMOKE, *argv]))
+    assert (resources.workers, resources.threads) == (workers, threads)
+
+
+def test_how_many_cells_share_a_device_of_a_cluster_is_what_fits_on_it() -> None:
+    assert cells_on_a_device(cpus=1, gpus=0, largest=16, cells=24) == 16
+    assert cells_on_a_device(cpus=1, gpus=0, largest=16, cells=3) == 3
+    assert cells_on_a_device(cpus=4, gpus=1, largest=16, cells=24) == 1
+    assert cells_on_a_device(cpus=1, gpus=0.1, largest=16, cells=24) == 10
+
+
+# Who is killed or stopped
+
+
+@pytest.mark.filterwarnings("ignore")  # of Ray's own
+@pytest.mark.parametrize("way", [TWO, pytest.param(TWO_OF_RAY, marks=needs_ray)], ids=["workers", "ray"])
+def test_a_worker_that_is_killed_is_told_and_its_cell_resumes_from_its_checkpoint(
+    way: list[str],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SLEEP", "0.3")
+
+    def kill() -> None:
+        wait_for_checkpoint(tmp_path / "run", 0)
+        os.kill(holder(tmp_path / "run", 0), signal.SIGKILL)
+
+    with meanwhile(kill):
+        assert run_experiment.main([*SMOKE, *SLEEPY, *way, "--output-dir", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "Sleepy/seed0: its process died (" in out and "; it begins again" in out
+    root = only(tmp_path / "run")
+    assert states(root) == ["done", "done"]
+    assert [outcome(folder) for folder in cells(root)] == [outcome(folder) for folder in cells(whole)]
+    assert {record.config[SHARED_BY] for record in records(root)} == {2}
+
+
+@pytest.mark.slow
+def test_a_cell_that_kills_its_workers_fails_and_the_others_are_done(
+    tmp_path: Path, compared: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = ["--models", "models_of_mine:Deadly", "conventional"]
+    assert run_experiment.main([*SMOKE, *models, *TWO, "--output-dir", str(tmp_path)]) == 1
+    root = only(tmp_path)
+    assert states(root) == ["failed", "done"] and compared == [root]
+    assert "3 processes died in it, the last: BrokenProcessPool" in capsys.readouterr().out
+
+
+def test_a_cell_in_which_too_many_processes_died_is_failed(whole: Path) -> None:
+    cell = Cell("listops", "models_of_mine:Sleepy", 0)
+    template = CellJob(whole, cell)
+    executor = ParallelExecutor(template, RunProgress([cell], 2), StopRequest(), 1)
+    assert [executor.goes_on_after(cell, "Killed") for _ in range(MOST_DEATHS)] == [True, True, False]
+    assert states(whole) == ["failed", "done"] and executor.gave_up
+    assert not (cell.folder(whole) / LEASE).exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("way", "signum", "code_"),
+    [
+        (TWO, signal.SIGTERM, 143),
+        pytest.param(TWO, signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(TWO_OF_RAY, signal.SIGTERM, 143, marks=[needs_ray, pytest.mark.slow]),
+    ],
+)
+def test_a_signal_stops_all_workers_and_the_run_resumes_to_the_same_bits(
+    way: list[str],
+    signum: int,
+    code_: int,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SLEEP", "0.5")
+
+    def stop() -> None:
+        wait_for_checkpoint(tmp_path / "run", 0, 1)
+        os.kill(os.getpid(), signum)
+
+    with meanwhile(stop):
+        assert run_experiment.main([*SMOKE, *SLEEPY, *way, "--output-dir", str(tmp_path / "run")]) == code_
+    root = only(tmp_path / "run")
+    assert states(root) == ["interrupted", "interrupted"]
+    assert not any((folder / LEASE).exists() for folder in cells(root))
+    said = capsys.readouterr()
+    assert f"--resume {root}" in said.err and "Traceback" not in said.out + said.err
+    monkeypatch.delenv("SLEEP")
+    assert run_experiment.main(["--workers", "1", "--threads", "1", "--resume", str(root)]) == 0
+    assert capsys.readouterr().out.count("resumes after epoch 1") == 2
+    assert [outcome(folder) for folder in cells(root)] == [outcome(folder) for folder in cells(whole)]
+
+
+@pytest.mark.slow
+def test_workers_whose_parent_is_killed_stop_after_the_step(code: Path, tmp_path: Path) -> None:
+    paths = {"PYTHONPATH": f"{REPOSITORY}:{code}", "SLEEP": "0.5"}
+    argv = [*SMOKE, *SLEEPY, *TWO, "--output-dir", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *argv], stdout=subprocess.DEVNULL, env=os.environ | paths
+    )
+    wait_for_checkpoint(tmp_path, 0, 1)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + PATIENCE
+    while states(only(tmp_path)) != ["interrupted"] * 2:
+        assert time.monotonic() < end, "a worker goes on"
+        time.sleep(0.1)
+    assert {record.reason for record in records(only(tmp_path))} == {
+        "the process that started this one has ended"
+    }
+
+
+@pytest.mark.slow
+def test_fail_fast_and_retry_failed_hold_for_all_workers_together(
+    tmp_path: Path, compared: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = ["--models", "models_of_mine:Broken", "models_of_mine:Sleepy", "--seeds", "0", "1"]
+    monkeypatch.setenv("SLEEP", "0.5")
+    assert run_experiment.main([*SMOKE, *models, *TWO, "--output-dir", str(tmp_path), "--fail-fast"]) == 1
+    root = only(tmp_path)
+    assert compared == []
+    assert states(root) in (["failed", state, "pending", "pending"] for state in ("done", "pending"))
+    monkeypatch.delenv("SLEEP")
+    capsys.readouterr()
+    assert run_experiment.main(["--resume", str(root), *TWO, "--retry-failed"]) == 1
+    assert states(root) == ["failed", "done", "failed", "done"] and compared == [root]
+    tried = capsys.readouterr().out.split("test accuracy  ")[0]
+    assert tried.count("Broken/seed0: failed: RuntimeError: not today") == 1  # once, by one of them
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--workers", "0"], "--workers must be 1 to 1024, got 0"),
+        (["--workers", "-2"], "--workers must be 1 to 1024, got -2"),
+        (["--workers", "many"], "--workers must be 1 to 1024, got many"),
+        (["--threads", "0"], "--threads must be 1 to 1024, got 0"),
+        (
+            ["--workers", "2", "--cell-index", "0"],
+            "--workers is for many cells, so it cannot go with --cell-i",
+        ),
+        (["--workers", "2", "--prepare"], "so it cannot go with --prepare"),
+        (["--workers", "2", "--ray"], "--ray and --workers exclude each other"),
+        (["--ray", "--cell-index", "0"], "--ray is for many cells, so it cannot go with --cell-index"),
+        (["--cpus-per-cell", "1"], "--cpus-per-cell needs --ray"),
+        (["--gpus-per-cell", "0.5"], "--gpus-per-cell needs --ray"),
+        (["--ray", "--cpus-per-cell", "0"], "--cpus-per-cell must be above 0 and finite, got 0.0"),
+        (["--ray", "--gpus-per-cell", "nan"], "--gpus-per-cell must be above 0 and finite, got nan"),
+        (["--ray", "--gpus-per-cell", "2"], "--gpus-per-cell must be at most 1, got 2.0"),
+        (["--ray", "--gpus-per-cell", "1"], "--gpus-per-cell needs a run on CUDA"),
+        (["--ray", "nowhere"], "--ray takes HOST:PORT, auto or nothing, got 'nowhere'"),
+        (["--ray", "127.0.0.1:1"], "--ray 127.0.0.1:1: no cluster answers there"),
+        (["--ray", "127.0.0.1:99999"], "--ray 127.0.0.1:99999: no cluster answers there"),
+        pytest.param(["--ray", "auto"], "--ray auto: Could not find any running Ray", marks=needs_ray),
+        pytest.param(["--ray", "--cpus-per-cell", "9999"], "a cell takes 9999 CPUs, and no", marks=needs_ray),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_mistake_is_one_line_and_exit_code_2_before_any_work(
+    argv: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert run_experiment.main([*SMOKE, *argv, "--output-dir", str(tmp_path)]) == 2
+    streams = capsys.readouterr()
+    assert message in streams.err and streams.err.count("\n") == 1 and streams.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_ray_the_option_is_one_line_and_exit_code_2_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run_experiment.main([*SMOKE, "--ray", "--output-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "requirements-ray.txt" in error
+    assert list(tmp_path.iterdir()) == []

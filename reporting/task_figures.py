@@ -50,6 +50,23 @@ LONGEST_STEM = 60
 TIMED = ("accuracy_time", "cost", "improvement", "radar")  # figures with times or memory
 BARS = "Bar: mean over seeds; marks: one per seed; black: 95 % t interval of the mean, where n is at least 2."
 
+CONVERGENCE_PANELS = (
+    Panel("convergence_epoch", "epochs to 90 % of the best validation accuracy", form=short, whole=True),
+    Panel(
+        CONVERGENCE,
+        "the same, counted above chance",
+        form=short,
+        unmeasured="never above chance",
+        whole=True,
+    ),
+)
+COST_PANELS = (
+    Panel("seconds_per_epoch", "seconds per training epoch", form=short),
+    Panel("tokens_per_second", "training tokens per second", form=short),
+    Panel("peak_memory_bytes", "peak memory (MiB)", 1 / MIB, form=short),
+    Panel("parameters", "parameters", form=short),
+)
+
 
 class DrawnFigure(NamedTuple):
     """A figure in figures/, by the stem of its two files, and how to read it."""
@@ -189,33 +206,17 @@ def _progress(view: TaskView) -> Drawn:
 
 
 def _comparisons(view: TaskView) -> Drawn:
-    panels = (
-        Panel("convergence_epoch", "epochs to 90 % of the best validation accuracy", form=short, whole=True),
-        Panel(
-            CONVERGENCE,
-            "the same, counted above chance",
-            form=short,
-            unmeasured="never above chance",
-            whole=True,
-        ),
-    )
     yield from view.figure(
         "convergence",
         "Convergence",
-        lambda title: bars_figure(view.table, view.styles, panels, title, absent=view.absent),
+        lambda title: bars_figure(view.table, view.styles, CONVERGENCE_PANELS, title, absent=view.absent),
         f"{BARS} Fewer is faster. Left: the first epoch at 90 % of the best validation accuracy, which "
         "guessing already meets on two classes. Right: 90 % of the way from chance to the best.",
-    )
-    costs = (
-        Panel("seconds_per_epoch", "seconds per training epoch", form=short),
-        Panel("tokens_per_second", "training tokens per second", form=short),
-        Panel("peak_memory_bytes", "peak memory (MiB)", 1 / MIB, form=short),
-        Panel("parameters", "parameters", form=short),
     )
     yield from view.figure(
         "cost",
         "Cost",
-        lambda title: bars_figure(view.table, view.styles, costs, title, absent=view.absent),
+        lambda title: bars_figure(view.table, view.styles, COST_PANELS, title, absent=view.absent),
         f"{BARS} Times hold for this machine only: compare models, not runs on different machines. Peak "
         "memory on a CPU counts the whole process, its libraries included.",
     )

@@ -81,6 +81,7 @@ def latex_table(table: TextTable) -> str:
     caption = latex(table.title) + (". " + latex(table.note) if table.note else "")
     columns = "l" * table.names + "r" * (len(table.header) - table.names)
     text = frame.to_latex(index=False, column_format=columns, caption=caption, position="htbp")
+    text = text.replace(r"\caption", "\\centering\n\\caption")
     return text.replace(r"\begin{tabular}", LATEX_FIT + r"{\begin{tabular}").replace(
         r"\end{tabular}", r"\end{tabular}}"
     )

@@ -2,6 +2,7 @@
 
 import shlex
 import socket
+import sys
 from pathlib import Path
 
 import torch
@@ -28,7 +29,9 @@ def download_archive(folder: Path, *, looked_in: Path | None = None) -> Path:
     socket.setdefaulttimeout(TIMEOUT)  # torch's download has no limit of its own, and may wait for ever
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL, str(folder / ARCHIVE), hash_prefix=SHA256)
+        torch.hub.download_url_to_file(
+            URL, str(folder / ARCHIVE), hash_prefix=SHA256, progress=sys.stderr.isatty()
+        )
     except (OSError, RuntimeError) as error:  # RuntimeError: another sha256, as of a page of HTML
         if is_new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

@@ -16,7 +16,7 @@ from results_fixture import HOLES, MODELS, make_results, without_figures, write
 
 import analyze_results
 from analyze_results import analyze, main
-from reporting.analysis_report import report
+from reporting.analysis_report import render_report
 from reporting.comparison_tables import learned_table
 from reporting.run_results import ACCURACY, read_patterns, usable
 from reporting.text_tables import latex, markdown, short
@@ -34,10 +34,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One seed of two models in the smoke preset, on data that stands in for IMDb. Analysed."""
+    """One seed of two models in the smoke preset. Analysed."""
     root = tmp_path_factory.mktemp("smoke")
-    tasks, stand_in = ("synthetic_reviews",), {"synthetic_reviews": "imdb"}
-    make_results(root, tasks=tasks, models=MODELS[:2], seeds=(0,), preset="smoke", stand_in_for=stand_in)
+    make_results(root, tasks=("listops",), models=MODELS[:2], seeds=(0,), preset="smoke")
     analyze(root)
     return root
 
@@ -71,7 +70,7 @@ def test_another_analysis_in_another_process_gives_the_same_bytes_and_needs_no_t
         "import sys, analyze_results, evaluate_performance\n"
         f"assert analyze_results.main([{str(holed)!r}]) == 0\n"
         "assert 'torch' not in sys.modules\n"
-        "assert 'matplotlib.pyplot' not in sys.modules\n"
+        "assert sys.modules['matplotlib.pyplot'].get_fignums() == []\n"  # seaborn imports it
     )
     environment = os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "PYTHONWARNINGS": "error"}
     done = subprocess.run(
@@ -120,12 +119,12 @@ def test_a_failure_leaves_the_old_analysis_and_no_scraps(
     def fail(*_: object) -> str:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(analyze_results, "report", fail)
+    monkeypatch.setattr(analyze_results, "render_report", fail)
     with pytest.raises(RuntimeError, match="no ink"):
         analyze(root)
     assert snapshot(root) == before
     assert not list(root.glob(".analysis*"))
-    monkeypatch.setattr(analyze_results, "report", report)
+    monkeypatch.setattr(analyze_results, "render_report", render_report)
     analyze(root)
     assert not (root / "analysis" / "old.txt").exists()
 
@@ -226,21 +225,40 @@ def test_enough_seeds_that_agree_are_called_better_or_worse(
     assert "worse at the 0.05 level" in text and "better" not in text
 
 
-def test_smoke_runs_and_stand_in_data_are_said_at_the_top_in_every_table_and_in_file_names(
-    smoke: Path,
-) -> None:
+def test_smoke_runs_are_said_at_the_top_and_in_every_table(smoke: Path) -> None:
     analysis = smoke / "analysis"
     top = report_of(smoke).split("## What was run")[0]
-    assert "**Smoke test.**" in top and "Nothing here is a result on imdb." in top
-    notice = "smoke test: its numbers mean nothing; stand-in data: synthetic_reviews, not imdb"
+    assert "**Smoke test.**" in top
+    notice = "smoke test: its numbers mean nothing"
     assert set(pd.read_csv(analysis / "summary.csv")["notice"]) == {notice}
     written = (analysis / "summary.md").read_text(encoding="utf-8")
     titles = [line for line in written.splitlines() if line.startswith("**")]
-    assert len(titles) == 6  # the last two are of all tasks, and say it in each row
-    assert all("synthetic\\_reviews" in line for line in titles[:4]) and written.count(markdown(notice)) == 6
+    assert len(titles) == 5  # the last is of all tasks, and says it in each row
+    assert all("listops" in line for line in titles[:4]) and written.count(markdown(notice)) == 5
     tex = (analysis / "summary.tex").read_text(encoding="utf-8")
-    assert tex.count(latex(notice)) == tex.count(r"\begin{tabular}") == 6
-    assert all(path.stem.endswith("_synthetic_reviews") for path in (analysis / "figures").iterdir())
+    assert tex.count(latex(notice)) == tex.count(r"\begin{tabular}") == 5
+
+
+def test_a_task_that_was_left_out_is_said_at_the_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_figures(monkeypatch)
+    analyze(make_results(tmp_path, tasks=("listops",), seeds=(0,), unavailable={"imdb": "no network"}))
+    top = report_of(tmp_path).split("## What was run")[0]
+    assert "**Left out: imdb.** Its data were unavailable: no network" in top
+
+
+def test_cells_with_a_core_each_are_said_once_and_their_costs_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_figures(monkeypatch)
+    root = make_results(tmp_path, tasks=("listops",), models=MODELS[:2], seeds=(0,))
+    environment = json.loads((root / "environment.json").read_text()) | {"threads": 1, "cores": 2}
+    write(root / "environment.json", environment)
+    for model in MODELS[:2]:
+        note_sharing(Cell("listops", model, 0).folder(root), 2)
+    analyze(root)
+    text = report_of(root)
+    assert "- side by side: 2 cells at a time, each with one core of its own" in text
+    assert "Shared devices" not in text and "cells on a device" not in text
 
 
 def test_cells_that_shared_a_device_are_told_at_the_top_and_wherever_times_are_shown(
@@ -266,7 +284,7 @@ def test_cells_that_shared_a_device_are_told_at_the_top_and_wherever_times_are_s
 
 
 def test_a_full_run_on_its_own_data_carries_no_notice(holed: Path) -> None:
-    assert "Smoke" not in report_of(holed) and "tand-in" not in report_of(holed)
+    assert "Smoke" not in report_of(holed) and "Left out" not in report_of(holed)
     assert pd.read_csv(holed / "analysis" / "summary.csv")["notice"].isna().all()
 
 
@@ -347,5 +365,5 @@ def test_the_summary_table_holds_every_result_of_the_folder(holed: Path) -> None
     for record in read_results(holed).cells:
         mine = table[(table["model"] == record.cell.model) & (table["seed"] == record.cell.seed)]
         values = dict(zip(mine["metric"], mine["value"], strict=True))
-        for metric in (ACCURACY, "peak_memory_bytes", "convergence_epoch_above_chance"):
+        for metric in (ACCURACY, "peak_memory_bytes", "parameters"):
             assert values.get(metric) == (record.result or {}).get(metric)

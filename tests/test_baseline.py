@@ -1,10 +1,9 @@
 """Differences are taken to the baseline that was asked for, and every text and figure says whose they are."""
 
-import json
 from pathlib import Path
 
 import pytest
-from results_fixture import make_results, without_figures, write
+from results_fixture import make_results, without_figures
 
 from analyze_results import main
 from reporting.figure_style import LONGEST_NAME, ModelStyle, model_styles
@@ -42,7 +41,6 @@ def test_differences_are_to_the_baseline_that_was_asked_for(tmp_path: Path) -> N
     assert f"Conventional against Gravitational, normalization=force: {points:+.1f} points" in report
     assert "against Conventional" not in report
     assert "Differences to Gravitational, normalization=force" in summary
-    assert "Predictions against Gravitational, normalization=force of equal seed" in summary
     assert "as a multiple of Gravitational, normalization=force's" in report
     assert f"python analyze_results.py a --baseline {FORCE}" in report
 
@@ -84,18 +82,6 @@ def test_folders_of_variants_are_compared_as_one(tmp_path: Path) -> None:
     for name in ("Conventional", "Multi-timescale, gammas=0.6:0.9:0.99"):
         assert f"{name} against Gravitational, normalization=force: " in report
         assert f"{name} against Gravitational, normalization=force: no seed" not in report
-
-
-def test_a_folder_from_before_a_setting_is_one_with_its_default(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    roots = [make_results(tmp_path / str(seed), tasks=("listops",), seeds=(seed,)) for seed in (0, 1)]
-    config = json.loads((roots[1] / "config.json").read_text(encoding="utf-8"))
-    for discount, code in (("weights", 0), ("logits", 2)):
-        config["settings"]["model"]["discount"] = discount
-        write(roots[1] / "config.json", config)
-        assert main([*map(str, roots)]) == code
-    assert "model setting discount is weights in 0 and logits in 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tasks.synthetic_reviews import PAIRS, generate_reviews
 
 import data_pipeline
 from command_line import InputError
@@ -29,7 +27,6 @@ from data_pipeline import (
     main,
     training_batches,
 )
-from tasks import synthetic_reviews
 from tasks.random_draws import RandomDraws
 from tasks.text_tokenizers import (
     ByteTokenizer,
@@ -266,93 +263,6 @@ def test_batches_leave_the_data_as_they_are() -> None:
     np.testing.assert_array_equal(dataset.labels, before[1])
 
 
-# Synthetic reviews
-
-
-def bag_of_words_accuracy(splits: dict[str, TokenDataset]) -> float:
-    """Test accuracy of logistic regression on word counts, trained by gradient descent."""
-    both = concatenate([splits["train"], splits["test"]])
-    counted, lexicon = count_words(both)
-    counts = np.zeros((len(both), len(lexicon)))
-    np.add.at(counts, (np.repeat(np.arange(len(both)), counted.lengths), counted.tokens), 1)
-    counts = (counts - counts.mean(0)) / (counts.std(0) + 1e-6)
-    train = len(splits["train"])
-    weights, bias = np.zeros(len(lexicon)), 0.0
-    for _ in range(150):
-        error = 1 / (1 + np.exp(-(counts[:train] @ weights + bias))) - both.labels[:train]
-        weights -= 0.5 * counts[:train].T @ error / train
-        bias -= 0.5 * float(error.mean())
-    return float(np.mean((counts[train:] @ weights + bias > 0) == both.labels[train:]))
-
-
-@pytest.mark.parametrize("max_bytes", [256, 4096])
-def test_made_up_reviews_can_be_learned_but_not_from_their_words_alone(max_bytes: int) -> None:
-    splits = generate_reviews({"train": 2000, "val": 1, "test": 1000}, max_bytes, seed=0)
-    assert 0.65 < bag_of_words_accuracy(splits) < 0.92
-
-
-def test_made_up_reviews_are_balanced_short_enough_and_never_the_same() -> None:
-    splits = generate_reviews({"train": 400, "val": 50, "test": 101}, max_bytes=300, seed=1)
-    every = []
-    for name, size in (("train", 400), ("val", 50), ("test", 101)):
-        split = splits[name]
-        assert len(split) == size and abs(int(split.labels.sum()) - size / 2) <= 0.5
-        assert split.lengths.max() <= 300
-        every += [split.example(index).tobytes() for index in range(size)]
-    assert len(set(every)) == 551
-    text = b" ".join(every).decode()
-    for phrase in ("never", "Although", "In one scene", "called the", "<br /><br />"):
-        assert phrase in text
-
-
-def test_the_label_is_the_majority_of_the_evidence() -> None:
-    splits = generate_reviews({"train": 300, "val": 1, "test": 1}, max_bytes=2000, seed=2)
-    side = {word: sign for pair in PAIRS for word, sign in zip(pair, (1, -1), strict=True)}
-    negations = (" not ", " never ", " hardly ")
-    most = 0
-    for index in range(300):
-        text = splits["train"].example(index).tobytes().decode().replace("<br /><br />", " ")
-        votes = []
-        for sentence in text.rstrip(".").split(". "):
-            last = sentence.split(", ")[-1]  # of a contrast the main clause
-            word = last.split()[-1]
-            if word in side and " called the " not in last:
-                votes.append(-side[word] if any(mark in last for mark in negations) else side[word])
-        assert len(votes) % 2 == 1
-        assert (sum(votes) > 0) == bool(splits["train"].labels[index]), text
-        most = max(most, len(votes))
-    assert most > 10
-    assert all(len(good) == len(bad) for good, bad in PAIRS)
-
-
-def test_made_up_reviews_do_not_depend_on_machine_or_hash_seed() -> None:
-    code = (
-        "import hashlib; from data_pipeline import *;"
-        "task = load_task('synthetic_reviews', DataSettings(train_size=40, val_size=5, test_size=6));"
-        "print(task.provenance['sha256'])"
-    )
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONHASHSEED": hash_seed},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-        for hash_seed in ("0", "1")
-    }
-    assert found == {"67fc2e0e24b660dee90568adbf4c325d346cd6079983d7f6d9ba6a1527b1455b"}
-
-
-def test_too_little_room_for_made_up_reviews_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="at least 64"):
-        generate_reviews({"train": 5, "val": 1, "test": 1}, max_bytes=63, seed=0)
-    monkeypatch.setattr(synthetic_reviews, "FRUITLESS", 3)
-    with pytest.raises(InputError, match="not enough different"):
-        generate_reviews({"train": 10**5, "val": 1, "test": 1}, max_bytes=64, seed=0)
-
-
 # Tasks
 
 
@@ -361,11 +271,9 @@ def load_small(name: str, **changes: object) -> TaskData:
     return load_task(name, dataclasses.replace(SMALL, **changes))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("name", "tokenizer"), [("listops", "byte"), ("synthetic_reviews", "byte"), ("synthetic_reviews", "word")]
-)
-def test_a_task_is_complete_and_its_provenance_is_json(name: str, tokenizer: str) -> None:
-    task = load_small(name, tokenizer=tokenizer)
+def test_a_task_is_complete_and_its_provenance_is_json() -> None:
+    name = "listops"
+    task = load_small(name)
     assert task.name == name and len(task.class_names) == task.num_classes
     assert [len(split) for split in (task.train, task.val, task.test)] == [60, 12, 13]
     for split in (task.train, task.val, task.test):
@@ -376,18 +284,12 @@ def test_a_task_is_complete_and_its_provenance_is_json(name: str, tokenizer: str
     assert json.loads(json.dumps(task.provenance, allow_nan=False)) == task.provenance
     assert len(task.provenance["sha256"]) == 64
     for split_name in ("train", "val", "test"):
-        assert_equal(getattr(task, split_name), getattr(load_small(name, tokenizer=tokenizer), split_name))
+        assert_equal(getattr(task, split_name), getattr(load_small(name), split_name))
 
 
 def test_the_data_seed_changes_the_data() -> None:
-    for name in ("listops", "synthetic_reviews"):
-        first, second = (load_small(name, data_seed=seed).provenance["sha256"] for seed in (0, 1))
-        assert first != second
-
-
-def test_texts_are_cut_to_as_many_words_as_asked_for() -> None:
-    task = load_small("synthetic_reviews", tokenizer="word", max_length=20, word_vocabulary=30)
-    assert task.train.lengths.max() <= 20 and task.vocab_size == 32
+    first, second = (load_small("listops", data_seed=seed).provenance["sha256"] for seed in (0, 1))
+    assert first != second
 
 
 @pytest.mark.parametrize(
@@ -410,8 +312,8 @@ def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(InputError, match="did you mean 'listops'"):
         load_task("list_ops", DataSettings())
     with pytest.raises(InputError, match="min-length"):
-        load_task("synthetic_reviews", DataSettings(min_length=5))
-    assert set(TASKS) == {"imdb", "listops", "synthetic_reviews"}
+        load_task("imdb", DataSettings(min_length=5))
+    assert set(TASKS) == {"imdb", "listops"}
 
 
 def test_stats_show_sizes_lengths_labels_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -420,8 +322,6 @@ def test_stats_show_sizes_lengths_labels_and_an_example(capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     for part in ("ListOps, 11 to 39 tokens: 17 token ids", "train           50", "labels of test: 0 ", "[M"):
         assert part in out
-    assert main(["stats", "--task", "synthetic_reviews", "--tokenizer", "word", *sizes]) == 0
-    assert "negative 50.0%  positive 50.0%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -429,7 +329,6 @@ def test_stats_show_sizes_lengths_labels_and_an_example(capsys: pytest.CaptureFi
     [
         ["stats", "--task", "imbd"],
         ["stats", "--task", "listops", "--min-length", "90", "--max-length", "30"],
-        ["stats", "--task", "synthetic_reviews", "--max-length", "9"],
         ["stats", "--task", "imdb", "--data-dir", "/nowhere/at/all"],
         ["stats", "--task", "listops", "--data-dir", "/nowhere/at/all"],
         ["stats", "--tsk", "listops"],
@@ -460,7 +359,7 @@ def test_help_shows_examples_and_importing_needs_no_figure_library() -> None:
 
 
 def test_the_task_table_is_the_only_place_a_task_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = load_small("synthetic_reviews")
+    task = load_small("listops")
     monkeypatch.setitem(data_pipeline.TASKS, "mine", lambda settings: task)
     assert load_task("mine", DataSettings()) is task
 

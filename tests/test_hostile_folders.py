@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from results_fixture import make_results
+from results_fixture import make_results, without_figures
 
 import analyze_results
 from reporting.comparison_tables import metric_table
@@ -190,11 +190,7 @@ def check_mutated(original: Path, changes: Changes) -> None:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Figures take a hundred times as long as all the rest, and are drawn from the same tables."""
-
-    def draw(figures: Any) -> Iterator[Any]:
-        return iter(())
-
-    monkeypatch.setattr("reporting.task_figures.TaskFigures.draw", draw)
+    without_figures(monkeypatch)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     yield
 

@@ -28,9 +28,7 @@ Members = dict[str, bytes]
 def small_and_offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Three reviews a folder, a cache of the test's own, and an address that nobody answers at."""
     monkeypatch.setattr(imdb, "REVIEWS_PER_FOLDER", PER_FOLDER)
-    for name in ("URL", "SECOND_URL"):
-        monkeypatch.setattr(imdb_download, name, "http://127.0.0.1:9/aclImdb_v1.tar.gz")
-    monkeypatch.setattr(imdb_download, "BACK_OFF", 0.01)
+    monkeypatch.setattr(imdb_download, "URL", "http://127.0.0.1:9/aclImdb_v1.tar.gz")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache_home")))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 

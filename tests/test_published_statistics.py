@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from reporting.seed_statistics import estimate, holm, mcnemar_p, sign_flip_p
+from reporting.seed_statistics import estimate, holm, sign_flip_p
 
 # Darwin's maize, cross- minus self-fertilised heights in eighths of an inch; Fisher 1935, section 17.
 DARWIN = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
@@ -29,32 +29,6 @@ def test_holms_correction_of_a_printed_example() -> None:
     adjusted = holm([0.01, 0.04, 0.03, 0.005])
     assert adjusted == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert [p <= 0.05 for p in adjusted] == [True, False, False, True]
-
-
-@pytest.mark.parametrize(
-    ("n", "fewer", "one_sided"),
-    [(10, 1, 0.011), (10, 2, 0.055), (15, 3, 0.018), (20, 5, 0.021), (25, 7, 0.022), (25, 8, 0.054)],
-)
-def test_mcnemars_p_is_twice_the_printed_binomial_tail(n: int, fewer: int, one_sided: float) -> None:
-    # Siegel 1956, Nonparametric Statistics, table D (one-sided, three decimals)
-    assert mcnemar_p(n - fewer, fewer) / 2 == pytest.approx(one_sided, abs=5e-4)
-    assert mcnemar_p(fewer, n - fewer) == mcnemar_p(n - fewer, fewer)
-
-
-def test_mcnemars_p_of_the_approval_ratings_agrees_with_the_printed_normal_one() -> None:
-    # Agresti, Categorical Data Analysis, table 10.1: 150 against 86 changed their minds, z = -4.17
-    normal = math.erfc(4.17 / math.sqrt(2))
-    assert mcnemar_p(150, 86) == pytest.approx(normal, rel=0.25)
-
-
-@pytest.mark.parametrize(("first", "second", "p"), [(0, 0, 1.0), (1, 0, 1.0), (3, 3, 1.0), (6, 0, 0.03125)])
-def test_mcnemars_p_by_hand(first: int, second: int, p: float) -> None:
-    assert mcnemar_p(first, second) == p
-
-
-def test_mcnemars_p_bears_a_whole_test_set() -> None:
-    assert mcnemar_p(12_500, 12_500) == 1.0
-    assert 0 < mcnemar_p(12_900, 12_100) < 1e-5
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 10])

@@ -7,17 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from reporting.report_blocks import Bullets, Code, Facts, Heading, Paragraph
-from reporting.report_html import html_report
-from reporting.report_markdown import markdown_report
 from results_fixture import MODELS, make_results, without_figures, write
 
 from analyze_results import analyze
-from attention_engine.tile_plan import Block
-from reporting.analysis_report import Notice
 from reporting.lra_literature import comparable
 from reporting.run_results import ACCURACY
-from reporting.text_tables import TextTable, markdown, short
+from reporting.text_tables import markdown, short
 from results_folder import Cell, read_results
 
 
@@ -55,14 +50,24 @@ def test_the_page_is_whole_in_itself_and_runs_nothing_of_the_folders(tmp_path: P
     assert "default-src 'none'" in page and "http" not in re.sub("http-equiv", "", page)
 
 
-def test_every_block_is_escaped_in_both_forms(tmp_path: Path) -> None:
-    mark = "<b>*x*</b>"
-    table = TextTable(mark, [mark, "n"], [[mark, "1"]], note=mark)
-    blocks: list[Block] = [Heading(1, mark), Heading(2, mark), Notice(mark, mark), Paragraph(mark, lead=mark)]
-    page = html_report([*blocks, Bullets([mark]), Facts([(mark, mark)]), Code(mark), table], tmp_path)
-    assert mark not in page and page.count(html.escape(mark)) == 17
-    text = markdown_report([*blocks, Bullets([mark]), Facts([(mark, mark)]), table])
-    assert mark not in text and text.count(markdown(mark)) == 13
+@pytest.mark.parametrize("mark", ["<b>*x*</b>", "a|b", "c\\d", "`e`", "$f_g$"])
+def test_what_a_folder_says_is_escaped_wherever_it_stands(mark: str, tmp_path: Path) -> None:
+    states = {Cell("listops", mark, 1): "failed"}
+    root = make_results(tmp_path, models=("conventional", mark), states=states, unavailable={mark: mark})
+    for name in ("config.json", "environment.json"):
+        path = root / name
+        said = json.loads(path.read_text()) | {"created": mark, "device_name": mark, "command": "python x"}
+        write(path, said)
+    text = report_of(root)
+    page = (root / "analysis" / "report.html").read_text(encoding="utf-8")
+    body = page.split("<main>")[1].split("</main>")[0]
+    assert text.count(markdown(mark)) >= 10 and body.count(html.escape(mark)) >= 10
+    for line in text.splitlines():
+        if not line.startswith("!["):  # a figure's file is named without such letters
+            assert mark not in line.replace(markdown(mark), "") or mark == markdown(mark)
+        if line.startswith("| "):
+            assert len(re.findall(r"(?<!\\)\|", line)) >= 4
+    assert "<" not in mark or mark not in body
 
 
 def test_one_seed_has_no_interval_and_no_verdict(tmp_path: Path) -> None:
@@ -113,9 +118,9 @@ def test_a_diverged_and_a_failed_cell_are_in_no_mean_and_a_smaller_n_is_said(tmp
 def test_a_mean_over_fewer_seeds_than_finished_says_how_many(tmp_path: Path) -> None:
     root = make_results(tmp_path, tasks=("listops",), models=MODELS[:1], patterns=False)
     path = Cell("listops", "conventional", 1).folder(root) / "result.json"
-    write(path, json.loads(path.read_text()) | {"convergence_epoch_above_chance": None})
+    write(path, json.loads(path.read_text()) | {"best_epoch": None})
     row = next(line for line in report_of(root).splitlines() if line.startswith("| Conventional | 3 |"))
-    assert "| 3 (n = 2) |" in row
+    assert "| 6 (n = 2) |" in row
 
 
 def test_who_never_reaches_the_target_is_named(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_patterns_that_are_a_link_or_a_pipe_are_refused(results: Path, tmp_path:
 
 
 def test_a_bomb_of_patterns_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reporting.array_files.LARGEST", 2**23)
+    monkeypatch.setattr("results_folder.LARGEST_ARRAYS", 2**23)
     path = tmp_path / "attention_patterns.npz"
     np.savez_compressed(path, allow_pickle=False, maps=np.zeros(2**20 + 100))
     assert path.stat().st_size < 2**15

@@ -264,8 +264,8 @@ class RayExecutor(ParallelExecutor):
         self.ray, self.deaths = ray, (ray.exceptions.RayError,)
         sharing = cells_on_a_device(resources.cpus, resources.gpus, _largest("CPU"), cells)
         self.template = replace(template, root=template.root.resolve(), sharing=sharing)
-        options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": 0}
-        self.task = ray.remote(**options)(_run_as_task)
+        options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": 0}
+        self.task: Any = ray.remote(**options)(_run_as_task)
         self.threads = resources.threads
         self.references: dict[Future[Ended], Any] = {}
 
@@ -317,12 +317,13 @@ def connect_to_ray(resources: Resources) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # epochs of several cells look alike to it
     paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(
             address=address,
             logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": paths}},
-            **({"include_dashboard": False} if address == "local" else {}),
+            **options,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(f"--ray {address}: {str(error).splitlines()[0]}") from error

@@ -1,4 +1,4 @@
-"""One process at a time works on a cell, a lease outlives no process for long, and what a cell was is told."""
+"""One process at a time works on a cell, and a lease outlives no process for long."""
 
 import multiprocessing
 import os
@@ -39,9 +39,11 @@ def own_lease(folder: Path) -> dict[str, str]:
 
 def test_a_lease_that_is_held_is_refused_with_its_holders_host_and_process(tmp_path: Path) -> None:
     with leased(tmp_path) as check:
-        with pytest.raises(LeasedError, match=rf"process {os.getpid()} on .* works on it") as refused:
-            with leased(tmp_path):
-                pass
+        with (
+            pytest.raises(LeasedError, match=rf"process {os.getpid()} on .* works on it") as refused,
+            leased(tmp_path),
+        ):
+            pass
         assert not refused.value.far
         check()
     assert list(tmp_path.iterdir()) == []
@@ -70,9 +72,8 @@ def test_a_lease_of_a_dead_process_of_this_host_is_taken_over_at_once(kind: str,
 
 def test_another_hosts_lease_is_respected_until_it_was_not_renewed_for_long(tmp_path: Path) -> None:
     write_lease(tmp_path, 11)
-    with pytest.raises(LeasedError, match=f"process 11 on {FAR} works on it") as refused:
-        with leased(tmp_path):
-            pass
+    with pytest.raises(LeasedError, match=f"process 11 on {FAR} works on it") as refused, leased(tmp_path):
+        pass
     assert refused.value.far
     with leased(tmp_path, wait=5.0):
         assert f"host={socket.gethostname()}" in (tmp_path / LEASE).read_text()

@@ -57,7 +57,7 @@ def test_accuracy_is_that_of_the_table(figures: dict[str, Figure], summary: pd.D
         expected = 100 * np.array(values_of(summary, model, ACCURACY))
         if len(expected):
             np.testing.assert_allclose(drawn[0], [expected.mean()])
-            seeds = [mark.get_offsets()[:, 0] for mark in ax.collections if is_of(mark, style.color)]
+            seeds = [np.asarray(one.get_offsets())[:, 0] for one in ax.collections if is_of(one, style.color)]
             np.testing.assert_allclose(seeds[0], expected)
         else:
             assert not drawn and "no result (2 failed, missing)" in [text.get_text() for text in ax.texts]

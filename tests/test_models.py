@@ -87,7 +87,7 @@ def test_a_name_is_a_model_and_the_settings_of_its_constructor_in_their_types(
 
 def test_every_compared_model_is_built_with_the_encoders_sizes_and_its_own_settings() -> None:
     for name in MODELS:
-        module = Model.parse(name).attention(SETTINGS)()
+        module: Any = Model.parse(name).attention(SETTINGS)()
         assert (module.embed_dim, module.num_heads, module.dropout) == (8, 2, 0.0)
     assert set(COMPARED) < set(MODELS)
     module = Model.parse("gravitational,softening=1.5").attention(SETTINGS)()

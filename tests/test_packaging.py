@@ -1,0 +1,64 @@
+"""What `pip install .` installs: the attention modules and their engine, and nothing with a common name."""
+
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+MODULES = (
+    *("attention_kernels", "attention_module", "conventional_attention", "gravitational_attention"),
+    *("gravitational_multi_timescale_attention", "multi_timescale_attention"),
+)
+
+
+def run(*command: object, cwd: Path) -> str:
+    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from what is tracked, in a copy, so that nothing is written beside the sources."""
+    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    tracked = run("git", "ls-files", "*.py", "*.toml", "README.md", "attention_engine", cwd=ROOT).split("\n")
+    for name in filter(None, tracked):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+    build = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", out, ".")
+    run(sys.executable, *build, cwd=copy)
+    [found] = out.glob("*.whl")
+    return found
+
+
+def test_the_wheel_holds_the_modules_and_the_engine_and_needs_torch_alone(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        [metadata] = [name for name in archive.namelist() if name.endswith("METADATA")]
+        needed = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist")
+    engine = {f"attention_engine/{path.name}" for path in (ROOT / "attention_engine").glob("*.py")}
+    assert names == {f"{module}.py" for module in MODULES} | engine
+    assert needed == ["torch>=2.6"]
+
+
+def test_the_readmes_snippets_run_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
+    """In an environment that has this one's packages, without the clone on its path."""
+    venv.create(tmp_path / "fresh", with_pip=False)
+    python = tmp_path / "fresh" / "bin" / "python"
+    place = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    ours = next(path for path in sys.path if path.endswith("site-packages"))
+    (Path(place) / "ours.pth").write_text(ours + "\n")
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "-q", wheel, cwd=tmp_path)
+    assert len(SNIPPETS) >= 3
+    for number, snippet in enumerate(SNIPPETS):
+        script = tmp_path / f"snippet{number}.py"
+        script.write_text(snippet + "\nimport attention_module\nprint(attention_module.__file__)\n")
+        assert run(python, script, cwd=tmp_path).strip().startswith(place)

@@ -7,7 +7,8 @@ the results. A mechanism adds its score, and `project_out` where it has several 
         def score(self, query, key):                  # -> attention_scores.Score
             return DotProduct(scale=self.head_dim**-0.5)
 
-Symbols: N batch, L query length, S key length, E embed_dim, H num_heads, D = E / H, T timescales.
+Symbols, here and in all that stands on this file: N batch, L query length, S key length, E embed_dim,
+H num_heads, D = E / H, T timescales, i query and j key position. Horizon of gamma: 1 / (1 - gamma) tokens.
 
 Masks: True means blocked, as in `nn.MultiheadAttention`. `F.scaled_dot_product_attention` and Hugging Face
 mean the opposite: pass `~mask` of theirs, or `attention_mask == 0`.

@@ -3,8 +3,7 @@
     attention = ConventionalAttention(embed_dim=128, num_heads=4)
     output, weights = attention(x, x, x, key_padding_mask=mask)
 
-Symbols: N batch, L query length, S key length, E embed_dim, H num_heads, D = E / H. True in a boolean mask
-means blocked.
+Symbols and masks: see attention_module.py.
 """
 
 from typing import Any

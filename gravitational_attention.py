@@ -4,9 +4,8 @@
     output, weights = attention(x, x, x, key_padding_mask=mask)
     attention.masses(x, x)["key"]   # (N, 1, H, L): how strongly each token attracts
 
-Symbols: N batch, L query length, S key length, E embed_dim, H num_heads, D = E / H, T timescales (1 here).
-A token's mass is its weight as a source ("key" role) or as a receiver ("query" role) of attraction. True
-in a boolean mask means blocked.
+A token's mass is its weight as a source ("key" role) or as a receiver ("query" role) of attraction. Other
+symbols, and masks: see attention_module.py.
 """
 
 import math

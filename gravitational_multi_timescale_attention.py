@@ -4,8 +4,7 @@ several rates, each with its own masses and G, joined by a Laplace decoder.
     attention = GravitationalMultiTimescaleAttention(embed_dim=128, num_heads=4, num_timescales=3)
     output, weights = attention(x, x, x, key_padding_mask=mask)
 
-Symbols: N batch, L query length, S key length, E embed_dim, H num_heads, D = E / H, T num_timescales, i
-query and j key position. True in a boolean mask means blocked.
+Symbols and masks: see attention_module.py.
 """
 
 from collections.abc import Sequence

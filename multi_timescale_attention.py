@@ -5,9 +5,7 @@ by a Laplace decoder (after the multi-timescale agents of Masset et al. 2025, Na
     output, weights = attention(x, x, x, key_padding_mask=mask)
     attention.learned_scalars()["gamma"]   # (T, H)
 
-Symbols: N batch, L query length, S key length, E embed_dim, H num_heads, D = E / H, T num_timescales, i
-query and j key position. The horizon of a discount gamma is 1 / (1 - gamma) tokens. A lag bin is a range
-of distances |i - j|. True in a boolean mask means blocked.
+A lag bin is a range of distances |i - j|. Symbols and masks: see attention_module.py.
 """
 
 import math

@@ -31,7 +31,7 @@ from reporting.run_results import (
 )
 from reporting.summary_tables import Analysis, tables
 from reporting.task_figures import DrawnFigure
-from reporting.text_tables import code_block, markdown, markdown_table, one_line
+from reporting.text_tables import code_block, markdown, markdown_table, single_line
 from results_folder import Results
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -85,7 +85,7 @@ def render_report(analysis: Analysis, figures: dict[str, list[DrawnFigure]], fol
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"one_line": one_line, "markdown": markdown, "code_block": code_block}
+    environment.filters |= {"single_line": single_line, "markdown": markdown, "code_block": code_block}
     environment.globals |= {
         "png": lambda stem: _png(folder / f"{stem}.png"),
         "markdown_table": markdown_table,
@@ -254,14 +254,14 @@ def _how_to_reproduce(analysis: Analysis) -> dict[str, str]:
     """before, commands, after: a sentence, a block of shell commands, a sentence."""
     sources = analysis.joined.sources
     commands = [
-        one_line(str(source.config.get("command") or "python run_experiment.py")) for source in sources
+        single_line(str(source.config.get("command") or "python run_experiment.py")) for source in sources
     ]
-    folders = [shlex.quote(one_line(source.root.resolve().name)) for source in sources]
+    folders = [shlex.quote(single_line(source.root.resolve().name)) for source in sources]
     mixed = [MIXED] if analysis.joined.differences else []
     own = (
         [] if analysis.baseline == default_baseline([*analysis.names]) else ["--baseline", analysis.baseline]
     )
-    chosen = [shlex.quote(one_line(word)) for word in own]
+    chosen = [shlex.quote(single_line(word)) for word in own]
     again = " ".join(["python analyze_results.py", *folders, *mixed, *chosen])
     commit = _by_folder(analysis, _commit)
     where = f"At commit {commit}, with" if commit else "With"

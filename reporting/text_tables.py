@@ -39,7 +39,7 @@ class TextTable:
     names: int = 1
 
 
-def one_line(text: str) -> str:
+def single_line(text: str) -> str:
     """The text with every run of white space and control characters as one space."""
     return re.sub(
         r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+", " ", text
@@ -48,13 +48,13 @@ def one_line(text: str) -> str:
 
 def markdown(text: str) -> str:
     """The text with what Markdown or HTML would read as markup made plain."""
-    plain = re.sub(r"([\\`*_\[\]<>|#~$!{}])", r"\\\1", one_line(text))
+    plain = re.sub(r"([\\`*_\[\]<>|#~$!{}])", r"\\\1", single_line(text))
     return plain.replace("&", "&amp;")
 
 
 def latex(text: str) -> str:
     """The text with what LaTeX would read as a command made plain."""
-    return "".join(_LATEX.get(letter, letter) for letter in one_line(text))
+    return "".join(_LATEX.get(letter, letter) for letter in single_line(text))
 
 
 def code_block(text: str, language: str = "sh") -> str:

@@ -103,7 +103,7 @@ def test_a_time_limit_ends_with_75_and_the_same_command_with_resume_finishes(
     root = only(tmp_path)
     assert states(root)[1:] == ["pending"] * 3 and states(root)[0] in ("pending", "interrupted")
     said = capsys.readouterr().err
-    assert "the time limit of 1e-05 minutes was reached; no epoch was finished, so nothing is kept" in said
+    assert "the time limit of 1e-05 minutes was reached; no epoch was finished, so nothing was gained" in said
     assert f"give it more time than an epoch takes: python run_experiment.py --resume {root}" in said
     assert compared == []
     assert run_experiment.main([*CELLS, "--resume", str(root)]) == 0

@@ -30,6 +30,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+# What a results folder may hold, and so what may be asked for.
+LARGEST_WHOLE = 10**18 - 1  # an int64 holds it
+LARGEST_NUMBER = 1e40  # no float32 is as large
 
 
 class InputError(ValueError):
@@ -70,6 +73,15 @@ def check_settings(settings: Any) -> None:
                 if number in (math.inf, -math.inf) and allowed != "finite":
                     allowed = f"finite and {allowed}"
                 raise InputError(f"{option_name(field.name)} must be {allowed}, got {number}")
+            refuse_too_large(number, option_name(field.name))
+
+
+def refuse_too_large(value: object, name: str) -> None:
+    """InputError for a number that no results folder may hold; other values pass."""
+    if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
+        raise InputError(f"{name} must be at most {LARGEST_WHOLE}, got {value}")
+    if isinstance(value, float) and math.isfinite(value) and abs(value) > LARGEST_NUMBER:
+        raise InputError(f"{name} must be at most {LARGEST_NUMBER:g}, got {value}")
 
 
 def _within(number: float, limits: typing.Mapping[str, Any]) -> bool:

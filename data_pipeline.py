@@ -173,7 +173,7 @@ def load_listops(settings: DataSettings) -> TaskData:
         min_length=defaults.min_length if settings.min_length is None else settings.min_length,
         max_length=settings.max_length or defaults.max_length,
     )
-    files = listops_tsv.find_files(Path(settings.data_dir).expanduser()) if settings.data_dir else None
+    files = _listops_files(Path(settings.data_dir).expanduser()) if settings.data_dir else None
     if files:
         source = {"source": ", ".join(path.name for path in files.values())}
         splits = {}
@@ -203,6 +203,18 @@ def load_listops(settings: DataSettings) -> TaskData:
     ours = f"ListOps, {lengths.min_length + 1} to {lengths.max_length - 1} tokens"
     title = "ListOps (LRA)" if lengths == defaults else ours
     return _task("listops", title, digits, splits, ListOpsTokenizer(), settings, about)
+
+
+def _listops_files(folder: Path) -> dict[str, Path] | None:
+    """LRA's files in a folder; None where it is there for IMDb alone, which is said. InputError where it
+    holds neither: other data are never taken in silence."""
+    files = listops_tsv.find_files(folder)
+    if files is None:
+        lacks = f"--data-dir {folder} holds no basic_train.tsv of ListOps"
+        if not folder.is_dir() or imdb.find_source(folder) is None:
+            raise InputError(f"{lacks}; give the folder that does, or leave it out to have expressions made")
+        print(f"{lacks}: its expressions are made here", file=sys.stderr)
+    return files
 
 
 def _sha256(*splits: TokenDataset) -> str:

@@ -22,6 +22,7 @@ Symbols of the arrays: K examples of at most M tokens, T timescales, H heads, B 
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -40,7 +41,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from command_line import InputError
+from command_line import LARGEST_NUMBER, LARGEST_WHOLE, InputError
 
 SCHEMA_VERSION = 1
 STATES = ("pending", "running", "done", "failed", "diverged", "interrupted")
@@ -49,8 +50,6 @@ SHARED_BY = "device_shared_by"
 LARGEST_JSON = 2**24  # bytes; the largest file of a long run is a tenth of it
 MOST_CELLS = 10_000
 MOST_EPOCHS = 1_000_000
-LARGEST_NUMBER = 1e40  # no float32 is as large
-MOST_DIGITS = 18  # of a whole number: an int64 holds it
 LONGEST_REASON = 1000
 PATTERNS = "attention_patterns.npz"
 LARGEST_ARRAYS = 2**30  # bytes when unpacked: a larger file is not one of ours
@@ -159,6 +158,9 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # network shares and some virtual disks cannot sync a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
+            raise
     finally:
         os.close(descriptor)
 
@@ -251,7 +253,7 @@ def _refuse(constant: str) -> None:
 
 
 def _whole(text: str) -> int:
-    if len(text) > MOST_DIGITS:
+    if len(text) > len(str(-LARGEST_WHOLE)) or abs(int(text)) > LARGEST_WHOLE:
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)
 

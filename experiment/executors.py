@@ -350,6 +350,6 @@ def make_executor(
     """The executor for so many cells."""
     if resources.ray is not None:
         return RayExecutor(template, progress, stop, resources, cells)
-    if resources.workers > 1:
+    if min(resources.workers, cells) > 1:
         return ProcessExecutor(template, progress, stop, resources)
     return Executor(template, progress, stop)

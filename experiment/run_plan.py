@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from command_line import InputError, choose, given_settings
+from command_line import InputError, choose, given_settings, refuse_too_large
 from data_pipeline import TASKS, DataSettings, DataUnavailableError, TaskData, load_task
 from experiment.models import COMPARED, Model, build, matched_settings
 from results_folder import Cell, file_name
@@ -114,6 +114,7 @@ def make_plan(arguments: argparse.Namespace) -> RunPlan:
         choose(task, TASKS, "task")
     if min(seeds) < 0:
         raise InputError(f"--seeds must be at least 0, got {min(seeds)}")
+    refuse_too_large(max(seeds), "--seeds")
     plan = RunPlan(
         preset=preset_name,
         models=models,

@@ -15,6 +15,7 @@ Labels: 0 negative, 1 positive.
 import gzip
 import hashlib
 import json
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from command_line import InputError
 from tasks.array_cache import Arrays, cached_arrays, read_cached
 from tasks.imdb_download import ARCHIVE, SHA256, download_archive
+from tasks.listops_tsv import find_files
 from tasks.token_dataset import TokenDataset, offsets_of
 
 TREE = "aclImdb"
@@ -74,6 +76,11 @@ def load_reviews(data_dir: Path | None, cache_dir: Path) -> Reviews:
         raise InputError(f"--data-dir {data_dir} does not exist; give the folder that holds {ARCHIVE}")
     source = find_source(data_dir) if data_dir else None
     if source is None:
+        if data_dir is not None:
+            lacks = f"--data-dir {data_dir} holds no IMDb ({ARCHIVE}, another aclImdb*.tar.gz or {TREE}/)"
+            if find_files(data_dir) is None:
+                raise InputError(f"{lacks}; give the folder that does, or leave it out to have it downloaded")
+            print(f"{lacks}: it is taken from the cache, or downloaded", file=sys.stderr)
         kept = read_cached(cache_dir, _entry(SHA256))
         if kept is not None:
             return _from_arrays(kept, f"cache of {ARCHIVE}")

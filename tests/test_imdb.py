@@ -319,3 +319,8 @@ def test_the_real_reviews_have_the_known_lengths(tmp_path: Path, monkeypatch: py
     started = time.monotonic()
     assert contents(read_source(source, tmp_path))[:5] == contents(reviews)[:5]
     assert time.monotonic() - started < 2
+
+
+def test_a_data_folder_without_the_reviews_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no IMDb.*or leave it out"):
+        imdb.load_reviews(tmp_path, tmp_path / "cache")

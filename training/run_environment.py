@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "numpy", "pandas", "matplotlib", "seaborn", "triton")
 
 
@@ -48,12 +49,17 @@ def _cpu_name() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the folder this file is in, or None where it is no repository."""
-    folder = Path(__file__).resolve().parent
+    """What git says of this code's own repository; None where it has none, as in a copy within another's."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def ask(*words: str) -> str:
+        command = ["git", *words]
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(command, cwd=ROOT, env=own, **options).stdout.strip()
+
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
-        )
+        if Path(ask("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return None
+        return ask(*arguments)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()

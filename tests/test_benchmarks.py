@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention_speed, listops_generation, training_step
+from benchmarks import attention_speed, training_step
 from benchmarks.attention_speed import MECHANISMS, Case, SpeedSettings, make_attention
 from benchmarks.benchmarking import take_turns
 
@@ -57,7 +57,8 @@ def test_peak_memory_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None
 
 def test_the_making_of_listops_is_timed(tmp_path: Path) -> None:
     """In a process of its own, which binds itself to one core."""
-    command = [sys.executable, listops_generation.__file__, "--expressions", "300", "--write"]
+    script = Path(training_step.__file__).with_name("listops_generation.py")
+    command = [sys.executable, script, "--expressions", "300", "--write"]
     done = subprocess.run([*command, "--json", "found.json"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())

@@ -9,9 +9,7 @@ Backends, all exact:
 - "triton": `triton_attention`, O(L + S) memory, the scores of "tiled", CUDA (or Triton's interpreter, for
   tests), in the inputs' own type. Triton is imported only when it is asked for.
 
-Symbols: N batch, L query length, S key length, H heads, D head width, T timescales, i query and j key
-position. q, k and v have shape (N, T', H, L or S, D), where T' is T, or 1 where the timescales share them.
-True in a boolean mask means blocked.
+Symbols and masks: see attention_module.py.
 """
 
 import contextlib
@@ -31,8 +29,6 @@ BACKENDS = ("auto", "dense", "tiled", "sdpa", "triton")
 # What "auto" chooses from, fastest first.
 AUTO_BACKENDS = ("sdpa", "triton", "tiled", "dense")
 TRITON_LARGEST_HEAD_DIM = 256
-
-
 _chosen = ["auto"]  # by `use_backend`, the innermost last
 
 
@@ -91,9 +87,9 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Weigh the values by the score, softmax-normalised over the keys that the mask leaves.
 
-    q (N, T', H, L, D), k and v (N, T', H, S, D), where T' is T or 1 -> the output (N, T, H, L, D) in q's
-    dtype and, with `need_weights`, the weights (N, T, H, L, S) before dropout. A row with no key gives zeros.
-    Distances, exponentials and sums are in float32 at least, with autocast off.
+    q (N, T', H, L, D), k and v (N, T', H, S, D) -> the output (N, T, H, L, D) in q's dtype and, with
+    `need_weights`, the weights (N, T, H, L, S) before dropout. A row with no key gives zeros. Distances,
+    exponentials and sums are in float32 at least, with autocast off.
 
     dropout: the probability of dropping a weight. backend: one of BACKENDS, "auto" being that of
     `use_backend` or else the fastest; ValueError where it cannot do what is asked for. skip_far_keys: whether

@@ -7,8 +7,9 @@ the results. A mechanism adds its score, and `project_out` where it has several 
         def score(self, query, key):                  # -> attention_scores.Score
             return DotProduct(scale=self.head_dim**-0.5)
 
-Symbols, here and in all that stands on this file: N batch, L query length, S key length, E embed_dim,
-H num_heads, D = E / H, T timescales, i query and j key position. Horizon of gamma: 1 / (1 - gamma) tokens.
+Symbols, here and wherever this file is referred to: N batch, L query length, S key length, E embed_dim,
+H num_heads, D = E / H head width, T timescales, T' = T or, where the timescales share q, k and v, 1; i query
+and j key position. The horizon of a discount gamma is 1 / (1 - gamma) tokens.
 
 Masks: True means blocked, as in `nn.MultiheadAttention`. `F.scaled_dot_product_attention` and Hugging Face
 mean the opposite: pass `~mask` of theirs, or `attention_mask == 0`.
@@ -31,7 +32,7 @@ class AttentionModule(nn.Module):
     dropout: probability of dropping an attention weight in training, in [0, 1).
     bias: whether the projections have biases.
     num_timescales: T, the number of weightings that are computed side by side.
-    num_projections: T' of q, k, v: T, or 1 where the timescales share them.
+    num_projections: T', of q, k and v: T or 1.
     batch_first: must be True: inputs are (N, L, E), or (L, E) for a single example.
     """
 

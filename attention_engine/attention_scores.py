@@ -4,9 +4,7 @@ A `Score` is data, not a callback, so that every backend can fuse it and a test 
 with the dense formula for any score. `Score.logits` is that formula: attention is its softmax over keys.
 A new mechanism is a new score; only speed needs more.
 
-Symbols: N batch, L query length, S key length, H heads, D head width, T timescales, i query and j key
-position. q has shape (N, T', H, L, D) and k (N, T', H, S, D), where T' is T, or 1 where the timescales share
-them. True in a boolean mask means blocked, as in `nn.MultiheadAttention`.
+Symbols and masks: see attention_module.py. q is (N, T', H, L, D), k and v are (N, T', H, S, D).
 """
 
 import math

@@ -13,7 +13,7 @@ imported, CPU tensors at a snail's pace; `attend` imports it only when it is ask
 - Far keys are skipped where decay makes all of them together weigh less than `TOLERANCE` of a row's nearest
   key, see `reach_of_rows`.
 
-Symbols as in `attention_kernels`. True in a boolean mask means blocked.
+Symbols and masks: see attention_module.py.
 """
 
 import math

@@ -23,9 +23,8 @@ Gradients, with ds_ij the gradient by s_ij and c_ij the one by q_i . k_j:
 without the second term for DOT_PRODUCT. Both terms are summed over the same rounded c_ij and subtracted in
 float32: they nearly cancel. No atomics: the results are the same in every run.
 
-Symbols: N batch, L queries, S keys, H heads, D head width, T timescales, P = N T H problems in this order; i
-query and j key position. True (not 0) in a boolean mask means blocked. Imported by `triton_attention` only:
-nothing else needs Triton.
+Symbols: see attention_module.py; P = N T H problems, in this order. A mask blocks where it is not 0.
+Imported by `triton_attention` only: nothing else needs Triton.
 """
 
 from typing import Any, NamedTuple

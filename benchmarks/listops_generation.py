@@ -16,18 +16,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":  # run as a file: Python looks for modules in this folder only
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from command_line import EXIT_DONE, InputError, Parser, exit_code
+from results_folder import write_json
+from tasks.listops import ListOpsSettings, generate_splits
+from tasks.listops_tsv import write_files
+
 LRA_SECONDS, LRA_EXPRESSIONS = 730, 100_000
 HELD_OUT = 0.02  # share of the validation and of the test split
 
 
 def measure(expressions: int, seed: int, write: bool) -> dict[str, Any]:
     """Make the expressions, and write them into a folder that is thrown away; the figures of both."""
-    import numpy as np
-
-    from tasks.listops import ListOpsSettings, generate_splits
-    from tasks.listops_tsv import write_files
-
     held_out = int(HELD_OUT * expressions)
     sizes = {"train": expressions - 2 * held_out, "val": held_out, "test": held_out}
     wall, processor = time.perf_counter(), time.process_time()
@@ -54,10 +58,6 @@ def measure(expressions: int, seed: int, write: bool) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    sys.path.insert(0, str(ROOT))
-    from command_line import EXIT_DONE, InputError, Parser, exit_code
-    from results_folder import write_json
-
     intro, examples, rest = (__doc__ or "").split("\n\n", 2)
     parser = Parser(description=f"{intro}\n\n{rest}", epilog=f"examples:\n{examples}")
     parser.add_argument("--expressions", type=int, default=LRA_EXPRESSIONS, help="(default: %(default)s)")

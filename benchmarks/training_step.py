@@ -87,8 +87,7 @@ def fits(case: Case, settings: StepSettings, model: ModelSettings) -> bool:
     """Whether a dense case fits: each layer keeps about four score matrices for its backward."""
     if case.backend != "dense":
         return True
-    arguments = Model.parse(case.model).arguments
-    timescales = arguments["num_timescales"] or 3 if "num_timescales" in arguments else 1
+    timescales = getattr(Model.parse(case.model).attention(model)(), "num_timescales", 1)
     matrices = 4 * model.num_layers * timescales * model.num_heads * settings.batch_size
     return 4 * matrices * case.length**2 <= settings.memory_limit * 1e9
 

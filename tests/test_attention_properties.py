@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import FACTORIES, run
+from attention_cases import FACTORIES, make, make_inputs, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -138,18 +138,40 @@ def test_a_thousand_configurations_are_finite_or_refused_by_name(case: dict[str,
     check_configuration(case)
 
 
-def test_a_backend_can_be_chosen_for_all_modules_and_the_choice_ends_with_its_block() -> None:
+def test_a_chosen_backend_is_that_of_all_modules_until_its_block_ends() -> None:
+    attention, x = make("gravitational"), make_inputs().query
+
+    def attended() -> Tensor:
+        return attention(x, x, x, need_weights=False)[0]
+
+    def refused() -> Any:
+        return pytest.raises(ValueError, match="backend 'sdpa' is for the dot product")
+
+    with refused(), use_backend("sdpa"):
+        attended()
+    fastest = attended()  # an error has ended the choice
+    with use_backend("sdpa"):
+        with use_backend("dense"):
+            dense = attended()
+        with refused():
+            attended()
+        with use_backend("auto"):
+            torch.testing.assert_close(attended(), fastest)
+    torch.testing.assert_close(dense, attention(x, x, x)[0], rtol=0, atol=0)  # weights are made by "dense"
+
+
+def test_a_backend_that_is_named_is_taken_whatever_is_chosen() -> None:
     q = torch.randn(1, 1, 2, 5, 4, generator=torch.Generator().manual_seed(0))
     score = DotProduct(0.5, log_decay=torch.full((1, 2), -0.1))
+    expected = attend(q, q, q, score, Mask(), backend="dense")[0]
+    with use_backend("sdpa"):
+        found = attend(q, q, q, score, Mask(), backend="dense")[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_an_unknown_backend_is_refused_with_those_that_there_are() -> None:
     with (
         pytest.raises(ValueError, match=r"backend must be one of \('auto', .*got 'denes'"),
         use_backend("denes"),
     ):
         pass
-    refused = pytest.raises(ValueError, match="backend 'sdpa' is for the dot product")
-    with use_backend("dense"), refused, use_backend("sdpa"):  # the innermost counts
-        attend(q, q, q, score, Mask())
-    with use_backend("dense"):
-        dense = attend(q, q, q, score, Mask())[0]
-    torch.testing.assert_close(attend(q, q, q, score, Mask())[0], dense)
-    torch.testing.assert_close(attend(q, q, q, score, Mask(), backend="dense")[0], dense, rtol=0, atol=0)

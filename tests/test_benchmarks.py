@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,17 @@ def test_peak_memory_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None
     assert row["model"] == "gravitational"
     assert row["tokens_per_second"] == pytest.approx(64 / row["step"]["seconds"])
     assert row["peak_bytes"] is None or 5e7 < row["peak_bytes"] < 5e9
+
+
+def test_the_making_of_listops_is_timed(tmp_path: Path) -> None:
+    """In a process of its own, which binds itself to one core."""
+    script = Path(training_step.__file__).with_name("listops_generation.py")
+    command = [sys.executable, str(script), "--expressions", "300", "--write"]
+    done = subprocess.run([*command, "--json", "found.json"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["expressions"] == 300 and found["tokens"] > 300 * 500
+    assert found["seconds"] > 0 and found["seconds_to_write"] > 0
 
 
 @pytest.mark.parametrize("mechanism", list(MECHANISMS))

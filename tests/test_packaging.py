@@ -1,6 +1,7 @@
 """What `pip install .` installs: the attention modules and their engine, and nothing with a common name."""
 
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -17,6 +18,7 @@ MODULES = (
     *("attention_kernels", "attention_module", "conventional_attention", "gravitational_attention"),
     *("gravitational_multi_timescale_attention", "multi_timescale_attention"),
 )
+ENGINE = [path for path in (ROOT / "attention_engine").iterdir() if path.is_file()]  # kernels' sources too
 
 
 def run(*command: object, cwd: Path) -> str:
@@ -27,12 +29,13 @@ def run(*command: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from what is tracked, in a copy, so that nothing is written beside the sources."""
+    """Built from a copy of all sources, so that nothing is written beside them."""
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    tracked = run("git", "ls-files", "*.py", "*.toml", "README.md", "attention_engine", cwd=ROOT).split("\n")
-    for name in filter(None, tracked):
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        (copy / name).write_bytes((ROOT / name).read_bytes())
+    scripts, packages = ROOT.glob("*.py"), ROOT.glob("*/*.py")
+    for source in (*scripts, *packages, *ENGINE, ROOT / "pyproject.toml", ROOT / "README.md"):
+        target = copy / source.relative_to(ROOT)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(source, target)
     build = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", out, ".")
     run(sys.executable, *build, cwd=copy)
     [found] = out.glob("*.whl")
@@ -44,7 +47,7 @@ def test_the_wheel_holds_the_modules_and_the_engine_and_needs_torch_alone(wheel:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         [metadata] = [name for name in archive.namelist() if name.endswith("METADATA")]
         needed = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist")
-    engine = {f"attention_engine/{path.name}" for path in (ROOT / "attention_engine").glob("*.py")}
+    engine = {path.relative_to(ROOT).as_posix() for path in ENGINE}
     assert names == {f"{module}.py" for module in MODULES} | engine
     assert needed == ["torch>=2.6"]
 

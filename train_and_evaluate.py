@@ -34,15 +34,7 @@ from command_line import check_settings, first_line, setting
 from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches, training_batches
 from results_folder import PATTERNS, SCHEMA_VERSION, WriteError, as_json, write_arrays, write_json_lines
 from training.attention_patterns import attention_patterns
-from training.checkpoints import (
-    BEST,
-    CheckpointError,
-    Note,
-    set_aside,
-    usable_checkpoints,
-    write_checkpoint,
-    write_weights,
-)
+from training.checkpoints import BEST, CheckpointError, resume, write_checkpoint, write_weights
 from training.device_memory import PeakMemory
 from training.model_cost import count_parameters, forward_flops
 from training.training_progress import DivergedError, Progress, StepMeter
@@ -407,20 +399,6 @@ def learned_scalars(model: TransformerClassifier) -> dict[str, dict[str, list[li
     return {layer: scalars for layer, scalars in found.items() if scalars}
 
 
-def start_or_resume(make_trainer: Callable[[], Trainer], folder: Path, note: Note) -> Trainer:
-    """A trainer at the start, or where the newest checkpoint that fits left off, which is noted."""
-    for path, state in usable_checkpoints(folder, note):
-        trainer = make_trainer()
-        try:
-            trainer.restore(state)
-        except CheckpointError as error:
-            set_aside(path, str(error), note)
-        else:
-            note(f"resumes after epoch {len(trainer.rows)}")
-            return trainer
-    return make_trainer()
-
-
 # One cell
 
 
@@ -449,7 +427,13 @@ def train_and_evaluate(
         model = TransformerClassifier(make_attention, task.vocab_size, task.num_classes, model_settings, seed)
         return Trainer(model, task, training, seed, device, progress, check, fingerprint)
 
-    trainer = start_or_resume(make_trainer, folder, progress.note)
+    def resumed_trainer(state: dict[str, Any]) -> Trainer:
+        trainer = make_trainer()
+        trainer.restore(state)
+        progress.note(f"resumes after epoch {len(trainer.rows)}")
+        return trainer
+
+    trainer = resume(folder, resumed_trainer, progress.note) or make_trainer()
     trainer.fit(folder)
     best, last = trainer.test()
     model = trainer.model  # with the best epoch's weights

@@ -1,8 +1,7 @@
 """Checkpoints that can be relied on: verified before they replace one, and two of them at any time.
 
     write_checkpoint(folder, state)
-    for path, state in usable_checkpoints(folder, note=print):    # the newest first
-        ...                                                       # or set_aside(path, why, print)
+    trainer = resume(folder, trainer_from, note=print)      # trainer_from(state), by the newest that fits
 
 `checkpoint_last.pt` is the newest; `checkpoint_previous.pt` the one before, which is replaced once the newest
 is verified. A checkpoint is a PyTorch archive of tensors and plain values, read with `weights_only=True`:
@@ -13,9 +12,9 @@ damages; `torch.load` reads such a file as any other.
 import contextlib
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +28,7 @@ SEAL = b"\nsha256:"
 SEAL_BYTES = len(SEAL) + 64
 
 Note = Callable[[str], None]
+Resumed = TypeVar("Resumed")
 
 
 class CheckpointError(ValueError):
@@ -88,20 +88,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def usable_checkpoints(folder: Path, note: Note) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The readable checkpoints of a folder, the newest first; others are set aside, which is noted."""
+def resume(folder: Path, take_up: Callable[[dict[str, Any]], Resumed], note: Note) -> Resumed | None:
+    """What `take_up` makes of the newest checkpoint that can be used; None where there is none.
+
+    A checkpoint that cannot be read, or that `take_up` refuses by CheckpointError, is renamed, so that it is
+    spoken of once, and that is noted."""
     for path in (folder / LAST, folder / PREVIOUS):
-        try:
-            state = read_checkpoint(path)
-        except FileNotFoundError:
-            continue
-        except CheckpointError as error:
-            set_aside(path, str(error), note)
-            continue
-        yield path, state
-
-
-def set_aside(path: Path, why: str, note: Note) -> None:
-    """Rename a checkpoint that cannot be used, so that it is spoken of once."""
-    path.replace(path.with_name(path.name + ASIDE))
-    note(one_line(f"{path} cannot be used and is set aside as {path.name}{ASIDE}: {why}"))
+        if path.exists():
+            try:
+                return take_up(read_checkpoint(path))
+            except CheckpointError as error:
+                aside = path.with_name(path.name + ASIDE)
+                path.replace(aside)
+                note(one_line(f"{path} cannot be used and is set aside as {aside.name}: {error}"))
+    return None

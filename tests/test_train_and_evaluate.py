@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,11 @@ def train_cell(
     folder: Path,
     attention: Callable[[], nn.Module] = CONVENTIONAL,
     training: TrainingSettings = TRAINING,
-    seed: int = 0,
     task: TaskData | None = None,
 ) -> dict[str, Any]:
     """Run a cell that must succeed; its result."""
     folder.mkdir(exist_ok=True)
-    return train_and_evaluate(attention, task or make_task(), SETTINGS, training, seed, folder, CPU)
+    return train_and_evaluate(attention, task or make_task(), SETTINGS, training, 0, folder, CPU)
 
 
 def scripted_validation(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
@@ -100,19 +100,16 @@ class TroubledAttention(SilentAttention):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_all_models_start_from_the_same_weights_outside_attention(name: str) -> None:
+def test_all_models_start_from_the_same_weights_outside_attention_and_equal_shaped_first_draws_in_it(
+    name: str,
+) -> None:
     one = make_classifier().state_dict()
-    other = make_classifier(attention_of(name, SETTINGS)).state_dict()
+    other = make_classifier(attention_of(name)).state_dict()
     shared = [key for key in one if ".attention." not in key]
     assert len(shared) == 21
     assert shared == [key for key in other if ".attention." not in key]
-    assert all(torch.equal(one[key], other[key]) for key in shared)
-
-
-def test_equal_shaped_first_draws_of_two_mechanisms_are_equal() -> None:
-    one = make_classifier().state_dict()
-    other = make_classifier(attention_of("gravitational", SETTINGS)).state_dict()
-    assert all(torch.equal(one[key], other[key]) for key in one if "in_proj" in key)
+    first_draws = [key for key in other if "in_proj_weight" in key and other[key].shape == one[key].shape]
+    assert all(torch.equal(one[key], other[key]) for key in (*shared, *first_draws))
 
 
 def test_layers_and_seeds_start_from_different_weights() -> None:
@@ -159,7 +156,7 @@ def test_models_of_a_seed_see_the_same_batches_and_the_same_dropout(tmp_path: Pa
 
 @pytest.mark.parametrize("name", MODELS)
 def test_neither_the_amount_nor_the_content_of_padding_changes_the_logits(name: str) -> None:
-    model = make_classifier(attention_of(name, SETTINGS))
+    model = make_classifier(attention_of(name))
     tokens = torch.randint(1, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([7, 4, 1])
     with torch.no_grad():
@@ -302,19 +299,16 @@ def test_two_runs_of_a_seed_are_equal_to_the_bit_and_another_seed_differs(tmp_pa
 
 
 def test_metrics_and_result_hold_what_a_reader_needs(tmp_path: Path) -> None:
-    result = train_cell(tmp_path, attention_of("gravitational_multi_timescale", SETTINGS))
+    attention = attention_of("gravitational_multi_timescale")
+    result = train_cell(tmp_path, attention)
     rows = metrics_of(tmp_path)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert all(row["train_seconds"] > 0 and row["tokens_per_second"] > 0 for row in rows)
     assert np.shape(rows[0]["learned"]["layer1"]["gamma"]) == (3, 2)
     assert np.shape(rows[0]["learned"]["layer0"]["gravity"]) == (3, 2)
     assert result["seconds_per_epoch"] == pytest.approx(np.mean([row["train_seconds"] for row in rows]))
-    model = make_classifier(attention_of("gravitational_multi_timescale", SETTINGS))
-    attention = sum(p.numel() for layer in model.attentions for p in layer.parameters())
-    assert (result["parameters"], result["attention_parameters"]) == (
-        sum(p.numel() for p in model.parameters()),
-        attention,
-    )
+    assert result["parameters"] == sum(p.numel() for p in make_classifier(attention).parameters())
+    assert result["attention_parameters"] == 2 * sum(p.numel() for p in attention().parameters())
     assert result["memory_kind"] == "resident set" or result["memory_reason"]
 
 
@@ -338,8 +332,7 @@ def test_padding_to_the_longest_of_the_task_gives_the_same_results() -> None:
 
 
 def test_bf16_training_runs_on_the_cpu_when_asked_for(tmp_path: Path) -> None:
-    training = TrainingSettings(batch_size=8, max_epochs=1, precision="bf16")
-    assert train_cell(tmp_path, training=training)["precision"] == "bf16"
+    assert train_cell(tmp_path, training=replace(TRAINING, precision="bf16"))["precision"] == "bf16"
 
 
 # Failures

@@ -9,22 +9,21 @@ batch_first=True)`; nothing here knows which it is. With one seed all models hav
 outside attention, and see the same batches in the same order and the same dropout stream. Every random
 number comes from (seed, purpose, epoch), so an epoch can be repeated from the weights before it.
 
-Selection is on validation accuracy; the test split is read once, when training has ended. Losses and
-accuracies are sums over examples, divided once. Training resumes from the folder's last checkpoint, which is
-written after each epoch: on the CPU to the same bits as without the interruption.
+Selection is on validation accuracy; the test split is read when training has ended, and never before.
+Losses and accuracies are sums over examples, divided once. Training resumes from the folder's last
+checkpoint, written after each epoch: on the CPU to the same bits as without the interruption.
 
 Symbols: see attention_module.py; C num_classes.
 """
 
 import contextlib
-import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,17 +34,8 @@ from command_line import check_settings, first_line, setting
 from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches, training_batches
 from results_folder import PATTERNS, SCHEMA_VERSION, WriteError, as_json, write_arrays, write_json_lines
 from training.attention_patterns import attention_patterns
-from training.checkpoints import (
-    BEST,
-    CheckpointError,
-    Note,
-    set_aside,
-    usable_checkpoints,
-    write_checkpoint,
-    write_weights,
-)
+from training.checkpoints import BEST, CheckpointError, resume, write_checkpoint, write_weights
 from training.device_memory import PeakMemory
-from training.evaluation import Evaluation, Model, evaluate
 from training.model_cost import count_parameters, forward_flops
 from training.training_progress import DivergedError, Progress, StepMeter
 
@@ -212,11 +202,24 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16"
 
 
+def loss_and_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits (N, C) and labels (N,): the summed cross-entropy, and how many answers are right."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum"), (logits.argmax(-1) == labels).sum()
+
+
+class Evaluation(NamedTuple):
+    """Mean loss and accuracy over the examples of a split."""
+
+    loss: float
+    accuracy: float
+
+
 class Trainer:
     """A model in training on a task: its optimizer, its batches and what is kept of its epochs.
 
     check: called after each step and each batch of an evaluation; what it raises ends training there, and
         the epoch is lost.
+    fingerprint: what a checkpoint must agree in to be resumed from.
     """
 
     def __init__(
@@ -228,9 +231,11 @@ class Trainer:
         device: torch.device,
         progress: Progress,
         check: Callable[[], None] = lambda: None,
+        fingerprint: str = "",
     ) -> None:
+        self.started, self.memory = time.perf_counter(), PeakMemory(device)
         self.model, self.task, self.settings, self.seed = model.to(device), task, settings, seed
-        self.device, self.progress, self.check = device, progress, check
+        self.device, self.progress, self.check, self.fingerprint = device, progress, check, fingerprint
         self.forward = torch.compile(model, dynamic=True) if settings.compile else model
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -239,104 +244,105 @@ class Trainer:
             weight_decay=settings.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
-        # What a checkpoint must agree in to be resumed from.
-        self.fingerprint = as_json({"seed": seed, "task": task.name, "training": asdict(settings)})
         self.bf16 = use_bf16(settings.precision, device)
         splits = (task.train, task.val, task.test)
         longest = max(int(np.max(split.lengths, initial=1)) for split in splits)
         self.pad_to: Any = longest if settings.pad_to == "max" else "longest"
-        self.rows: list[dict[str, Any]] = []
-        self.best_epoch, self.best_val_accuracy = 0, -1.0
-        self.best_weights: dict[str, Tensor] = {}
-        self.streak = (0, "")  # see StepMeter
         self.warm = False
-        self.earlier_seconds, self.started = 0.0, time.perf_counter()
-        self.earlier_peak = 0
+        self.rows: list[dict[str, Any]] = []
+        self.best_weights: dict[str, Tensor] = {}
+        self.earlier_seconds, self.earlier_peak = 0.0, 0  # of processes before this one
 
-    def fit(self, folder: Path, memory: PeakMemory) -> None:
+    def step(self, batch: Batch) -> Tensor:
+        """One optimizer step. Of the batch, on the device: (summed loss, right answers)."""
+        self.optimizer.zero_grad()
+        with self.autocast():
+            logits = self.forward(batch.tokens, batch.key_padding_mask)
+        loss, correct = loss_and_correct(logits, batch.labels)
+        (loss / len(batch.labels)).backward()
+        nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_clip)
+        self.optimizer.step()
+        return torch.stack([loss.detach(), correct])
+
+    def train_epoch(self, epoch: int) -> dict[str, Any]:
+        """Train on every example once. Returns what metrics.jsonl says of it."""
+        train, batch_size = self.task.train, self.settings.batch_size
+        order = {"seed": self.seed, "epoch": epoch, "pad_to": self.pad_to, "device": self.device}
+        batches = training_batches(train, batch_size, **order)
+        self.model.train()
+        self.progress.epoch_started(epoch, math.ceil(len(train) / batch_size))
+        meter = StepMeter(epoch, int(train.lengths.sum()), self.progress, self.settings.divergence_steps)
+        with random_stream(self.device, self.seed, "dropout", epoch):
+            for batch in self._checked(batches):
+                meter.add(self.step(batch), len(batch.labels))
+                if not self.warm:  # a process's first step compiles, allocates and tunes
+                    meter.start_clock(without=batch)
+                    self.warm = True
+            return meter.row()
+
+    @torch.no_grad()
+    def evaluate(self, model: Callable[[Tensor, Tensor], Tensor], split: TokenDataset) -> Evaluation:
+        """Evaluate `self.model`, or `self.forward`, which may be compiled; sums are over examples."""
+        self.model.eval()
+        batches = evaluation_batches(split, self.settings.batch_size, pad_to=self.pad_to, device=self.device)
+        sums = []
+        with random_stream(self.device, self.seed, "evaluation", len(self.rows)):
+            for batch in self._checked(batches):
+                with self.autocast():
+                    logits = model(batch.tokens, batch.key_padding_mask)
+                sums.append(torch.stack(loss_and_correct(logits, batch.labels)))
+        loss, correct = torch.stack(sums).cpu().double().sum(0).tolist()
+        return Evaluation(loss / len(split), correct / len(split))
+
+    def validate(self, epoch: int) -> dict[str, Any]:
+        started = time.perf_counter()
+        validation = self.evaluate(self.forward, self.task.val)
+        if not math.isfinite(validation.loss):
+            raise DivergedError(f"the validation loss is {validation.loss} after epoch {epoch}")
+        seconds = time.perf_counter() - started
+        return {"val_loss": validation.loss, "val_accuracy": validation.accuracy, "eval_seconds": seconds}
+
+    def fit(self, folder: Path) -> None:
         """Train until the epochs or the patience are used up; after each epoch the folder is complete."""
         if self.rows:
             write_json_lines(folder / "metrics.jsonl", as_json(self.rows))
         while not self.finished:
             epoch = len(self.rows) + 1
             row = {"epoch": epoch, **self.train_epoch(epoch), **self.validate(epoch)}
-            row |= {"learning_rate": self.settings.learning_rate, "peak_memory_bytes": self.peak(memory)}
-            row["learned"] = self.learned_scalars()
-            self.rows.append(row)
-            improved = row["val_accuracy"] > self.best_val_accuracy
+            row |= {"learning_rate": self.settings.learning_rate, "peak_memory_bytes": self.peak_memory}
+            self.rows.append(row | {"learned": learned_scalars(self.model)})
+            improved = self.best_epoch == epoch
             if improved:
-                self.best_epoch, self.best_val_accuracy = epoch, row["val_accuracy"]
                 weights = self.model.state_dict()
                 self.best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
             # The last checkpoint comes last: whoever reads it finds all that led to it.
             write_json_lines(folder / "metrics.jsonl", as_json(self.rows))
             if improved:
-                write_weights(folder / BEST, self.best_state())
-            write_checkpoint(folder, self.state(memory))
-            self.progress.epoch_ended(row)
+                best = {"epoch": epoch, "val_accuracy": row["val_accuracy"], "model": self.best_weights}
+                write_weights(folder / BEST, best)
+            write_checkpoint(folder, self.state())
+            self.progress.epoch_ended(self.rows[-1])
+
+    @property
+    def best_epoch(self) -> int:
+        """The first of those with the highest validation accuracy; 0 before the first."""
+        return int(np.argmax([row["val_accuracy"] for row in self.rows])) + 1 if self.rows else 0
 
     @property
     def finished(self) -> bool:
         epochs = len(self.rows)
-        tired = epochs > 0 and epochs - self.best_epoch >= self.settings.patience
-        return epochs >= self.settings.max_epochs or tired
+        return epochs >= self.settings.max_epochs or epochs - self.best_epoch >= self.settings.patience
 
-    def train_epoch(self, epoch: int) -> dict[str, Any]:
-        """Train on every example once. Timing leaves out the first step of a process, which warms up."""
-        self.model.train()
-        train, batch_size = self.task.train, self.settings.batch_size
-        self.progress.epoch_started(epoch, math.ceil(len(train) / batch_size))
-        meter = StepMeter(epoch, self.progress, self.settings.divergence_steps, self.streak)
-        timed_tokens = int(train.lengths.sum())
-        order = {"seed": self.seed, "epoch": epoch, "pad_to": self.pad_to, "device": self.device}
-        with random_stream(self.device, self.seed, "dropout", epoch):
-            started = time.perf_counter()
-            for batch in training_batches(train, batch_size, **order):
-                meter.add(self.step(batch), len(batch.labels))
-                if not self.warm:
-                    timed_tokens -= int((~batch.key_padding_mask).sum())
-                    self.synchronize()
-                    self.warm, started = True, time.perf_counter()
-                self.check()
-            self.synchronize()
-            seconds = time.perf_counter() - started
-        loss, accuracy = meter.means()
-        self.streak = meter.streak
-        return {
-            "train_loss": loss,
-            "train_accuracy": accuracy,
-            "train_seconds": seconds if timed_tokens else None,
-            "train_tokens": int(train.lengths.sum()),
-            "train_examples": len(train),
-            "tokens_per_second": timed_tokens / seconds if timed_tokens else None,
-        }
-
-    def step(self, batch: Batch) -> Tensor:
-        """One optimizer step. Of the batch, on the device: (summed loss, correct answers)."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
-            logits = self.forward(batch.tokens, batch.key_padding_mask)
-        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
-        (loss / len(batch.labels)).backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_clip)
-        self.optimizer.step()
-        return torch.stack([loss.detach(), (logits.argmax(-1) == batch.labels).sum()])
-
-    def validate(self, epoch: int) -> dict[str, Any]:
-        started = time.perf_counter()
-        [validation] = self.evaluate([self.forward], self.task.val)
-        if not math.isfinite(validation.loss):
-            raise DivergedError(f"the validation loss is {validation.loss} after epoch {epoch}")
-        seconds = time.perf_counter() - started
-        return {"val_loss": validation.loss, "val_accuracy": validation.accuracy, "eval_seconds": seconds}
-
-    def evaluate(self, models: Sequence[Model], split: TokenDataset) -> list[Evaluation]:
-        self.model.eval()
-        batches = evaluation_batches(split, self.settings.batch_size, pad_to=self.pad_to, device=self.device)
-        with random_stream(self.device, self.seed, "evaluation", len(self.rows)):
-            return evaluate(models, self._checked(batches), self.autocast)
+    def test(self) -> tuple[Evaluation, Evaluation]:
+        """Of the best epoch's weights, which the model is left with, and of the last epoch's."""
+        best = last = self.evaluate(self.model, self.task.test)
+        if self.best_epoch < len(self.rows):
+            self.model.load_state_dict(self.best_weights)
+            best = self.evaluate(self.model, self.task.test)
+        return best, last
 
     def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with a check when the work on each is done."""
         for batch in batches:
             yield batch
             self.check()
@@ -344,43 +350,29 @@ class Trainer:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def learned_scalars(self) -> dict[str, dict[str, list[list[float]]]]:
-        """What the mechanism shows of itself, by layer: each (T, H)."""
-        found = {}
-        for index, attention in enumerate(self.model.attentions):
-            scalars: dict[str, Tensor] = getattr(attention, "learned_scalars", dict)()
-            found[f"layer{index}"] = {name: value.tolist() for name, value in scalars.items()}
-        return {layer: scalars for layer, scalars in found.items() if scalars}
-
-    def peak(self, memory: PeakMemory) -> int | None:
-        """The peak memory of the cell, whose earlier processes are remembered."""
-        found = memory.read()
+    @property
+    def peak_memory(self) -> int | None:
+        """Bytes, the peak of all the cell's processes; None where it cannot be measured."""
+        found = self.memory.read()
         return None if found is None else max(found, self.earlier_peak)
 
-    # Its checkpoints
+    @property
+    def seconds(self) -> float:
+        """Wall time, that of earlier processes up to their last checkpoint included."""
+        return self.earlier_seconds + time.perf_counter() - self.started
 
-    def state(self, memory: PeakMemory) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """All that the next epoch needs: a checkpoint's content."""
         return {
             "fingerprint": self.fingerprint,
             "epoch": len(self.rows),
             "rows": as_json(self.rows),
-            "best_epoch": self.best_epoch,
-            "best_val_accuracy": self.best_val_accuracy,
             "best_model": self.best_weights,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "streak": self.streak,
-            "seconds": self.earlier_seconds + time.perf_counter() - self.started,
-            "peak": self.peak(memory) or 0,
+            "seconds": self.seconds,
+            "peak": self.peak_memory or 0,
         }
-
-    def best_state(self) -> dict[str, Any]:
-        return {"epoch": self.best_epoch, "val_accuracy": self.best_val_accuracy, "model": self.best_weights}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a checkpoint's state. Raises CheckpointError, and may be left half changed, where it is of
@@ -391,41 +383,23 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.rows, self.best_weights = state["rows"], state["best_model"]
-            self.best_epoch, self.best_val_accuracy = state["best_epoch"], state["best_val_accuracy"]
-            self.streak = tuple(state["streak"])
             self.earlier_seconds, self.earlier_peak = state["seconds"], state["peak"]
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            raise CheckpointError(f"it does not fit the model ({first})") from error
-
-    def best_model(self) -> TransformerClassifier:
-        """The model with the best epoch's weights, in eval mode: this one, or a copy."""
-        self.model.eval()  # a process that found the training finished has not evaluated yet
-        if self.best_epoch == len(self.rows):
-            return self.model
-        model = copy.deepcopy(self.model)
-        model.load_state_dict(self.best_weights)
-        return model
+            raise CheckpointError(f"it does not fit the model ({first_line(error)})") from error
 
 
-def start_or_resume(make_trainer: Callable[[], Trainer], folder: Path, note: Note) -> Trainer:
-    """A trainer at the start, or where the newest checkpoint that fits left off, which is noted."""
-    trainer, tried = make_trainer(), False
-    for path, state in usable_checkpoints(folder, note):
-        tried = True
-        try:
-            trainer.restore(state)
-        except CheckpointError as error:
-            set_aside(path, str(error), note)
-            trainer = make_trainer()
-            continue
-        note(f"resumes after epoch {len(trainer.rows)}")
-        return trainer
-    if tried:
-        note("starts over: no checkpoint can be used")
-    return trainer
+def learned_scalars(model: TransformerClassifier) -> dict[str, dict[str, list[list[float]]]]:
+    """What the mechanism shows of itself, by layer: each (T, H)."""
+    found = {}
+    for index, attention in enumerate(model.attentions):
+        scalars: dict[str, Tensor] = getattr(attention, "learned_scalars", dict)()
+        found[f"layer{index}"] = {name: value.tolist() for name, value in scalars.items()}
+    return {layer: scalars for layer, scalars in found.items() if scalars}
+
+
+# One cell
 
 
 def train_and_evaluate(
@@ -439,38 +413,40 @@ def train_and_evaluate(
     progress: Progress | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Train one model on one task with one seed, then read the test split, once. Returns result.json.
+    """Train one model on one task with one seed, then test it. Returns result.json.
 
     Writes metrics.jsonl and the checkpoints after each epoch, attention_patterns.npz at the end. Raises
     DivergedError where losses are not finite, and what `check` raises, which is called after each step.
     """
     progress = progress or Progress()
-    memory = PeakMemory(device)
+    # With the mechanism's own settings, if a partial holds them: they need leave no trace in the weights.
+    own = getattr(make_attention, "keywords", {})
+    fingerprint = repr([seed, task.name, asdict(training), asdict(model_settings), own])
 
     def make_trainer() -> Trainer:
-        sizes = task.vocab_size, task.num_classes
-        model = TransformerClassifier(make_attention, *sizes, model_settings, seed)
-        trainer = Trainer(model, task, training, seed, device, progress, check)
-        trainer.fingerprint["model"] = as_json(asdict(model_settings))
+        model = TransformerClassifier(make_attention, task.vocab_size, task.num_classes, model_settings, seed)
+        return Trainer(model, task, training, seed, device, progress, check, fingerprint)
+
+    def resumed_trainer(state: dict[str, Any]) -> Trainer:
+        trainer = make_trainer()
+        trainer.restore(state)
+        progress.note(f"resumes after epoch {len(trainer.rows)}")
         return trainer
 
-    trainer = start_or_resume(make_trainer, folder, progress.note)
-    trainer.fit(folder, memory)
-
-    best = trainer.best_model()
-    evaluations = trainer.evaluate([best, trainer.model] if best is not trainer.model else [best], task.test)
-    check()
-    result = summary(trainer, evaluations[0], evaluations[-1])
-    result |= {"memory_kind": memory.kind, "memory_reason": memory.reason}
+    trainer = resume(folder, resumed_trainer, progress.note) or make_trainer()
+    trainer.fit(folder)
+    best, last = trainer.test()
+    model = trainer.model  # with the best epoch's weights
 
     def patterns() -> str:
-        write_arrays(folder / PATTERNS, attention_patterns(best, best.attentions, task, seed, device))
+        write_arrays(folder / PATTERNS, attention_patterns(model, model.attentions, task, seed, device))
         return PATTERNS
 
+    result = summary(trainer, best, last)
     # A trained cell is not lost to what comes after training: a user's model may not be countable or shown.
-    result |= _if_possible("forward_flops", lambda: forward_flops(best, best.attentions, task.test.lengths))
+    result |= _if_possible("forward_flops", lambda: forward_flops(model, model.attentions, task.test.lengths))
     result |= _if_possible("attention_patterns", patterns)
-    return result | {"wall_seconds": trainer.earlier_seconds + time.perf_counter() - trainer.started}
+    return result | {"wall_seconds": trainer.seconds}
 
 
 def _if_possible(name: str, make: Callable[[], Any]) -> dict[str, Any]:
@@ -488,11 +464,6 @@ def summary(trainer: Trainer, best: Evaluation, last: Evaluation) -> dict[str, A
     rows, model = trainer.rows, trainer.model
     seconds = [row["train_seconds"] for row in rows if row["train_seconds"] is not None]
     rates = [row["tokens_per_second"] for row in rows if row["tokens_per_second"] is not None]
-    attention_parameters = {
-        id(parameter): parameter.numel()
-        for attention in model.attentions
-        for parameter in attention.parameters()
-    }
     return {
         "schema_version": SCHEMA_VERSION,
         "test_accuracy_best": best.accuracy,
@@ -500,13 +471,15 @@ def summary(trainer: Trainer, best: Evaluation, last: Evaluation) -> dict[str, A
         "test_loss_best": best.loss,
         "test_loss_last": last.loss,
         "best_epoch": trainer.best_epoch,
-        "best_val_accuracy": trainer.best_val_accuracy,
+        "best_val_accuracy": rows[trainer.best_epoch - 1]["val_accuracy"],
         "epochs_run": len(rows),
         "stopped_early": len(rows) < trainer.settings.max_epochs,
         "seconds_per_epoch": float(np.mean(seconds)) if seconds else None,
         "tokens_per_second": float(np.mean(rates)) if rates else None,
         "peak_memory_bytes": rows[-1]["peak_memory_bytes"],
+        "memory_kind": trainer.memory.kind,
+        "memory_reason": trainer.memory.reason,
         "parameters": count_parameters(model),
-        "attention_parameters": sum(attention_parameters.values()),
+        "attention_parameters": count_parameters(nn.ModuleList(model.attentions)),
         "precision": "bf16" if trainer.bf16 else "fp32",
     }

@@ -95,17 +95,15 @@ def estimate_time(model: Model, task: TaskData, settings: ModelSettings, plan: R
     def train(part: TokenDataset) -> None:
         encoder.train()
         [batch] = evaluation_batches(part, len(part), pad_to=trainer.pad_to, device=trainer.device)
-        trainer.step(batch)
+        trainer.step(batch).tolist()  # waits for the device
 
     def evaluate(part: TokenDataset) -> None:
-        trainer.evaluate([trainer.forward], part)
+        trainer.evaluate(trainer.forward, part)
 
     def seconds(act: Callable[[TokenDataset], None]) -> float:
-        trainer.synchronize()
         started = time.perf_counter()
         for part in parts:
             act(part)
-        trainer.synchronize()
         return (time.perf_counter() - started) / len(parts)
 
     def steps(split: TokenDataset) -> int:

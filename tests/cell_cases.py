@@ -64,11 +64,12 @@ def run_tiny(
     folder: Path,
     attention: Callable[[], nn.Module] = CONVENTIONAL,
     training: TrainingSettings = TRAINING,
+    seed: int = 0,
     **options: Any,
 ) -> tuple[str, str]:
     """Train a cell of `make_task` in the folder; its state and the reason."""
     folder.mkdir(exist_ok=True)
-    arguments = attention, make_task(), SETTINGS, training, 0, folder, CPU
+    arguments = attention, make_task(), SETTINGS, training, seed, folder, CPU
     return noted(folder, lambda: train_and_evaluate(*arguments, **options))
 
 

@@ -6,20 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cell_cases import attention_of
+from cell_cases import CPU, SETTINGS, attention_of
 from torch import Tensor, nn
 
 from data_pipeline import TaskData, TokenDataset
-from train_and_evaluate import ModelSettings, TransformerClassifier
+from train_and_evaluate import TransformerClassifier
 from training.attention_patterns import (
     DISTANCE_EDGES,
     NoAttentionMapsError,
     attention_patterns,
     choose_examples,
 )
-
-SETTINGS = ModelSettings(embed_dim=8, num_heads=2, num_layers=2, feed_forward_dim=12)
-CPU = torch.device("cpu")
 
 
 def make_task(lengths: list[int]) -> TaskData:
@@ -52,7 +49,7 @@ class SecretiveAttention(nn.Module):
 
 
 def test_maps_are_weights_over_true_tokens_and_zero_elsewhere() -> None:
-    patterns = extract(attention_of("gravitational_multi_timescale", SETTINGS), [7, 3, 5, 1])
+    patterns = extract(attention_of("gravitational_multi_timescale"), [7, 3, 5, 1])
     assert patterns["maps"].shape == (2, 4, 3, 2, 7, 7)
     assert patterns["maps"].dtype == np.float16
     for example, length in enumerate(patterns["lengths"]):
@@ -63,14 +60,13 @@ def test_maps_are_weights_over_true_tokens_and_zero_elsewhere() -> None:
 
 
 def test_masses_are_there_where_the_mechanism_has_them() -> None:
-    patterns = extract(attention_of("gravitational", SETTINGS), [7, 3, 5, 2])
+    patterns = extract(attention_of("gravitational"), [7, 3, 5, 2])
     for name in ("key_mass", "query_mass"):
         assert patterns[name].shape == (2, 4, 1, 2, 7)
         assert (patterns[name][:, 1, :, :, :3] > 0).all()
         assert not patterns[name][:, 1, :, :, 3:].any()
-    assert "key_mass" not in extract(attention_of("conventional", SETTINGS), [7, 3, 5, 2])
-    force = attention_of("gravitational,normalization=force", SETTINGS)
-    assert "query_mass" not in extract(force, [7, 3, 5, 2])
+    assert "key_mass" not in extract(attention_of("conventional"), [7, 3, 5, 2])
+    assert "query_mass" not in extract(attention_of("gravitational,normalization=force"), [7, 3, 5, 2])
 
 
 def test_a_module_with_the_interface_of_pytorch_has_one_timescale() -> None:

@@ -1,9 +1,9 @@
 """The encoder and one cell's training: fair, repeatable, exact in its sums, honest about failures."""
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from cell_cases import (
     TRAINING,
     VOCABULARY,
     attention_of,
-    make_split,
     make_task,
     metrics_of,
+    outcome,
     run_tiny,
+    state_of,
 )
 from torch import Tensor, nn
 
@@ -39,8 +40,8 @@ from train_and_evaluate import (
     train_and_evaluate,
 )
 from training import training_progress
-from training.evaluation import evaluate
-from training.training_progress import Progress
+from training.checkpoints import LAST, read_checkpoint
+from training.training_progress import DivergedError, Progress, StepMeter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,18 +57,18 @@ def train_cell(
     folder: Path,
     attention: Callable[[], nn.Module] = CONVENTIONAL,
     training: TrainingSettings = TRAINING,
-    seed: int = 0,
     task: TaskData | None = None,
 ) -> dict[str, Any]:
     """Run a cell that must succeed; its result."""
     folder.mkdir(exist_ok=True)
-    return train_and_evaluate(attention, task or make_task(), SETTINGS, training, seed, folder, CPU)
+    return train_and_evaluate(attention, task or make_task(), SETTINGS, training, 0, folder, CPU)
 
 
 def scripted_validation(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
+    original = Trainer.validate
+
     def validate(trainer: Trainer, epoch: int) -> dict[str, Any]:
-        trainer.model.eval()
-        return {"val_loss": 1.0, "val_accuracy": accuracies[epoch - 1], "eval_seconds": 0.0}
+        return original(trainer, epoch) | {"val_accuracy": accuracies[epoch - 1]}
 
     monkeypatch.setattr(Trainer, "validate", validate)
 
@@ -99,19 +100,16 @@ class TroubledAttention(SilentAttention):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_all_models_start_from_the_same_weights_outside_attention(name: str) -> None:
+def test_all_models_start_from_the_same_weights_outside_attention_and_equal_shaped_first_draws_in_it(
+    name: str,
+) -> None:
     one = make_classifier().state_dict()
-    other = make_classifier(attention_of(name, SETTINGS)).state_dict()
+    other = make_classifier(attention_of(name)).state_dict()
     shared = [key for key in one if ".attention." not in key]
     assert len(shared) == 21
     assert shared == [key for key in other if ".attention." not in key]
-    assert all(torch.equal(one[key], other[key]) for key in shared)
-
-
-def test_equal_shaped_first_draws_of_two_mechanisms_are_equal() -> None:
-    one = make_classifier().state_dict()
-    other = make_classifier(attention_of("gravitational", SETTINGS)).state_dict()
-    assert all(torch.equal(one[key], other[key]) for key in one if "in_proj" in key)
+    first_draws = [key for key in other if "in_proj_weight" in key and other[key].shape == one[key].shape]
+    assert all(torch.equal(one[key], other[key]) for key in (*shared, *first_draws))
 
 
 def test_layers_and_seeds_start_from_different_weights() -> None:
@@ -124,14 +122,6 @@ def test_layers_and_seeds_start_from_different_weights() -> None:
     assert not torch.equal(model.embedding.weight, again.embedding.weight)
 
 
-def test_building_a_model_leaves_the_callers_random_numbers_alone() -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    make_classifier()
-    assert torch.equal(torch.rand(3), expected)
-
-
 def test_a_random_stream_depends_on_its_purpose_alone() -> None:
     def draw(*purpose: object) -> Tensor:
         with random_stream(CPU, *purpose):
@@ -140,6 +130,17 @@ def test_a_random_stream_depends_on_its_purpose_alone() -> None:
     assert torch.equal(draw(0, "dropout", 1), draw(0, "dropout", 1))
     assert not torch.equal(draw(0, "dropout", 1), draw(0, "dropout", 2))
     assert not torch.equal(draw(0, "dropout", 1), draw(1, "dropout", 1))
+
+
+def test_the_callers_random_numbers_are_left_alone_also_after_an_error() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    make_classifier()
+    with contextlib.suppress(KeyError), random_stream(CPU, "dropout"):
+        torch.rand(7)
+        raise KeyError
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_models_of_a_seed_see_the_same_batches_and_the_same_dropout(tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_models_of_a_seed_see_the_same_batches_and_the_same_dropout(tmp_path: Pa
 
 @pytest.mark.parametrize("name", MODELS)
 def test_neither_the_amount_nor_the_content_of_padding_changes_the_logits(name: str) -> None:
-    model = make_classifier(attention_of(name, SETTINGS))
+    model = make_classifier(attention_of(name))
     tokens = torch.randint(1, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([7, 4, 1])
     with torch.no_grad():
@@ -196,39 +197,37 @@ def test_logits_are_float32_under_bf16_autocast() -> None:
 # Sums and selection
 
 
+def trainer_of(
+    model: TransformerClassifier | None = None, training: TrainingSettings = TRAINING, **options: Any
+) -> Trainer:
+    return Trainer(model or make_classifier(), make_task(), training, 0, CPU, Progress(), **options)
+
+
 def test_an_evaluation_is_the_mean_over_examples_with_a_ragged_last_batch() -> None:
-    split = make_split(23, 3)
-    model = make_classifier()
-    [found] = evaluate([model], evaluation_batches(split, 8))
-    logits = torch.cat(
-        [
-            model(
-                torch.from_numpy(split.example(i).astype(np.int64))[None],
-                torch.zeros(1, int(n), dtype=torch.bool),
-            )
-            for i, n in enumerate(split.lengths)
-        ]
-    )
+    trainer = trainer_of()
+    split = trainer.task.test
+    found = trainer.evaluate(trainer.model, split)
+    padding = [torch.zeros(1, int(length), dtype=torch.bool) for length in split.lengths]
+    tokens = [torch.from_numpy(split.example(i).astype(np.int64))[None] for i in range(len(split))]
+    logits = torch.cat([trainer.model(*example) for example in zip(tokens, padding, strict=True)])
     labels = torch.from_numpy(split.labels)
     assert found.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert found.accuracy == (logits.argmax(-1) == labels).double().mean().item()
 
 
 def test_a_training_epoch_counts_each_example_once_with_a_ragged_last_batch() -> None:
-    task = make_task()
-    still = TrainingSettings(batch_size=8, learning_rate=1e-30, max_epochs=1)
-    trainer = Trainer(make_classifier(dropout=0.0), task, still, 0, CPU, Progress())
+    still = TrainingSettings(batch_size=8, learning_rate=1e-30)
+    trainer = trainer_of(make_classifier(dropout=0.0), still)
     row = trainer.train_epoch(1)
-    [expected] = trainer.evaluate([trainer.model], task.train)
+    expected = trainer.evaluate(trainer.model, trainer.task.train)
     assert row["train_loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert row["train_accuracy"] == pytest.approx(expected.accuracy, abs=1e-12)
-    assert (row["train_examples"], row["train_tokens"]) == (37, int(task.train.lengths.sum()))
+    assert (row["train_examples"], row["train_tokens"]) == (37, int(trainer.task.train.lengths.sum()))
 
 
 def test_reading_the_losses_more_often_changes_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     def epoch() -> tuple[float, float]:
-        trainer = Trainer(make_classifier(), make_task(), TRAINING, 0, CPU, Progress())
-        row = trainer.train_epoch(1)
+        row = trainer_of().train_epoch(1)
         return row["train_loss"], row["train_accuracy"]
 
     seldom = epoch()
@@ -236,8 +235,9 @@ def test_reading_the_losses_more_often_changes_no_sum(monkeypatch: pytest.Monkey
     assert epoch() == seldom
 
 
-def test_the_test_split_is_read_once_and_after_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("accuracies", "tested"), [([0.5, 0.3, 0.2], 6), ([0.2, 0.3, 0.5], 3)])
+def test_the_test_split_is_read_after_training_once_for_the_best_and_once_for_the_last_weights(
+    accuracies: list[float], tested: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = make_task()
     read: list[str] = []
@@ -248,16 +248,9 @@ def test_the_test_split_is_read_once_and_after_training(
             yield batch
 
     monkeypatch.setattr(trainer_module, "evaluation_batches", spy)
-    scripted = [0.5, 0.3, 0.2]
-    original = Trainer.validate
-
-    def validate(trainer: Trainer, epoch: int) -> dict[str, Any]:
-        return original(trainer, epoch) | {"val_accuracy": scripted[epoch - 1]}
-
-    monkeypatch.setattr(Trainer, "validate", validate)
-    result = train_cell(tmp_path, task=task)
-    assert result["best_epoch"] == 1  # so that two sets of weights were tested
-    assert read == ["val"] * 3 * 3 + ["test"] * 3
+    scripted_validation(monkeypatch, accuracies)
+    assert train_cell(tmp_path, task=task)["best_epoch"] == 1 + np.argmax(accuracies)
+    assert read == ["val"] * 3 * 3 + ["test"] * tested
 
 
 def test_the_best_validation_epoch_is_selected_and_the_last_is_recorded_beside_it(
@@ -273,7 +266,7 @@ def test_the_best_validation_epoch_is_selected_and_the_last_is_recorded_beside_i
         assert saved["epoch"] == epoch
         model = make_classifier()
         model.load_state_dict(saved["model"])
-        [expected] = evaluate([model], evaluation_batches(task.test, 8))
+        expected = trainer_of(model).evaluate(model, task.test)
         assert result[f"test_loss_{which}"] == pytest.approx(expected.loss, rel=1e-6)
         assert result[f"test_accuracy_{which}"] == expected.accuracy
 
@@ -293,52 +286,29 @@ def test_training_stops_after_patience_epochs_without_a_better_accuracy(
 # Repeatability
 
 
-TIMINGS = {"train_seconds", "eval_seconds", "tokens_per_second", "peak_memory_bytes"}
-
-
-@pytest.mark.parametrize("name", ["conventional", "gravitational_multi_timescale"])
-def test_two_runs_of_a_seed_are_equal_to_the_bit_and_another_seed_differs(name: str, tmp_path: Path) -> None:
-    rows, weights = [], []
-    for run, seed in enumerate((4, 4, 5)):
-        folder = tmp_path / str(run)
-        train_cell(folder, attention_of(name, SETTINGS), seed=seed)
-        rows.append(
-            [{key: value for key, value in row.items() if key not in TIMINGS} for row in metrics_of(folder)]
-        )
-        weights.append(torch.load(folder / "checkpoint_last.pt", weights_only=True)["model"])
-    assert rows[0] == rows[1] != rows[2]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-
-
-def test_a_checkpoint_has_all_that_the_next_epoch_needs(tmp_path: Path) -> None:
-    train_cell(tmp_path)
-    saved = torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)
-    trainer = Trainer(make_classifier(), make_task(), TRAINING, 0, CPU, Progress())
-    trainer.model.load_state_dict(saved["model"])
-    trainer.optimizer.load_state_dict(saved["optimizer"])
-    resumed = trainer.train_epoch(saved["epoch"] + 1)
-    longer = TrainingSettings(batch_size=8, learning_rate=1e-2, max_epochs=4)
-    train_cell(tmp_path / "longer", training=longer)
-    assert resumed["train_loss"] == metrics_of(tmp_path / "longer")[3]["train_loss"]
+def test_two_runs_of_a_seed_are_equal_to_the_bit_and_another_seed_differs(tmp_path: Path) -> None:
+    attention = attention_of("gravitational_multi_timescale")
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    for folder, seed in ((first, 4), (again, 4), (other, 5)):
+        assert run_tiny(folder, attention, seed=seed) == ("done", "")
+    assert outcome(first) == outcome(again)
+    assert outcome(first)["metrics"] != outcome(other)["metrics"]
 
 
 # What is recorded
 
 
 def test_metrics_and_result_hold_what_a_reader_needs(tmp_path: Path) -> None:
-    result = train_cell(tmp_path, attention_of("gravitational_multi_timescale", SETTINGS))
+    attention = attention_of("gravitational_multi_timescale")
+    result = train_cell(tmp_path, attention)
     rows = metrics_of(tmp_path)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert all(row["train_seconds"] > 0 and row["tokens_per_second"] > 0 for row in rows)
     assert np.shape(rows[0]["learned"]["layer1"]["gamma"]) == (3, 2)
     assert np.shape(rows[0]["learned"]["layer0"]["gravity"]) == (3, 2)
     assert result["seconds_per_epoch"] == pytest.approx(np.mean([row["train_seconds"] for row in rows]))
-    model = make_classifier(attention_of("gravitational_multi_timescale", SETTINGS))
-    attention = sum(p.numel() for layer in model.attentions for p in layer.parameters())
-    assert (result["parameters"], result["attention_parameters"]) == (
-        sum(p.numel() for p in model.parameters()),
-        attention,
-    )
+    assert result["parameters"] == sum(p.numel() for p in make_classifier(attention).parameters())
+    assert result["attention_parameters"] == 2 * sum(p.numel() for p in attention().parameters())
     assert result["memory_kind"] == "resident set" or result["memory_reason"]
 
 
@@ -351,33 +321,51 @@ def test_the_warm_up_step_is_in_no_rate(tmp_path: Path) -> None:
     assert second["tokens_per_second"] == pytest.approx(tokens / second["train_seconds"])
 
 
-def test_padding_to_the_longest_of_the_task_gives_the_same_results(tmp_path: Path) -> None:
-    task = make_task()
-    fixed = TrainingSettings(batch_size=8, learning_rate=1e-2, max_epochs=1, pad_to="max")
-    trainer = Trainer(make_classifier(), task, fixed, 0, CPU, Progress())
+def test_padding_to_the_longest_of_the_task_gives_the_same_results() -> None:
+    trainer = trainer_of(training=TrainingSettings(batch_size=8, pad_to="max"))
+    task = trainer.task
     assert trainer.pad_to == max(int(split.lengths.max()) for split in (task.train, task.val, task.test))
-    [padded] = trainer.evaluate([trainer.model], task.val)
-    [cut] = evaluate([trainer.model], evaluation_batches(task.val, 8))
+    padded = trainer.evaluate(trainer.model, task.val)
+    cut = trainer_of(trainer.model).evaluate(trainer.model, task.val)
     assert padded.loss == pytest.approx(cut.loss, rel=1e-5)
     assert padded.accuracy == cut.accuracy
 
 
 def test_bf16_training_runs_on_the_cpu_when_asked_for(tmp_path: Path) -> None:
-    training = TrainingSettings(batch_size=8, max_epochs=1, precision="bf16")
-    assert train_cell(tmp_path, training=training)["precision"] == "bf16"
+    assert train_cell(tmp_path, training=replace(TRAINING, precision="bf16"))["precision"] == "bf16"
 
 
 # Failures
 
 
-def test_a_loss_that_is_not_finite_ends_the_cell_as_diverged_at_its_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("losses", "ends_at"),
+    [("1n11", None), ("1nn1nn1", None), ("1nnn", 2), ("nn1inn", 4)],
+    ids=["one", "two in a row", "three in a row", "the last three"],
+)
+def test_losses_that_are_not_finite_end_a_cell_when_three_come_in_a_row(
+    losses: str, ends_at: int | None
+) -> None:
+    values = {"1": 1.0, "n": math.nan, "i": math.inf}
+    meter = StepMeter(7, 1, Progress(), divergence_steps=3)
+    for loss in losses:
+        meter.add(torch.tensor([values[loss], 0.0]), 1)
+    if ends_at is None:
+        meter.means()
+        assert meter.steps == len(losses)
+    else:
+        with pytest.raises(DivergedError, match=rf"is (nan|inf) in epoch 7, step {ends_at}$"):
+            meter.means()
+
+
+def test_a_diverged_cell_names_its_step_and_keeps_its_last_finite_checkpoint(tmp_path: Path) -> None:
     # 37 examples in batches of 8: 5 steps an epoch, so the 7th call of a layer is step 2 of epoch 2.
     nan = partial(TroubledAttention, 7, lambda query: query * math.nan)
-    state, reason = run_tiny(tmp_path, nan)
-    assert state == "diverged"
-    assert reason == "the training loss is nan in epoch 2, step 2"
+    assert run_tiny(tmp_path, nan) == ("diverged", "the training loss is nan in epoch 2, step 2")
     assert len(metrics_of(tmp_path)) == 1
-    assert json.loads((tmp_path / "status.json").read_text())["state"] == "diverged"
+    saved = read_checkpoint(tmp_path / LAST)
+    assert saved["epoch"] == 1
+    assert all(value.isfinite().all() for value in saved["model"].values())
 
 
 def test_weights_broken_by_the_last_step_are_found_by_validation(
@@ -395,38 +383,41 @@ def test_weights_broken_by_the_last_step_are_found_by_validation(
     assert (state, reason) == ("diverged", "the validation loss is nan after epoch 1")
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
-def test_an_error_in_a_cell_is_recorded_with_its_reason(kind: type[Exception], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("no luck\nwith details"), "RuntimeError: no luck"),
+        (torch.OutOfMemoryError("no luck"), "OutOfMemoryError: no luck"),
+        (SystemExit("bye"), "SystemExit: bye"),
+        (OSError("no file \udcff.txt " + "x" * 10_000), r"OSError: no file \udcff.txt " + "x" * 400),
+    ],
+    ids=["error", "memory", "end of the program", "what no file can hold"],
+)
+def test_an_error_ends_its_cell_only_and_is_recorded_until_the_cell_runs_again(
+    error: BaseException, reason: str, tmp_path: Path
+) -> None:
     def fail(query: Tensor) -> Tensor:
-        raise kind("no luck\nwith details")
+        raise error
 
-    state, reason = run_tiny(tmp_path, partial(TroubledAttention, 3, fail))
+    state, found = run_tiny(tmp_path, partial(TroubledAttention, 3, fail))
     assert state == "failed"
-    assert reason.startswith(f"{kind.__name__}: no luck (test_train_and_evaluate.py:")
-    assert json.loads((tmp_path / "status.json").read_text())["reason"] == reason
+    assert found.startswith(reason) and len(found) < 1000
+    assert " (test_train_and_evaluate.py:" in found
+    assert state_of(tmp_path) == (state, found)
     assert "Traceback" in (tmp_path / "error.txt").read_text()
     assert not (tmp_path / "result.json").exists()
+    assert run_tiny(tmp_path) == ("done", "")
+    assert not (tmp_path / "error.txt").exists()
 
 
 def test_an_interrupt_is_noted_and_passed_on(tmp_path: Path) -> None:
     def interrupt(query: Tensor) -> Tensor:
         raise KeyboardInterrupt
 
-    troubled = partial(TroubledAttention, 7, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run_tiny(tmp_path, troubled)
-    assert json.loads((tmp_path / "status.json").read_text())["state"] == "interrupted"
-    assert torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)["epoch"] == 1
-
-
-def test_after_an_error_the_callers_random_numbers_are_as_before(tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-    with contextlib.suppress(KeyError), random_stream(CPU, "dropout"):
-        torch.rand(7)
-        raise KeyError
-    assert torch.equal(torch.rand(2), expected)
+        run_tiny(tmp_path, partial(TroubledAttention, 7, interrupt))
+    assert state_of(tmp_path)[0] == "interrupted"
+    assert read_checkpoint(tmp_path / LAST)["epoch"] == 1
 
 
 # On a GPU

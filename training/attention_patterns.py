@@ -1,7 +1,7 @@
 """What the attention of a trained model looks at: maps of short examples, masses, and weight by distance.
 
     patterns = attention_patterns(model, model.attentions, task, seed=0, device=device)
-    np.savez_compressed("attention_patterns.npz", **patterns)
+    write_arrays(folder / PATTERNS, patterns)
 
 The arrays, for K examples of at most M tokens, layers in their order, T timescales and H heads:
 
@@ -15,14 +15,17 @@ Examples are validation examples chosen by the seed alone, so that models of one
 Nothing is kept on the modules: the layers' inputs are caught by hooks that live for one forward pass.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipeline import TaskData, TokenDataset
+from data_pipeline import Batch, TaskData, TokenDataset
+from tasks.token_dataset import PAD_ID, pad_batch
+
+Model = Callable[[Tensor, Tensor], Tensor]  # tokens (N, L), key_padding_mask (N, L) -> logits (N, C)
 
 EXAMPLES = 4
 MAP_TOKENS = 64
@@ -37,23 +40,21 @@ class NoAttentionMapsError(ValueError):
 
 @torch.no_grad()
 def attention_patterns(
-    model: Callable[[Tensor, Tensor], Tensor],
-    attentions: Sequence[nn.Module],
-    task: TaskData,
-    seed: int,
-    device: torch.device,
+    model: Model, attentions: Sequence[nn.Module], task: TaskData, seed: int, device: torch.device
 ) -> dict[str, np.ndarray]:
-    """The arrays above. `model` maps tokens (N, L) and key_padding_mask (N, L) to logits, in eval mode.
+    """The arrays above. `attentions` are those of the model, which is in eval mode.
 
     Raises NoAttentionMapsError where a module has neither `attention_maps` nor weights per head.
     """
-    lengths = np.asarray(task.val.lengths)
+    lengths = task.val.lengths
     shown = choose_examples(lengths <= MAP_TOKENS, seed)
     long = choose_examples(lengths >= min(DISTANCE_TOKENS, np.median(lengths)), seed)
-    patterns = _short_examples(model, attentions, task, shown, device)
-    patterns["distance_edges"] = DISTANCE_EDGES
-    patterns["distance_share"] = _distance_share(model, attentions, task.val, long, device)
-    return patterns
+    examples = task.val.take(shown, MAP_TOKENS)
+    return {
+        **_short_examples(model, attentions, examples, task.symbols, device),
+        "distance_edges": DISTANCE_EDGES,
+        "distance_share": _distance_share(model, attentions, task.val.take(long, DISTANCE_TOKENS), device),
+    }
 
 
 def choose_examples(wanted: np.ndarray, seed: int) -> np.ndarray:
@@ -64,78 +65,63 @@ def choose_examples(wanted: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _short_examples(
-    model: Callable[[Tensor, Tensor], Tensor],
+    model: Model,
     attentions: Sequence[nn.Module],
-    task: TaskData,
-    chosen: np.ndarray,
+    examples: TokenDataset,
+    symbol: Callable[[int], str],
     device: torch.device,
 ) -> dict[str, np.ndarray]:
-    """Maps and masses of the examples, each cut to its first 64 tokens; predictions are for what is shown."""
-    examples = [np.asarray(task.val.example(int(index)))[:MAP_TOKENS] for index in chosen]
-    lengths = np.array([len(example) for example in examples])
-    tokens = np.zeros((len(examples), max(1, lengths.max())), dtype=np.int32)
-    for row, example in zip(tokens, examples, strict=True):
-        row[: len(example)] = example
-    padding = np.arange(tokens.shape[1]) >= lengths[:, None]
-
-    ids = torch.from_numpy(tokens).long().to(device)
-    mask = torch.from_numpy(padding).to(device)
-    logits, inputs = _layer_inputs(model, attentions, ids, mask)
-    true_pair = ~(mask[:, None, None, :, None] | mask[:, None, None, None, :])
+    """Maps and masses of the examples; predictions are for what is shown of them."""
+    batch = _padded(examples, range(len(examples)), device)
+    padding = batch.key_padding_mask
+    logits, inputs = _layer_inputs(model, attentions, batch.tokens, padding)
+    true_pair = ~(padding[:, None, None, :, None] | padding[:, None, None, None, :])
     layers = zip(attentions, inputs, strict=True)
-    maps = [_maps(attention, x, mask).where(true_pair, 0.0) for attention, x in layers]
-    symbols = [
-        [task.symbols(int(token)) if known else "" for token, known in zip(row, ~pad, strict=True)]
-        for row, pad in zip(tokens, padding, strict=True)
-    ]
+    maps = [_maps(attention, x, padding).where(true_pair, 0.0) for attention, x in layers]
+    tokens = batch.tokens.int().cpu().numpy()
+    symbols = [[symbol(token) if token != PAD_ID else "" for token in row] for row in tokens.tolist()]
     return {
         "tokens": tokens,
         "symbols": np.array(symbols, dtype=np.str_),
-        "lengths": lengths,
-        "labels": np.asarray(task.val.labels)[chosen],
+        "lengths": examples.lengths,
+        "labels": examples.labels,
         "predictions": logits.argmax(-1).cpu().numpy(),
         "maps": torch.stack(maps).half().cpu().numpy(),
-        **_masses(attentions, inputs, mask),
+        **_masses(attentions, inputs, padding),
     }
 
 
-def _masses(attentions: Sequence[nn.Module], inputs: list[Tensor], mask: Tensor) -> dict[str, np.ndarray]:
+def _padded(examples: TokenDataset, chosen: range, device: torch.device) -> Batch:
+    """These examples as a batch of at least one token: an example may be empty."""
+    longest = int(examples.lengths[chosen].max(initial=1))
+    return pad_batch(examples, np.asarray(chosen), longest, device)
+
+
+def _masses(attentions: Sequence[nn.Module], inputs: list[Tensor], padding: Tensor) -> dict[str, np.ndarray]:
     found: dict[str, list[Tensor]] = {}
     for attention, x in zip(attentions, inputs, strict=True):
         masses = getattr(attention, "masses", None)
         if masses is None:
             return {}
         for role, mass in masses(x, x).items():
-            found.setdefault(f"{role}_mass", []).append(mass.masked_fill(mask[:, None, None, :], 0.0))
+            found.setdefault(f"{role}_mass", []).append(mass.masked_fill(padding[:, None, None, :], 0.0))
     return {name: torch.stack(layers).float().cpu().numpy() for name, layers in found.items()}
 
 
 def _distance_share(
-    model: Callable[[Tensor, Tensor], Tensor],
-    attentions: Sequence[nn.Module],
-    dataset: TokenDataset,
-    chosen: np.ndarray,
-    device: torch.device,
+    model: Model, attentions: Sequence[nn.Module], examples: TokenDataset, device: torch.device
 ) -> np.ndarray:
-    """(layers, T, H, B), from whole examples of up to 1,024 tokens, one at a time for the memory's sake."""
-    totals: list[Tensor] = []
+    """(layers, T, H, B), from one example at a time for the memory's sake."""
+    totals = []  # of each example
     queries = 0
-    for ids, mask in _long_examples(dataset, chosen, device):
-        _, inputs = _layer_inputs(model, attentions, ids, mask)
+    for number in range(len(examples)):
+        tokens = _padded(examples, range(number, number + 1), device).tokens
+        nothing = torch.zeros_like(tokens, dtype=torch.bool)
+        _, inputs = _layer_inputs(model, attentions, tokens, nothing)
         layers = zip(attentions, inputs, strict=True)
-        shares = [_by_distance(_maps(attention, x, mask)[0]) for attention, x in layers]
-        totals = [total + share for total, share in zip(totals, shares, strict=True)] if totals else shares
-        queries += ids.shape[1]
-    return (torch.stack(totals) / queries).cpu().numpy()
-
-
-def _long_examples(
-    dataset: TokenDataset, chosen: np.ndarray, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for index in chosen:
-        tokens = np.asarray(dataset.example(int(index)))[:DISTANCE_TOKENS].astype(np.int64)
-        ids = torch.from_numpy(tokens if len(tokens) else np.zeros(1, np.int64)).to(device)[None]
-        yield ids, torch.zeros_like(ids, dtype=torch.bool)
+        totals.append(torch.stack([_by_distance(_maps(module, x, nothing)[0]) for module, x in layers]))
+        queries += tokens.shape[1]
+    return (sum(totals[1:], totals[0]) / queries).cpu().numpy()
 
 
 def _by_distance(maps: Tensor) -> Tensor:
@@ -149,7 +135,7 @@ def _by_distance(maps: Tensor) -> Tensor:
 
 
 def _layer_inputs(
-    model: Callable[[Tensor, Tensor], Tensor], attentions: Sequence[nn.Module], ids: Tensor, mask: Tensor
+    model: Model, attentions: Sequence[nn.Module], ids: Tensor, mask: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """The logits, and what each attention was given as query, key and value: (N, L, E)."""
     inputs: list[Tensor] = []

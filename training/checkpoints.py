@@ -1,26 +1,24 @@
 """Checkpoints that can be relied on: verified before they replace one, and two of them at any time.
 
     write_checkpoint(folder, state)
-    for path, state in usable_checkpoints(folder, note=print):    # the newest first
-        ...                                                       # or set_aside(path, why, print)
+    trainer = resume(folder, trainer_from, note=print)      # trainer_from(state), by the newest that fits
 
-`checkpoint_last.pt` is the newest; `checkpoint_previous.pt` the one before, which stays until the newest is
-verified. A checkpoint is a PyTorch archive of tensors and plain values, read with `weights_only=True`:
+`checkpoint_last.pt` is the newest; `checkpoint_previous.pt` the one before, which is replaced once the newest
+is verified. A checkpoint is a PyTorch archive of tensors and plain values, read with `weights_only=True`:
 nothing in it is executed. Behind it stands the sha256 of all before, since PyTorch would not notice most
 damages; `torch.load` reads such a file as any other.
 """
 
+import contextlib
 import hashlib
 import io
-import os
-import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from command_line import one_line
+from command_line import first_line, one_line
 from results_folder import write_atomic
 
 LAST, PREVIOUS, BEST = "checkpoint_last.pt", "checkpoint_previous.pt", "checkpoint_best.pt"
@@ -30,6 +28,7 @@ SEAL = b"\nsha256:"
 SEAL_BYTES = len(SEAL) + 64
 
 Note = Callable[[str], None]
+Resumed = TypeVar("Resumed")
 
 
 class CheckpointError(ValueError):
@@ -44,7 +43,8 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
             read_checkpoint(temporary)
         except CheckpointError as error:
             raise OSError(f"the checkpoint just written cannot be read back: {error}") from error
-        _keep_previous(folder)
+        with contextlib.suppress(FileNotFoundError):
+            (folder / LAST).replace(folder / PREVIOUS)
 
     contents = _serialized({"checkpoint_version": CHECKPOINT_VERSION, **state})
     write_atomic(folder / LAST, lambda file: file.write(contents), verify)
@@ -67,21 +67,6 @@ def _seal(archive: bytes) -> bytes:
     return SEAL + hashlib.sha256(archive).hexdigest().encode()
 
 
-def _keep_previous(folder: Path) -> None:
-    """Give the newest checkpoint the name of the one before, without a moment at which it has no name."""
-    last = folder / LAST
-    if not last.exists():
-        return
-    spare = folder / f".{PREVIOUS}.{secrets.token_hex(8)}"
-    try:
-        os.link(last, spare)
-        spare.replace(folder / PREVIOUS)
-    except OSError:  # a file system without hard links
-        spare.unlink(missing_ok=True)
-        contents = last.read_bytes()
-        write_atomic(folder / PREVIOUS, lambda file: file.write(contents))
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The state in a checkpoint, on the CPU. Raises CheckpointError where it cannot be used."""
     contents = path.read_bytes()
@@ -93,8 +78,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever an archive that is none of ours makes of its reader
-        found = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-        raise CheckpointError(f"it is no checkpoint of ours ({found})") from error
+        raise CheckpointError(f"it is no checkpoint of ours ({first_line(error)[:200]})") from error
     version = state.get("checkpoint_version") if isinstance(state, dict) else None
     if version != CHECKPOINT_VERSION:
         raise CheckpointError(
@@ -104,20 +88,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def usable_checkpoints(folder: Path, note: Note) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The readable checkpoints of a folder, the newest first; others are set aside, which is noted."""
+def resume(folder: Path, take_up: Callable[[dict[str, Any]], Resumed], note: Note) -> Resumed | None:
+    """What `take_up` makes of the newest checkpoint that can be used; None where there is none.
+
+    A checkpoint that cannot be read, or that `take_up` refuses by CheckpointError, is renamed, so that it is
+    spoken of once, and that is noted."""
     for path in (folder / LAST, folder / PREVIOUS):
-        try:
-            state = read_checkpoint(path)
-        except FileNotFoundError:
-            continue
-        except CheckpointError as error:
-            set_aside(path, str(error), note)
-            continue
-        yield path, state
-
-
-def set_aside(path: Path, why: str, note: Note) -> None:
-    """Rename a checkpoint that cannot be used, so that it is spoken of once."""
-    path.replace(path.with_name(path.name + ASIDE))
-    note(one_line(f"{path} cannot be used and is set aside as {path.name}{ASIDE}: {why}"))
+        if path.exists():
+            try:
+                return take_up(read_checkpoint(path))
+            except CheckpointError as error:
+                aside = path.with_name(path.name + ASIDE)
+                path.replace(aside)
+                note(one_line(f"{path} cannot be used and is set aside as {aside.name}: {error}"))
+    return None

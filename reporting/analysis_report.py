@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from reporting.accuracy_against_cost import TARGET_SHARE
+from reporting.analysis import Analysis
 from reporting.comparison_tables import NEAR
 from reporting.report_findings import findings
 from reporting.run_results import (
@@ -29,7 +30,7 @@ from reporting.run_results import (
     most_on_a_device,
     unavailable_tasks,
 )
-from reporting.summary_tables import Analysis, tables
+from reporting.summary_tables import tables
 from reporting.task_figures import DrawnFigure
 from reporting.text_tables import code_block, markdown, markdown_table, single_line
 from results_folder import Results

@@ -9,9 +9,9 @@ from matplotlib.projections.polar import PolarAxes
 from results_fixture import MODELS, make_results
 
 from reporting.comparison_figures import (
+    Panel,
     plot_accuracy,
     plot_bars,
-    plot_curves,
     plot_improvement,
     plot_radar,
     reference_levels,
@@ -36,6 +36,7 @@ from reporting.text_tables import (
     short,
     short_p,
 )
+from reporting.training_figures import plot_curves
 from results_folder import Cell, Results, read_results
 
 STATES = {Cell("listops", "multi_timescale", 1): "diverged"} | {
@@ -183,7 +184,7 @@ def test_a_model_without_a_result_keeps_its_place_and_says_why() -> None:
     styles = model_styles(MODELS)
     values = tidy({"conventional": [0.3, 0.4]})
     ax = new_figure(1, 1, 5, 3)[1][0, 0]
-    plot_bars(values, styles, ax, absent={"gravitational": "no result (failed)"})
+    plot_bars(values, styles, ax, Panel(ACCURACY, "accuracy"), {"gravitational": "no result (failed)"})
     assert [label.get_text() for label in ax.get_yticklabels()] == [style.name for style in styles.values()]
     assert "no result (failed)" in [text.get_text() for text in ax.texts]
 

@@ -12,12 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from results_fixture import MODELS
 
-from analyze_results import make_analysis
-from reporting.accuracy_against_cost import progress_table
-from reporting.attention_figures import distance_figure, shaded_figure
-from reporting.comparison_tables import epoch_table, metric_table
+from reporting.analysis import make_analysis
+from reporting.attention_figures import distance_figure
 from reporting.figure_style import figure_style, model_styles, save_figure
-from reporting.run_results import ACCURACY, read_joined, read_patterns
+from reporting.mass_figures import shaded_figure
+from reporting.run_results import ACCURACY, read_joined
 from reporting.task_figures import CONVERGENCE_PANELS, COST_PANELS, TaskView, task_figures
 
 STYLES = model_styles(MODELS)
@@ -26,13 +25,9 @@ STYLES = model_styles(MODELS)
 @pytest.fixture(scope="module")
 def figures(holed: Path) -> dict[str, Figure]:
     """The figures by the kind in their names."""
-    joined = read_joined([holed])
-    patterns, reasons = read_patterns(joined.results)
-    progress = progress_table(joined.results)
-    analysis = make_analysis(joined, metric_table(joined.results, patterns), progress, reasons, MODELS[0])
-    parts = analysis, "listops", "listops", epoch_table(joined.results), progress, patterns, STYLES
+    view = TaskView(make_analysis(read_joined([holed])), "listops", "listops")
     with figure_style():
-        return {one.stem.removesuffix("_listops"): figure for one, figure in task_figures(TaskView(*parts))}
+        return {note.stem.removesuffix("_listops"): figure for note, figure in task_figures(view)}
 
 
 @pytest.fixture(scope="module")

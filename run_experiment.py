@@ -278,9 +278,13 @@ def run_and_compare(
     to_run = [cell for cell in chosen if is_open(root, cell)]
     side_by_side = min(resources.workers, max(1, len(to_run))) if resources.ray is None else 1
     progress = make_progress(to_run, plan.training_settings.max_epochs, side_by_side)
-    places = {name: str(Path(path).expanduser().resolve()) for name, path in given_places(arguments).items()}
     template = CellJob(
-        root, Cell("", "", 0), str(plan.device), places, side_by_side, tensorboard=arguments.tensorboard
+        root,
+        Cell("", "", 0),
+        str(plan.device),
+        given_places(arguments),
+        side_by_side,
+        tensorboard=arguments.tensorboard,
     )
     go_on = f"python {PROG} --resume {shlex.quote(str(root))}"
     executor = make_executor(resources, template, progress, stop, len(to_run))
@@ -314,7 +318,7 @@ def run_and_compare(
 def told_of_stop(why: str, go_on: str, root: Path, progress: RunProgress, stop: StopRequest) -> int:
     kept = f"what is done is kept: go on with {go_on}, or python analyze_results.py {root}"
     if not progress.epochs_done:
-        kept = f"no epoch was finished, so nothing is kept: give it more time than an epoch takes: {go_on}"
+        kept = f"no epoch was finished, so nothing was gained: give it more time than an epoch takes: {go_on}"
     print(f"{PROG}: {why}; {kept}", file=sys.stderr)
     return EXIT_INTERRUPTED if why == "interrupted" else stop.exit_code
 

@@ -263,7 +263,8 @@ class RayExecutor(ParallelExecutor):
 
         self.ray, self.deaths = ray, (ray.exceptions.RayError,)
         sharing = cells_on_a_device(resources.cpus, resources.gpus, _largest("CPU"), cells)
-        self.template = replace(template, root=template.root.resolve(), sharing=sharing)
+        places = {name: str(Path(path).expanduser().resolve()) for name, path in template.places.items()}
+        self.template = replace(template, root=template.root.resolve(), places=places, sharing=sharing)
         options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": 0}
         self.task: Any = ray.remote(**options)(_run_as_task)
         self.threads = resources.threads

@@ -1,4 +1,4 @@
-"""What several test files use: results folders that are analysed once, and a single thread."""
+"""What several test files use: results folders analysed once, runs that compare nothing, one thread."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import torch
 from results_fixture import HOLES, make_results
 
+import run_experiment
 from analyze_results import analyze
 
 
@@ -25,3 +26,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Which folders a run was to compare: it does not, since figures take longer than tiny cells."""
+    folders: list[Path] = []
+
+    def analyze_run(root: Path) -> bool:
+        folders.append(root)
+        return True
+
+    monkeypatch.setattr(run_experiment, "analyze_run", analyze_run)
+    return folders

@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import (
-    FACTORIES,
-    run,
-)
+from attention_cases import FACTORIES, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attention_engine.attention_scores import DotProduct, Mask
+from attention_kernels import attend, use_backend
 from gravitational_attention import least_softening
 
 SHARED_OPTIONS: dict[str, st.SearchStrategy[Any]] = {
@@ -137,3 +136,20 @@ def test_any_configuration_is_finite_or_refused_by_name(case: dict[str, Any]) ->
 @given(configurations())
 def test_a_thousand_configurations_are_finite_or_refused_by_name(case: dict[str, Any]) -> None:
     check_configuration(case)
+
+
+def test_a_backend_can_be_chosen_for_all_modules_and_the_choice_ends_with_its_block() -> None:
+    q = torch.randn(1, 1, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    score = DotProduct(0.5, log_decay=torch.full((1, 2), -0.1))
+    with (
+        pytest.raises(ValueError, match=r"backend must be one of \('auto', .*got 'denes'"),
+        use_backend("denes"),
+    ):
+        pass
+    refused = pytest.raises(ValueError, match="backend 'sdpa' is for the dot product")
+    with use_backend("dense"), refused, use_backend("sdpa"):  # the innermost counts
+        attend(q, q, q, score, Mask())
+    with use_backend("dense"):
+        dense = attend(q, q, q, score, Mask())[0]
+    torch.testing.assert_close(attend(q, q, q, score, Mask())[0], dense)
+    torch.testing.assert_close(attend(q, q, q, score, Mask(), backend="dense")[0], dense, rtol=0, atol=0)

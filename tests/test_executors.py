@@ -25,36 +25,14 @@ from experiment.stop_request import StopRequest
 from results_folder import SHARED_BY, Cell, read_json
 from run_experiment import chosen_resources, make_parser
 
-REPOSITORY = Path(run_experiment.__file__).parent
+REPOSITORY, HERE_FOLDER = Path(run_experiment.__file__).parent, Path(__file__).parent
 # A run without the comparison, whose figures take longer than the cells.
 SCRIPT = (
     "import sys, run_experiment\n"
     "run_experiment.analyze_run = lambda root: True\n"
     "sys.exit(run_experiment.main(sys.argv[1:]))\n"
 )
-USER_MODELS = """
-import os, signal, time
-from conventional_attention import ConventionalAttention
-
-class Sleepy(ConventionalAttention):
-    def forward(self, query, *rest, **options):
-        if self.training and query.shape[1] > 3:
-            time.sleep(float(os.environ.get("SLEEP", "0")))
-        return super().forward(query, *rest, **options)
-
-class Broken(ConventionalAttention):
-    def forward(self, query, *rest, **options):
-        if query.shape[1] > 3:
-            raise RuntimeError("not today")
-        return super().forward(query, *rest, **options)
-
-class Deadly(ConventionalAttention):
-    def forward(self, query, *rest, **options):
-        if query.shape[1] > 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().forward(query, *rest, **options)
-"""
-SLEEPY = ["--models", "models_of_mine:Sleepy", "--seeds", "0", "1"]
+SLEEPY = ["--models", "user_models:Sleepy", "--seeds", "0", "1"]
 TWO = ["--workers", "2", "--threads", "1"]
 TWO_OF_RAY = ["--ray", "--cpus-per-cell", str((os.cpu_count() or 1) / 2), "--threads", "1"]
 needs_ray = pytest.mark.skipif(
@@ -62,26 +40,10 @@ needs_ray = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("code")
-    (folder / "models_of_mine.py").write_text(USER_MODELS)
-    return folder
-
-
 @pytest.fixture(autouse=True)
-def compared(code: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
-    """Which folders were to be compared; the user's models, for us and for our workers."""
-    folders: list[Path] = []
-
-    def analyze_run(root: Path) -> bool:
-        folders.append(root)
-        return True
-
-    monkeypatch.setattr(run_experiment, "analyze_run", analyze_run)
-    monkeypatch.syspath_prepend(code)
+def threads_as_before(compared: list[Path]) -> Iterator[None]:
     before = torch.get_num_threads()
-    yield folders
+    yield
     torch.set_num_threads(before)
 
 
@@ -202,7 +164,7 @@ def test_a_worker_that_is_killed_is_told_and_its_cell_resumes_from_its_checkpoin
 def test_a_cell_that_kills_its_workers_fails_and_the_others_are_done(
     tmp_path: Path, compared: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    models = ["--models", "models_of_mine:Deadly", "conventional"]
+    models = ["--models", "user_models:Deadly", "conventional"]
     assert run_experiment.main([*SMOKE, *models, *TWO, "--output-dir", str(tmp_path)]) == 1
     root = only(tmp_path)
     assert states(root) == ["failed", "done"] and compared == [root]
@@ -210,7 +172,7 @@ def test_a_cell_that_kills_its_workers_fails_and_the_others_are_done(
 
 
 def test_a_cell_in_which_too_many_processes_died_is_failed(whole: Path) -> None:
-    cell = Cell("listops", "models_of_mine:Sleepy", 0)
+    cell = Cell("listops", "user_models:Sleepy", 0)
     template = CellJob(whole, cell)
     executor = ParallelExecutor(template, RunProgress([cell], 2), StopRequest(), 1)
     assert [executor.goes_on_after(cell, "Killed") for _ in range(MOST_DEATHS)] == [True, True, False]
@@ -256,8 +218,8 @@ def test_a_signal_stops_all_workers_and_the_run_resumes_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_workers_whose_parent_is_killed_stop_after_the_step(code: Path, tmp_path: Path) -> None:
-    paths = {"PYTHONPATH": f"{REPOSITORY}:{code}", "SLEEP": "0.5"}
+def test_workers_whose_parent_is_killed_stop_after_the_step(tmp_path: Path) -> None:
+    paths = {"PYTHONPATH": f"{REPOSITORY}:{HERE_FOLDER}", "SLEEP": "0.5"}
     argv = [*SMOKE, *SLEEPY, *TWO, "--output-dir", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *argv], stdout=subprocess.DEVNULL, env=os.environ | paths
@@ -278,7 +240,7 @@ def test_workers_whose_parent_is_killed_stop_after_the_step(code: Path, tmp_path
 def test_fail_fast_and_retry_failed_hold_for_all_workers_together(
     tmp_path: Path, compared: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    models = ["--models", "models_of_mine:Broken", "models_of_mine:Sleepy", "--seeds", "0", "1"]
+    models = ["--models", "user_models:Broken", "user_models:Sleepy", "--seeds", "0", "1"]
     monkeypatch.setenv("SLEEP", "0.5")
     assert run_experiment.main([*SMOKE, *models, *TWO, "--output-dir", str(tmp_path), "--fail-fast"]) == 1
     root = only(tmp_path)
@@ -289,7 +251,7 @@ def test_fail_fast_and_retry_failed_hold_for_all_workers_together(
     assert run_experiment.main(["--resume", str(root), *TWO, "--retry-failed"]) == 1
     assert states(root) == ["failed", "done", "failed", "done"] and compared == [root]
     tried = capsys.readouterr().out.split("test accuracy  ")[0]
-    assert tried.count("Broken/seed0: failed: RuntimeError: not today") == 1  # once, by one of them
+    assert tried.count("Broken/seed0: failed: RuntimeError: too long for me") == 1  # once, by one of them
 
 
 # Mistakes

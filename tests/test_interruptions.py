@@ -17,52 +17,33 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 from cell_cases import outcome
 from run_cases import HERE, only
 
 import run_experiment
 from results_folder import Cell, read_json, read_results
 
-REPOSITORY = Path(run_experiment.__file__).parent
+REPOSITORY, TESTS = Path(run_experiment.__file__).parent, Path(__file__).parent
 # Without the comparison, whose figures take longer than the run.
 SCRIPT = (
     "import sys, run_experiment\n"
     "run_experiment.analyze_run = lambda root: True\n"
     "sys.exit(run_experiment.main(sys.argv[1:]))\n"
 )
-# Sleeps in each training step, so that a run lasts long enough to be stopped within.
-SLEEPY_MODEL = """
-import os, time
-from conventional_attention import ConventionalAttention
-
-class Sleepy(ConventionalAttention):
-    def forward(self, query, *rest, **options):
-        if self.training and query.shape[1] > 3:
-            time.sleep(float(os.environ.get("SLEEP", "0")))
-        return super().forward(query, *rest, **options)
-"""
-RUN = [*HERE, "--models", "sleepy_model:Sleepy"]
-CELL = Cell("listops", "sleepy_model:Sleepy", 0)
+RUN = [*HERE, "--models", "user_models:Sleepy"]
+CELL = Cell("listops", "user_models:Sleepy", 0)
 
 
-@pytest.fixture(scope="module")
-def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("code")
-    (folder / "sleepy_model.py").write_text(SLEEPY_MODEL)
-    return folder
-
-
-def start(code: Path, *argv: str, sleep: float = 0.0) -> subprocess.Popen[str]:
+def start(*argv: str, sleep: float = 0.0) -> subprocess.Popen[str]:
     environment = os.environ | {
-        "PYTHONPATH": f"{REPOSITORY}:{code}",
+        "PYTHONPATH": f"{REPOSITORY}:{TESTS}",
         "OMP_NUM_THREADS": "1",
         "SLEEP": str(sleep),
         "PYTHONUNBUFFERED": "1",
     }
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *argv], stdout=pipe, stderr=pipe, text=True, env=environment, cwd=code
+        [sys.executable, "-c", SCRIPT, *argv], stdout=pipe, stderr=pipe, text=True, env=environment
     )
 
 
@@ -80,22 +61,14 @@ def wait_for(process: subprocess.Popen[str], word: str) -> None:
     raise AssertionError(f"the process ended without '{word}'")
 
 
-@pytest.fixture(autouse=True)
-def in_process(code: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What is run in this process is run as the others are."""
-    monkeypatch.setattr(run_experiment, "analyze_run", lambda root: True)
-    monkeypatch.syspath_prepend(code)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread", "compared")
 
 
 @pytest.fixture(scope="module")
-def whole(code: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results folder whose only cell ran without interruption, in another process."""
     parent = tmp_path_factory.mktemp("whole")
-    assert finish(start(code, *RUN, "--max-epochs", "6", "--output-dir", str(parent)))[0] == 0
+    assert finish(start(*RUN, "--max-epochs", "6", "--output-dir", str(parent)))[0] == 0
     return only(parent)
 
 
@@ -110,14 +83,13 @@ def test_the_first_signal_stops_after_the_step_and_the_run_goes_on_to_the_same_b
     signum: int,
     code_: int,
     times: int,
-    code: Path,
     whole: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two signals at once are one: `timeout` sends its to the process and to its group."""
     argv = [*RUN, "--max-epochs", "6", "--output-dir", str(tmp_path)]
-    process = start(code, *argv, sleep=0.2)
+    process = start(*argv, sleep=0.2)
     wait_for(process, "epoch 1/6")
     time.sleep(0.3)
     for _ in range(times):
@@ -135,8 +107,8 @@ def test_the_first_signal_stops_after_the_step_and_the_run_goes_on_to_the_same_b
     assert outcome(CELL.folder(root)) == outcome(CELL.folder(whole))
 
 
-def test_the_second_signal_ends_the_process_at_once(code: Path, whole: Path, tmp_path: Path) -> None:
-    process = start(code, *RUN, "--max-epochs", "6", "--output-dir", str(tmp_path), sleep=2.5)
+def test_the_second_signal_ends_the_process_at_once(whole: Path, tmp_path: Path) -> None:
+    process = start(*RUN, "--max-epochs", "6", "--output-dir", str(tmp_path), sleep=2.5)
     wait_for(process, "smoke: ")
     time.sleep(0.5)
     started = time.monotonic()
@@ -154,9 +126,9 @@ def test_the_second_signal_ends_the_process_at_once(code: Path, whole: Path, tmp
 # Killed
 
 
-def kill_and_resume(code: Path, parent: Path, draws: random.Random, most: int) -> tuple[Path, int]:
+def kill_and_resume(parent: Path, draws: random.Random, most: int) -> tuple[Path, int]:
     """Kill a run, and each that goes on with it, at random times, until one ends by itself or `most` died."""
-    process = start(code, *RUN, "--max-epochs", "6", "--output-dir", str(parent), sleep=0.02)
+    process = start(*RUN, "--max-epochs", "6", "--output-dir", str(parent), sleep=0.02)
     kills = 0
     wait_for(process, "results: ")
     root = only(parent)
@@ -175,16 +147,16 @@ def kill_and_resume(code: Path, parent: Path, draws: random.Random, most: int) -
         if kills >= most:
             assert run_experiment.main(["--workers", "1", "--resume", str(root)]) == 0
             return root, kills
-        process = start(code, "--workers", "1", "--resume", str(root), sleep=0.02)
+        process = start("--workers", "1", "--resume", str(root), sleep=0.02)
         wait_for(process, "results: ")
 
 
-def check_killed_runs(runs: int, most: int, code: Path, whole: Path, tmp_path: Path) -> int:
+def check_killed_runs(runs: int, most: int, whole: Path, tmp_path: Path) -> int:
     kills = 0
     for number in range(runs):
         parent = tmp_path / str(number)
         parent.mkdir()
-        root, killed = kill_and_resume(code, parent, random.Random(number), most)
+        root, killed = kill_and_resume(parent, random.Random(number), most)
         kills += killed
         folder = CELL.folder(root)
         assert outcome(folder) == outcome(CELL.folder(whole)), number
@@ -193,17 +165,13 @@ def check_killed_runs(runs: int, most: int, code: Path, whole: Path, tmp_path: P
     return kills
 
 
-def test_a_run_killed_at_random_times_goes_on_to_the_same_bits(
-    code: Path, whole: Path, tmp_path: Path
-) -> None:
-    assert check_killed_runs(1, 1, code, whole, tmp_path) >= 1
+def test_a_run_killed_at_random_times_goes_on_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    assert check_killed_runs(1, 1, whole, tmp_path) >= 1
 
 
 @pytest.mark.slow
-def test_20_of_20_runs_killed_at_random_times_go_on_to_the_same_bits(
-    code: Path, whole: Path, tmp_path: Path
-) -> None:
-    kills = check_killed_runs(20, 3, code, whole, tmp_path)
+def test_20_of_20_runs_killed_at_random_times_go_on_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    kills = check_killed_runs(20, 3, whole, tmp_path)
     print(f"{kills} kills in 20 runs")
     assert kills >= 20
 
@@ -211,11 +179,11 @@ def test_20_of_20_runs_killed_at_random_times_go_on_to_the_same_bits(
 # One folder
 
 
-def test_two_processes_on_one_folder_run_each_cell_once(code: Path, tmp_path: Path) -> None:
+def test_two_processes_on_one_folder_run_each_cell_once(tmp_path: Path) -> None:
     seeds = ["0", "1", "2", "3", "4"]
     assert run_experiment.main([*RUN, "--seeds", *seeds, "--prepare", "--output-dir", str(tmp_path)]) == 0
     root = only(tmp_path)
-    processes = [start(code, "--workers", "1", "--resume", str(root), sleep=0.05) for _ in range(2)]
+    processes = [start("--workers", "1", "--resume", str(root), sleep=0.05) for _ in range(2)]
     with ThreadPoolExecutor() as pool:
         ends = list(pool.map(finish, processes))
     assert [returned for returned, _, _ in ends if returned not in (0, 75)] == []

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,33 +19,7 @@ from results_folder import Cell, write_json, write_status
 
 ANALYZE_RUN = run_experiment.analyze_run
 CELLS = [*HERE, "--models", "conventional", "discounted", "--seeds", "0", "1"]
-USER_MODEL = """
-import pathlib
-from torch import nn
-
-class Moody(nn.MultiheadAttention):
-    '''Fails on real text as long as there is a file of this name beside it.'''
-    def forward(self, query, *rest, **options):
-        if query.shape[1] > 3 and pathlib.Path(__file__).with_name("bad_mood").exists():
-            raise RuntimeError("not today")
-        return super().forward(query, *rest, **options)
-"""
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def no_analysis(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Which folders were to be compared."""
-    analysed: list[Path] = []
-
-    def analyze_run(root: Path) -> bool:
-        analysed.append(root)
-        return True
-
-    monkeypatch.setattr(run_experiment, "analyze_run", analyze_run)
-    return analysed
+pytestmark = pytest.mark.usefixtures("one_thread", "compared")
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +35,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "results"))
-
-
-@pytest.fixture
-def moody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file that makes `moody_model:Moody` fail."""
-    folder = tmp_path / "code"
-    folder.mkdir()
-    (folder / "moody_model.py").write_text(USER_MODEL)
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "moody_model", raising=False)
-    return folder / "bad_mood"
 
 
 def resume(root: Path, *argv: str) -> int:
@@ -91,12 +53,12 @@ def mtimes(folder: Path) -> dict[str, int]:
 
 
 def test_a_finished_folder_is_compared_again_and_no_cell_is_touched(
-    copy: Path, no_analysis: list[Path], capsys: pytest.CaptureFixture[str]
+    copy: Path, compared: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = [mtimes(folder) for folder in cells(copy)]
     assert resume(copy) == 0
     assert [mtimes(folder) for folder in cells(copy)] == before
-    assert no_analysis == [copy]
+    assert compared == [copy]
     assert "0 of 4 cells to run" in capsys.readouterr().out
 
 
@@ -134,34 +96,34 @@ def test_a_cells_settings_that_are_damaged_are_written_anew(copy: Path) -> None:
 
 
 def test_a_time_limit_ends_with_75_and_the_same_command_with_resume_finishes(
-    tmp_path: Path, finished: Path, no_analysis: list[Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, finished: Path, compared: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     limited = [*CELLS, "--max-minutes", "1e-5"]
     assert run_experiment.main([*limited, "--output-dir", str(tmp_path)]) == 75
     root = only(tmp_path)
     assert states(root)[1:] == ["pending"] * 3 and states(root)[0] in ("pending", "interrupted")
     said = capsys.readouterr().err
-    assert "the time limit of 1e-05 minutes was reached; no epoch was finished, so nothing is kept" in said
+    assert "the time limit of 1e-05 minutes was reached; no epoch was finished, so nothing was gained" in said
     assert f"give it more time than an epoch takes: python run_experiment.py --resume {root}" in said
-    assert no_analysis == []
+    assert compared == []
     assert run_experiment.main([*CELLS, "--resume", str(root)]) == 0
-    assert no_analysis == [root]
+    assert compared == [root]
     assert [outcome(folder) for folder in cells(root)] == [outcome(folder) for folder in cells(finished)]
 
 
 def test_failed_cells_are_told_and_run_again_only_when_that_is_asked_for(
-    tmp_path: Path, moody: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    moody.touch()
-    argv = [*HERE, "--models", "moody_model:Moody", "conventional", "--output-dir", str(tmp_path)]
+    monkeypatch.setenv("MOOD", "bad")
+    argv = [*HERE, "--models", "user_models:Moody", "conventional", "--output-dir", str(tmp_path)]
     assert run_experiment.main(argv) == 1
     root = only(tmp_path)
     shown = capsys.readouterr().out
-    assert "failed: listops/moody_model:Moody/seed0: RuntimeError: not today (moody_model.py:" in shown
+    assert "failed: listops/user_models:Moody/seed0: RuntimeError: not today (user_models.py:" in shown
     error = cells(root)[0] / "error.txt"
     assert f"traceback: {error}" in shown and "not today" in error.read_text()
     assert f"--resume {root} --retry-failed" in shown
-    moody.unlink()
+    monkeypatch.delenv("MOOD")
     assert resume(root) == 1
     assert states(root) == ["failed", "done"]
     assert resume(root, "--retry-failed") == 0
@@ -170,13 +132,13 @@ def test_failed_cells_are_told_and_run_again_only_when_that_is_asked_for(
 
 
 def test_fail_fast_starts_no_cell_after_one_that_failed(
-    tmp_path: Path, moody: Path, no_analysis: list[Path]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compared: list[Path]
 ) -> None:
-    moody.touch()
+    monkeypatch.setenv("MOOD", "bad")
     argv = [
         *HERE,
         "--models",
-        "moody_model:Moody",
+        "user_models:Moody",
         "conventional",
         "--output-dir",
         str(tmp_path),
@@ -184,22 +146,22 @@ def test_fail_fast_starts_no_cell_after_one_that_failed(
     ]
     assert run_experiment.main(argv) == 1
     assert states(only(tmp_path)) == ["failed", "pending"]
-    assert no_analysis == []
+    assert compared == []
 
 
 # One folder, many processes
 
 
 def test_a_prepared_folder_is_finished_cell_by_cell_by_number_and_the_last_one_compares(
-    tmp_path: Path, finished: Path, no_analysis: list[Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, finished: Path, compared: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_experiment.main([*CELLS, "--prepare", "--output-dir", str(tmp_path)]) == 0
     root = only(tmp_path)
     assert states(root) == ["pending"] * 4
     for index in (2, 0, 3, 1):
-        assert no_analysis == []
+        assert compared == []
         assert resume(root, "--cell-index", str(index)) == 0
-    assert no_analysis == [root]
+    assert compared == [root]
     capsys.readouterr()
     assert run_experiment.main(["--list", "--resume", str(root)]) == 0
     shown = capsys.readouterr().out
@@ -214,7 +176,7 @@ def test_a_cell_by_number_without_a_folder_makes_one_with_the_whole_plan(tmp_pat
 
 def test_a_cell_of_another_machine_is_left_to_it_until_its_lease_runs_out(
     copy: Path,
-    no_analysis: list[Path],
+    compared: list[Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -230,7 +192,7 @@ def test_a_cell_of_another_machine_is_left_to_it_until_its_lease_runs_out(
     assert (
         "left to another process: listops/conventional/seed0 (process 11 on gpu7" in capsys.readouterr().out
     )
-    assert no_analysis == []
+    assert compared == []
     monkeypatch.setattr(cells_module, "LEASE_SECONDS", 0.5)
     monkeypatch.setattr(cells_module, "HEARTBEAT_SECONDS", 0.1)
     monkeypatch.setattr(cells_module, "LOOK_AGAIN_SECONDS", 0.05)

@@ -1,7 +1,6 @@
 """A whole run at its smallest, cells that fail, mistakes found before any work, what is shown."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,67 +21,13 @@ from results_folder import Cell, read_results
 from run_experiment import make_parser
 from train_and_evaluate import ModelSettings
 
-USER_MODELS = '''
-import os, signal
-import torch
-from torch import nn
-
-class Mine(nn.MultiheadAttention):
-    """Trains like any other."""
-
-class Broken(Mine):
-    """Passes the check on three tokens and fails on real text."""
-    def forward(self, query, *rest, **options):
-        if query.shape[1] > 3:
-            raise RuntimeError("too long for me")
-        return super().forward(query, *rest, **options)
-
-class Exploding(Mine):
-    def forward(self, query, *rest, **options):
-        output, weights = super().forward(query, *rest, **options)
-        return (output * float("nan") if self.training and query.shape[1] > 3 else output), weights
-
-class Interrupting(Mine):
-    def forward(self, query, *rest, **options):
-        if query.shape[1] > 3:
-            raise KeyboardInterrupt
-        return super().forward(query, *rest, **options)
-
-class Terminated(Mine):
-    def forward(self, query, *rest, **options):
-        if query.shape[1] > 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().forward(query, *rest, **options)
-
-class Narrow(Mine):
-    def forward(self, query, *rest, **options):
-        return query[..., :1], None
-
-not_a_class = 3
-'''
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def user_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of an importable module with the classes above."""
-    folder = tmp_path / "code"
-    folder.mkdir()
-    (folder / "user_models.py").write_text(USER_MODELS)
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "user_models", raising=False)
-    return "user_models"
 
 
 @pytest.fixture(autouse=True)
 def data_anew() -> None:
     """What a test loads, or fails to, is not what an earlier one did."""
     run_plan.load_once.cache_clear()
-
-
-@pytest.fixture
-def no_analysis(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_experiment, "analyze_run", lambda root: True)
 
 
 def plan_of(*argv: str) -> RunPlan:
@@ -169,20 +114,18 @@ def test_all_models_of_a_run_show_the_same_examples(smoke: Path) -> None:
 # Models of one's own, and cells that end badly
 
 
-@pytest.mark.usefixtures("no_analysis")
-def test_a_class_named_by_its_module_is_compared_like_a_built_in_model(
-    tmp_path: Path, user_models: str
-) -> None:
-    argv = [*HERE, "--output-dir", str(tmp_path), "--models", "conventional", f"{user_models}:Mine"]
+@pytest.mark.usefixtures("compared")
+def test_a_class_named_by_its_module_is_compared_like_a_built_in_model(tmp_path: Path) -> None:
+    argv = [*HERE, "--output-dir", str(tmp_path), "--models", "conventional", "user_models:Mine"]
     assert run_experiment.main(argv) == 0
     assert (only(tmp_path) / "listops" / "user_models_Mine" / "seed0" / "result.json").is_file()
 
 
-@pytest.mark.usefixtures("no_analysis")
+@pytest.mark.usefixtures("compared")
 def test_a_cell_that_fails_or_diverges_is_shown_and_the_others_run(
-    tmp_path: Path, user_models: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    models = [f"{user_models}:Broken", f"{user_models}:Exploding", "conventional"]
+    models = ["user_models:Broken", "user_models:Exploding", "conventional"]
     assert run_experiment.main([*HERE, "--output-dir", str(tmp_path), "--models", *models]) == 1
     assert states(only(tmp_path)) == dict(zip(models, ("failed", "diverged", "done"), strict=True))
     shown = capsys.readouterr().out
@@ -192,12 +135,12 @@ def test_a_cell_that_fails_or_diverges_is_shown_and_the_others_run(
     )
 
 
-@pytest.mark.usefixtures("no_analysis")
+@pytest.mark.usefixtures("compared")
 @pytest.mark.parametrize(("model", "code"), [("Interrupting", 130), ("Terminated", 143)])
 def test_an_interrupted_run_notes_where_it_was_and_ends_with_its_code(
-    model: str, code: int, tmp_path: Path, user_models: str, capsys: pytest.CaptureFixture[str]
+    model: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    models = ["conventional", f"{user_models}:{model}", "gravitational"]
+    models = ["conventional", f"user_models:{model}", "gravitational"]
     assert run_experiment.main([*HERE, "--output-dir", str(tmp_path), "--models", *models]) == code
     root = only(tmp_path)
     assert list(states(root).values()) == ["done", "interrupted", "pending"]
@@ -217,7 +160,7 @@ def test_a_failed_analysis_is_told_and_loses_nothing(
     assert "the analysis failed: RuntimeError: no ink" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("no_analysis")
+@pytest.mark.usefixtures("compared")
 def test_each_task_is_loaded_once_for_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
 
@@ -252,7 +195,6 @@ def test_each_task_is_loaded_once_for_all_cells(tmp_path: Path, monkeypatch: pyt
         (["--output-dir", "a_file/below"], "a_file is no folder; choose another --output-dir"),
     ],
 )
-@pytest.mark.usefixtures("user_models")
 def test_a_mistake_is_one_line_and_exit_code_2_before_any_work(
     argv: list[str],
     message: str,
@@ -381,10 +323,8 @@ def test_a_dry_run_shows_measured_times_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_tells_which_model_cannot_take_a_step(
-    user_models: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_experiment.main([*HERE, "--dry-run", "--models", f"{user_models}:Broken"]) == 1
+def test_a_dry_run_tells_which_model_cannot_take_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_experiment.main([*HERE, "--dry-run", "--models", "user_models:Broken"]) == 1
     assert "fails: RuntimeError: too long for me" in capsys.readouterr().out
 
 
@@ -403,7 +343,7 @@ def test_the_help_gives_examples_groups_and_defaults(capsys: pytest.CaptureFixtu
         assert part in shown
 
 
-@pytest.mark.usefixtures("no_analysis")
+@pytest.mark.usefixtures("compared")
 def test_on_a_terminal_there_are_bars_with_loss_and_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

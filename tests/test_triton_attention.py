@@ -14,7 +14,7 @@ from attention_cases import make
 from triton_cases import KINDS, MASKS, Case, Kind, beyond, errors, masks
 
 from attention_engine.attention_scores import DotProduct, Mask
-from attention_kernels import AUTO_BACKENDS, attend, cannot
+from attention_kernels import attend, cannot, fastest_backend, use_backend
 
 HERE = Path(__file__).resolve().parent
 LENGTHS = (1, 63, 64, 65, 127, 128, 129, 192, 704)
@@ -146,6 +146,16 @@ def test_types_and_widths_that_the_backend_cannot_do(
         attend(q, q, q, DotProduct(1.0), Mask(), backend="triton")
 
 
+def test_where_there_is_a_mask_triton_goes_before_pytorchs_own_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    need_triton()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q, padding = torch.zeros(1, 1, 1, 2, 4), torch.zeros(1, 2, dtype=torch.bool)
+    chosen = [fastest_backend(q, DotProduct(1.0), mask, 0.0, False) for mask in (Mask(), Mask(padding))]
+    assert chosen == ["sdpa", "triton"]
+
+
 def test_without_triton_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     q = torch.zeros(1, 1, 1, 2, 4)
@@ -266,17 +276,14 @@ def test_on_a_gpu_memory_is_linear_in_the_length(kind: Kind) -> None:
 
 @on_gpu
 @pytest.mark.parametrize("name", ["gravitational", "gravitational multi-timescale force"])
-def test_on_a_gpu_modules_train_the_same_by_either_backend(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What `auto` will choose once "triton" is among AUTO_BACKENDS."""
+def test_on_a_gpu_modules_train_the_same_by_either_backend(name: str) -> None:
     need_triton()
     module = make(name).cuda()
     x = torch.randn(2, 130, module.embed_dim, device="cuda")
     found = []
-    for backends in (("tiled",), ("triton", *AUTO_BACKENDS)):
-        monkeypatch.setattr("attention_kernels.AUTO_BACKENDS", backends)
+    for backend in ("tiled", "triton"):
         module.zero_grad()
-        module(x, x, x, need_weights=False)[0].square().sum().backward()
+        with use_backend(backend):
+            module(x, x, x, need_weights=False)[0].square().sum().backward()
         found.append({key: p.grad.clone() for key, p in module.named_parameters() if p.grad is not None})
     assert max(errors(found[1], found[0]).values()) < 1e-4

@@ -125,7 +125,9 @@ def test_no_label_leaves_its_figure(figures: dict[str, Figure]) -> None:
 def test_a_grid_of_maps_has_a_row_per_query_and_a_column_per_key() -> None:
     maps = np.arange(24.0).reshape(2, 3, 2, 2)  # (layers x timescales, heads, queries, keys)
     ax = plot_maps(maps, np.array(["a", "b"]), ["upper", "lower"], new_figure(1, 1, 6, 4)[1][0, 0])
-    drawn = np.ma.masked_invalid(ax.collections[0].get_array()).filled(np.nan).reshape(5, 8)
+    image = ax.collections[0].get_array()
+    assert image is not None
+    drawn = np.ma.masked_invalid(image).filled(np.nan).reshape(5, 8)
     np.testing.assert_array_equal(drawn[3:5, 6:8], maps[1, 2])
     assert np.isnan(drawn[2]).all() and np.isnan(drawn[:, [2, 5]]).all()
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "", "a", "b"]

@@ -72,7 +72,7 @@ def render_report(analysis: Analysis, figures: dict[str, list[DrawnFigure]], fol
         "cells": len(analysis.results.cells),
         "lost": analysis.unfinished(),
         "findings": findings(analysis),
-        "no_patterns": [f"{cell} ({reason})" for cell, reason in analysis.no_patterns.items()],
+        "no_patterns": _without_patterns(analysis),
         "tables": tables(analysis),
         "figures": figures,
         "definitions": DEFINITIONS,
@@ -93,6 +93,14 @@ def render_report(analysis: Analysis, figures: dict[str, list[DrawnFigure]], fol
     }
     names = ("report.md", "report.html")
     return {name: environment.get_template(f"{name}.jinja").render(context) for name in names}
+
+
+def _without_patterns(analysis: Analysis) -> list[str]:
+    """The cells without attention patterns, and why, a reason each."""
+    cells: dict[str, list[str]] = {}
+    for cell, reason in analysis.no_patterns.items():
+        cells.setdefault(reason, []).append(str(cell))
+    return [f"{', '.join(of_reason)} ({reason})" for reason, of_reason in cells.items()]
 
 
 def _png(path: Path) -> tuple[str, int, int]:

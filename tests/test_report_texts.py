@@ -74,6 +74,17 @@ def test_what_a_folder_says_is_escaped_wherever_it_stands(mark: str, shown: str,
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
 
 
+def test_cells_without_patterns_are_named_once_for_each_reason(tmp_path: Path) -> None:
+    root = make_results(tmp_path, tasks=("listops",), models=MODELS[:3], seeds=(0,), epochs=1)
+    for model in MODELS[:2]:
+        (Cell("listops", model, 0).folder(root) / "attention_patterns.npz").unlink()
+    said = next(line for line in report_of(root).splitlines() if line.startswith("Without attention"))
+    assert said.replace("\\", "") == (
+        "Without attention patterns: listops/conventional/seed0, listops/gravitational/seed0 "
+        "(there is no attention_patterns.npz)."
+    )
+
+
 def test_one_seed_has_no_interval_and_no_verdict(tmp_path: Path) -> None:
     text = report_of(make_results(tmp_path, seeds=(4,), patterns=False))
     assert "- seeds: 4 (n = 1)" in text and "(n = 1: no interval" in text

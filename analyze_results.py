@@ -20,32 +20,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from command_line import EXIT_DONE, InputError, Parser, choose, exit_code
-from reporting.accuracy_against_cost import progress_metrics, progress_table, target_accuracies
+from command_line import EXIT_DONE, InputError, Parser, exit_code
+from reporting.analysis import Analysis, make_analysis
 from reporting.analysis_report import render_report
-from reporting.comparison_tables import (
-    TIMED_METRICS,
-    compare,
-    epoch_table,
-    learned_table,
-    metric_table,
-    summarize,
-)
-from reporting.figure_style import figure_style, model_styles, save_figure
-from reporting.run_results import (
-    MIXED,
-    JoinedResults,
-    default_baseline,
-    models_of,
-    read_joined,
-    read_patterns,
-    task_facts,
-    tasks_of,
-)
-from reporting.summary_tables import Analysis, tables
+from reporting.comparison_tables import TIMED_METRICS
+from reporting.figure_style import figure_style, save_figure
+from reporting.run_results import MIXED, read_joined
+from reporting.summary_tables import tables
 from reporting.task_figures import DrawnFigure, TaskView, file_stems, task_figures
 from reporting.text_tables import latex_table, markdown_table
-from results_folder import ANALYSIS, Cell, replaced_folder, write_text
+from results_folder import ANALYSIS, replaced_folder, write_text
 
 PROG = "analyze_results.py"
 JOINED = "analysis_joined"
@@ -68,23 +52,15 @@ def analyze(
     target = output or folder / (JOINED if others else ANALYSIS)
     if output:
         check_replaceable(output)
-    results = joined.results
-    models = models_of(results)
-    baseline = default_baseline(models) if baseline is None else choose(baseline, models, "baseline")
-    styles = model_styles(models)
-    patterns, no_patterns = read_patterns(results)
-    epochs, progress = epoch_table(results), progress_table(results)
-    analysis = make_analysis(joined, metric_table(results, patterns), progress, no_patterns, baseline)
-    stems = file_stems(list(analysis.facts))
+    analysis = make_analysis(joined, baseline)
+    drawn: dict[str, list[DrawnFigure]] = {}
     with replaced_folder(target) as fresh, figure_style():
         (fresh / "figures").mkdir()
-        drawn: dict[str, list[DrawnFigure]] = {task: [] for task in stems}
-        for task, stem in stems.items():
-            for one, figure in task_figures(
-                TaskView(analysis, task, stem, epochs, progress, patterns, styles)
-            ):
-                save_figure(figure, fresh / "figures", one.stem)
-                drawn[task].append(one)
+        for task, stem in file_stems(list(analysis.facts)).items():
+            drawn[task] = []
+            for note, figure in task_figures(TaskView(analysis, task, stem)):
+                save_figure(figure, fresh / "figures", note.stem)
+                drawn[task].append(note)
         shown = tables(analysis)
         write_text(fresh / "summary.csv", summary_csv(analysis))
         write_text(fresh / "summary.md", "\n\n".join(map(markdown_table, shown)) + "\n")
@@ -92,33 +68,6 @@ def analyze(
         for name, text in render_report(analysis, drawn, fresh / "figures").items():
             write_text(fresh / name, text)
     return target
-
-
-def make_analysis(
-    joined: JoinedResults,
-    measured: pd.DataFrame,
-    progress: pd.DataFrame,
-    no_patterns: dict[Cell, str],
-    baseline: str,
-) -> Analysis:
-    """All numbers of the report. `measured`: the tidy table so far; see comparison_tables.metric_table."""
-    results = joined.results
-    facts = {task: task_facts(results, task) for task in tasks_of(results)}
-    targets = target_accuracies(progress, {task: one.chance for task, one in facts.items()}, baseline)
-    more = progress_metrics(progress, targets)
-    table = pd.concat([measured, more], ignore_index=True) if len(more) else measured
-    return Analysis(
-        joined=joined,
-        facts=facts,
-        table=table,
-        summary=summarize(table),
-        differences=compare(table, baseline),
-        learned=learned_table(results),
-        names={model: style.name for model, style in model_styles(models_of(results)).items()},
-        baseline=baseline,
-        no_patterns=no_patterns,
-        targets=targets,
-    )
 
 
 def check_replaceable(target: Path) -> None:

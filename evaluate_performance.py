@@ -4,11 +4,9 @@
 
 prints the numbers and draws the figures into RESULTS/analysis/listops_gravitational_seed0/ (which a new
 analysis of RESULTS clears away). Everything is read from the results folder; no checkpoint is opened.
-
 """
 
 import functools
-import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from command_line import EXIT_DONE, InputError, Parser, exit_code
-from reporting.attention_figures import distance_figure, head_figure, learned_figure, mass_figure
+from reporting.attention_figures import attention_figure, distance_figure, shown_maps
 from reporting.attention_numbers import attention_entropy, share_within, token_masses
-from reporting.comparison_figures import curves_figure
 from reporting.comparison_tables import CONVERGENCE, distance_table, epoch_table, learned_table, metric_table
 from reporting.figure_style import figure_style, model_styles, save_figure
+from reporting.mass_figures import mass_figure
 from reporting.run_results import models_of, task_facts
+from reporting.training_figures import curves_figure, learned_figure
 from results_folder import (
     ANALYSIS,
     PATTERNS,
@@ -36,6 +35,7 @@ from results_folder import (
 )
 
 PROG = "evaluate_performance.py"
+MAP_TOKENS, MAP_HEADS = 32, 8  # the most of a map that can be read
 
 
 def run_numbers(results: Results, record: CellRecord, patterns: AttentionPatterns | None) -> list[str]:
@@ -88,11 +88,10 @@ def draw_run(
         if masses:
             by_model = {record.cell.model: masses}
             figures["masses"] = lambda: mass_figure(by_model, styles, title)
-        layers, _, timescales = patterns.maps.shape[:3]
-        for layer, timescale in itertools.product(range(layers), range(timescales)):
-            place = f"layer {layer + 1}, timescale {timescale + 1}"
-            figures[f"attention_layer{layer + 1}_timescale{timescale + 1}"] = functools.partial(
-                head_figure, patterns, layer, timescale, f"{title}\n{place}"
+        shown = shown_maps(patterns, MAP_TOKENS)._replace(heads=min(patterns.maps.shape[3], MAP_HEADS))
+        for layer in range(len(patterns.maps)):
+            figures[f"attention_layer{layer + 1}"] = functools.partial(
+                attention_figure, patterns, title, shown._replace(layers=[layer])
             )
     with figure_style():
         for stem, draw in figures.items():

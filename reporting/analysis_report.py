@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from reporting.accuracy_against_cost import TARGET_SHARE
+from reporting.analysis import Analysis
 from reporting.comparison_tables import NEAR
 from reporting.report_findings import findings
 from reporting.run_results import (
@@ -29,7 +30,7 @@ from reporting.run_results import (
     most_on_a_device,
     unavailable_tasks,
 )
-from reporting.summary_tables import Analysis, tables
+from reporting.summary_tables import tables
 from reporting.task_figures import DrawnFigure
 from reporting.text_tables import code_block, markdown, markdown_table, single_line
 from results_folder import Results
@@ -71,7 +72,7 @@ def render_report(analysis: Analysis, figures: dict[str, list[DrawnFigure]], fol
         "cells": len(analysis.results.cells),
         "lost": analysis.unfinished(),
         "findings": findings(analysis),
-        "no_patterns": [f"{cell} ({reason})" for cell, reason in analysis.no_patterns.items()],
+        "no_patterns": _without_patterns(analysis),
         "tables": tables(analysis),
         "figures": figures,
         "definitions": DEFINITIONS,
@@ -92,6 +93,14 @@ def render_report(analysis: Analysis, figures: dict[str, list[DrawnFigure]], fol
     }
     names = ("report.md", "report.html")
     return {name: environment.get_template(f"{name}.jinja").render(context) for name in names}
+
+
+def _without_patterns(analysis: Analysis) -> list[str]:
+    """The cells without attention patterns, and why, a reason each."""
+    cells: dict[str, list[str]] = {}
+    for cell, reason in analysis.no_patterns.items():
+        cells.setdefault(reason, []).append(str(cell))
+    return [f"{', '.join(of_reason)} ({reason})" for reason, of_reason in cells.items()]
 
 
 def _png(path: Path) -> tuple[str, int, int]:

@@ -11,11 +11,11 @@ Holm's correction is called better or worse.
 import math
 from typing import NamedTuple
 
+from reporting.analysis import Analysis
 from reporting.comparison_tables import SIGNIFICANCE, TIMED_METRICS, Difference, by_seed
 from reporting.lra_literature import comparable
 from reporting.run_results import ACCURACY, BASELINE, TaskFacts
 from reporting.seed_statistics import Estimate
-from reporting.summary_tables import Analysis
 from reporting.text_tables import short, short_p
 
 

@@ -1,4 +1,4 @@
-"""What an analysis holds, and its tables: one task's accuracy, cost and attention, differences, lost cells.
+"""The tables of a comparison as text: one task's accuracy, cost and attention, differences, lost cells.
 
     for table in tables(analysis):
         print(markdown_table(table))
@@ -7,25 +7,16 @@ Every table of a smoke run says so in its title, and one with times also where c
 comparison_tables.py for the numbers.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import pandas as pd
-
-from reporting.comparison_tables import (
-    CONVERGENCE,
-    NEAR,
-    Difference,
-)
+from reporting.analysis import Analysis
+from reporting.comparison_tables import CONVERGENCE, NEAR
 from reporting.lra_literature import comparable
-from reporting.run_results import ACCURACY, JoinedResults, TaskFacts, done_cells, most_on_a_device
+from reporting.run_results import ACCURACY, TaskFacts
 from reporting.seed_statistics import Estimate
 from reporting.text_tables import NONE, TextTable, short, short_p
-from results_folder import Cell, CellRecord, Results
 
 MIB = 2.0**20
-SMOKE = "smoke test: its numbers mean nothing"
 INTERVAL = "Mean over n seeds [95 % t interval]; n = 1: one run, no interval"
 # (metric, heading, scale)
 Column = tuple[str, str, float]
@@ -68,70 +59,6 @@ TARGET_COLUMNS: tuple[Column, ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Analysis:
-    """All that the report is made from. names: display names by model, in order; baseline: the model that
-    the others are compared with; no_*: why a cell has none.
-
-    See comparison_tables.py and accuracy_against_cost.py for the parts."""
-
-    joined: JoinedResults
-    facts: dict[str, TaskFacts]
-    table: pd.DataFrame
-    summary: pd.DataFrame
-    differences: list[Difference]
-    learned: pd.DataFrame
-    names: dict[str, str]
-    baseline: str
-    no_patterns: dict[Cell, str]
-    targets: dict[str, float]
-
-    @property
-    def results(self) -> Results:
-        return self.joined.results
-
-    @property
-    def baseline_name(self) -> str:
-        return self.names[self.baseline]
-
-    def unfinished(self) -> list[CellRecord]:
-        return [record for record in self.results.cells if record.state != "done"]
-
-    def mean(self, task: str, model: str, metric: str) -> Estimate:
-        """Over the seeds; n = 0 and NaN where there are none."""
-        rows = self.summary
-        rows = rows[(rows["task"] == task) & (rows["model"] == model) & (rows["metric"] == metric)]
-        if rows.empty:
-            return Estimate(0, math.nan, math.nan, math.nan)
-        n, mean, low, high = (float(rows[column].iloc[0]) for column in Estimate._fields)
-        return Estimate(int(n), mean, low, high)
-
-    def notice(self, task: str, *, timed: bool = False) -> str:
-        """What must be said wherever numbers of the task are shown; mostly nothing.
-
-        timed: whether times or memory are among them."""
-        notices = [SMOKE] if self.results.config.get("preset") == "smoke" else []
-        if timed and (sharing := self.sharing(task)):
-            notices.append(sharing)
-        return "; ".join(notices)
-
-    def sharing(self, task: str) -> str:
-        """What must be said of the task's times and memory; "" where each cell had its device, or a core of
-        its own as all others had."""
-        done = [record for record in done_cells(self.results) if record.cell.task == task]
-        most = max(map(most_on_a_device, done), default=1)
-        return f"times and memory: {most} cells on a device" if most > 1 and not self.one_core_a_cell else ""
-
-    @property
-    def one_core_a_cell(self) -> bool:
-        """Whether the cells ran side by side on a CPU, as many as it has cores at most, a thread each."""
-        sharing = {most_on_a_device(record) for record in done_cells(self.results)}
-        environments = [source.environment for source in self.joined.sources]
-        alone = all(one.get("threads") == 1 and one.get("device") == "cpu" for one in environments)
-        cores = [one.get("cores") for one in environments]
-        return alone and len(sharing) == 1 and all(isinstance(n, int) and max(sharing) <= n for n in cores)
-
-
 def shown_mean(mean: Estimate, scale: float = 1.0, *, of: int = 0) -> str:
     """ "61.2 [58.1, 64.3]", without the interval where there is none; with its n where that is less than
     `of`, the number of finished seeds."""
@@ -159,17 +86,20 @@ def tables(analysis: Analysis) -> list[TextTable]:
     return found
 
 
-def _task_table(
-    analysis: Analysis, facts: TaskFacts, kind: str, columns: Sequence[tuple[str, str, float]]
-) -> TextTable:
+def _rows(analysis: Analysis, task: str, columns: Sequence[Column]) -> list[list[str]]:
+    """A row per model: its name, its number of finished seeds, its means."""
     rows = []
     for model, name in analysis.names.items():
-        n = analysis.mean(facts.name, model, ACCURACY).n
-        means = [(analysis.mean(facts.name, model, metric), scale) for metric, _, scale in columns]
-        cells = [shown_mean(mean, scale, of=n) for mean, scale in means]
-        rows.append([name, str(n), *cells])
+        n = analysis.mean(task, model, ACCURACY).n
+        means = (shown_mean(analysis.mean(task, model, metric), scale, of=n) for metric, _, scale in columns)
+        rows.append([name, str(n), *means])
+    return rows
+
+
+def _task_table(analysis: Analysis, facts: TaskFacts, kind: str, columns: Sequence[Column]) -> TextTable:
     header = ["model", "n", *(heading for _, heading, _ in columns)]
-    return TextTable(_title(analysis, facts, kind, timed=kind == "cost"), header, rows, note=INTERVAL)
+    title = _title(analysis, facts, kind, timed=kind == "cost")
+    return TextTable(title, header, _rows(analysis, facts.name, columns), note=INTERVAL)
 
 
 def _title(analysis: Analysis, facts: TaskFacts, kind: str, *, timed: bool = False) -> str:
@@ -179,13 +109,10 @@ def _title(analysis: Analysis, facts: TaskFacts, kind: str, *, timed: bool = Fal
 
 def _target_table(analysis: Analysis, facts: TaskFacts) -> TextTable:
     target = f"{100 * analysis.targets[facts.name]:.1f} %"
-    rows = []
-    for model, name in analysis.names.items():
-        n = analysis.mean(facts.name, model, ACCURACY).n
+    rows = _rows(analysis, facts.name, TARGET_COLUMNS)
+    for row, model in zip(rows, analysis.names, strict=True):
         reached = analysis.mean(facts.name, model, "epochs_to_target").n
-        means = [(analysis.mean(facts.name, model, metric), scale) for metric, _, scale in TARGET_COLUMNS]
-        cells = [shown_mean(mean, scale, of=n) for mean, scale in means]
-        rows.append([name, str(n), f"{reached} of {n}" if n else NONE, *cells])
+        row.insert(2, f"{reached} of {row[1]}" if row[1] != "0" else NONE)
     header = ["model", "n", "seeds at the target", *(heading for _, heading, _ in TARGET_COLUMNS)]
     note = (
         f"{INTERVAL}. Target: a validation accuracy of {target}. To the target: mean over the seeds that "
@@ -206,18 +133,13 @@ def _difference_table(analysis: Analysis) -> TextTable:
     rows = []
     for row in analysis.differences:
         notice = analysis.notice(row.task)
-        p_values = (short_p(p) for p in (row.p, row.smallest_p, row.p_holm))
         task = row.task + (f" ({notice})" if notice else "")
-        rows.append(
-            [
-                analysis.names[row.model],
-                task,
-                str(row.mean.n),
-                shown_mean(row.mean, 100),
-                *p_values,
-                row.verdict,
-            ]
+        numbers = (
+            str(row.mean.n),
+            shown_mean(row.mean, 100),
+            *map(short_p, (row.p, row.smallest_p, row.p_holm)),
         )
+        rows.append([analysis.names[row.model], task, *numbers, row.verdict])
     header = ["model", "task", "n", "difference (points)", "p", "smallest p at this n", "p (Holm)", "verdict"]
     tested = sum(row.mean.n > 0 for row in analysis.differences)
     note = (

@@ -1,6 +1,6 @@
 """Which figures a comparison has, one task at a time, and how each is to be read.
 
-    for drawn, figure in task_figures(TaskView(analysis, task, stem, epochs, progress, patterns, styles)):
+    for drawn, figure in task_figures(TaskView(analysis, task, stem)):
         save_figure(figure, folder, drawn.stem)
 
 File names hold the task's own name. Every title holds the notice of smoke runs, and one with times also that
@@ -17,33 +17,25 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from reporting.accuracy_against_cost import trade_offs
-from reporting.attention_figures import (
-    SHOWN_GRID_TOKENS,
-    attention_figure,
-    distance_figure,
-    learned_figure,
-    mass_figure,
-    shaded_figure,
-    shown_example,
-    shown_maps,
-)
+from reporting.analysis import Analysis
+from reporting.attention_figures import attention_figure, distance_figure, shown_maps
 from reporting.attention_numbers import relative_masses, token_masses
 from reporting.comparison_figures import (
     Panel,
     accuracy_figure,
     bars_figure,
-    curves_figure,
     improvement_figure,
-    progress_figure,
     radar_figure,
     reference_levels,
 )
 from reporting.comparison_tables import CONVERGENCE, distance_table, improvements, radar_scores
 from reporting.figure_style import ModelStyle, drawable
 from reporting.lra_literature import PUBLISHED, comparable
+from reporting.mass_figures import mass_figure, shaded_figure
 from reporting.run_results import ACCURACY
-from reporting.summary_tables import MIB, Analysis
+from reporting.summary_tables import MIB
 from reporting.text_tables import short
+from reporting.training_figures import curves_figure, learned_figure, progress_figure
 from results_folder import AttentionPatterns, Cell, file_name
 
 LONGEST_STEM = 60
@@ -52,13 +44,7 @@ BARS = "Bar: mean over seeds; marks: one per seed; black: 95 % t interval of the
 
 CONVERGENCE_PANELS = (
     Panel("convergence_epoch", "epochs to 90 % of the best validation accuracy", form=short, whole=True),
-    Panel(
-        CONVERGENCE,
-        "the same, counted above chance",
-        form=short,
-        unmeasured="never above chance",
-        whole=True,
-    ),
+    Panel(CONVERGENCE, "the same, counted above chance", 1.0, short, "never above chance", whole=True),
 )
 COST_PANELS = (
     Panel("seconds_per_epoch", "seconds per training epoch", form=short),
@@ -90,19 +76,18 @@ def file_stems(names: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class TaskView:
-    """One task's part of an analysis. stem: the task in file names. epochs, progress, patterns: of all "
-    "tasks."""
+    """One task's part of an analysis. stem: the task in file names."""
 
     analysis: Analysis
     task: str
     stem: str
-    epochs: pd.DataFrame
-    progress: pd.DataFrame
-    patterns: dict[Cell, AttentionPatterns]
-    styles: dict[str, ModelStyle]
 
     def of_task(self, table: pd.DataFrame) -> pd.DataFrame:
         return table[table["task"] == self.task]
+
+    @property
+    def styles(self) -> dict[str, ModelStyle]:
+        return self.analysis.styles
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -110,8 +95,8 @@ class TaskView:
         return self.of_task(self.analysis.table)
 
     @cached_property
-    def own_patterns(self) -> dict[Cell, AttentionPatterns]:
-        return {cell: one for cell, one in self.patterns.items() if cell.task == self.task}
+    def patterns(self) -> dict[Cell, AttentionPatterns]:
+        return {cell: one for cell, one in self.analysis.patterns.items() if cell.task == self.task}
 
     @cached_property
     def absent(self) -> dict[str, str]:
@@ -141,7 +126,7 @@ def task_figures(view: TaskView) -> Drawn:
     some_done = len(view.absent) < len(view.styles)
     if some_done:
         yield from _accuracy(view)
-    epochs = view.of_task(view.epochs)
+    epochs = view.of_task(view.analysis.epochs)
     if not epochs.empty:
         chance = view.analysis.facts[view.task].chance
         yield from view.figure(
@@ -183,7 +168,7 @@ def _accuracy(view: TaskView) -> Drawn:
     return view.figure(
         "accuracy",
         "Test accuracy",
-        lambda title: accuracy_figure(values, view.styles, title, levels, absent=view.absent),
+        lambda title: accuracy_figure(values, view.styles, title, levels, view.absent),
         "Large: mean over seeds, black: its 95 % t interval, where n is at least 2; small, below: each seed. "
         f"Lines: guessing, always naming the largest class{said}. The axis does not start at 0.",
     )
@@ -191,7 +176,7 @@ def _accuracy(view: TaskView) -> Drawn:
 
 def _progress(view: TaskView) -> Drawn:
     target = view.analysis.targets.get(view.task)
-    progress, points = view.of_task(view.progress), trade_offs(view.table)
+    progress, points = view.of_task(view.analysis.progress), trade_offs(view.table)
     return view.figure(
         "accuracy_time",
         "Accuracy against time and tokens",
@@ -209,14 +194,14 @@ def _comparisons(view: TaskView) -> Drawn:
     yield from view.figure(
         "convergence",
         "Convergence",
-        lambda title: bars_figure(view.table, view.styles, CONVERGENCE_PANELS, title, absent=view.absent),
+        lambda title: bars_figure(view.table, view.styles, CONVERGENCE_PANELS, title, view.absent),
         f"{BARS} Fewer is faster. Left: the first epoch at 90 % of the best validation accuracy, which "
         "guessing already meets on two classes. Right: 90 % of the way from chance to the best.",
     )
     yield from view.figure(
         "cost",
         "Cost",
-        lambda title: bars_figure(view.table, view.styles, COST_PANELS, title, absent=view.absent),
+        lambda title: bars_figure(view.table, view.styles, COST_PANELS, title, view.absent),
         f"{BARS} Times hold for this machine only: compare models, not runs on different machines. Peak "
         "memory on a CPU counts the whole process, its libraries included.",
     )
@@ -252,13 +237,13 @@ def _comparisons(view: TaskView) -> Drawn:
 
 
 def _attention(view: TaskView) -> Drawn:
-    if not view.own_patterns:
+    if not view.patterns:
         return
     for model in view.styles:
-        cell = next((cell for cell in view.own_patterns if cell.model == model), None)
+        cell = next((cell for cell in view.patterns if cell.model == model), None)
         if cell is not None:
             yield from _attention_map(view, cell)
-    shares, learned = distance_table(view.own_patterns), view.of_task(view.analysis.learned)
+    shares, learned = distance_table(view.patterns), view.of_task(view.analysis.learned)
     yield from view.figure(
         "attention_distance",
         "Attention weight by distance",
@@ -272,7 +257,7 @@ def _attention(view: TaskView) -> Drawn:
     masses = {
         model: tokens
         for model in view.styles
-        if (tokens := token_masses([one for cell, one in view.own_patterns.items() if cell.model == model]))
+        if (tokens := token_masses([one for cell, one in view.patterns.items() if cell.model == model]))
     }
     if masses:
         yield from view.figure(
@@ -287,9 +272,9 @@ def _attention(view: TaskView) -> Drawn:
 
 
 def _attention_map(view: TaskView, cell: Cell) -> Drawn:
-    one = view.own_patterns[cell]
-    example, shown = shown_example(one, SHOWN_GRID_TOKENS)
-    length, (layers, heads, _) = int(one.lengths[example]), shown_maps(one)
+    one = view.patterns[cell]
+    example, shown, layers, heads = shown_maps(one)
+    length = int(one.lengths[example])
     parts = "all layers" if len(layers) == len(one.maps) else "the last layer"
     parts += " and heads" if heads == one.maps.shape[3] else f", {heads} of {one.maps.shape[3]} heads"
     cut = f"the first {shown} of {length} tokens of" if shown < length else "all tokens of"
@@ -308,7 +293,7 @@ def _shaded(view: TaskView) -> Drawn:
     """An example of each model's first cell that has masses: the same one for models of equal seed."""
     examples, seeds = {}, set()
     for model in view.styles:
-        for cell, one in view.own_patterns.items():
+        for cell, one in view.patterns.items():
             if cell.model == model and one.key_mass is not None and model not in examples:
                 example = int(one.lengths.argmax())
                 length = int(one.lengths[example])

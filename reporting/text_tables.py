@@ -22,7 +22,7 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': "''",  # \textquotedbl needs another font encoding
     "–": "--",  # noqa: RUF001
     **{letter: f"\\{letter}" for letter in "#$%&_{}"},
 }

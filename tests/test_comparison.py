@@ -3,28 +3,26 @@
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
 from results_fixture import MODELS, make_results
 
 from reporting.comparison_figures import (
-    plot_accuracy,
+    Panel,
     plot_bars,
-    plot_curves,
     plot_improvement,
     plot_radar,
-    reference_levels,
 )
 from reporting.comparison_tables import (
     compare,
+    convergence_epoch,
     epoch_table,
     improvements,
     metric_table,
     radar_scores,
     summarize,
 )
-from reporting.figure_style import MODEL_STYLES, drawable, figure_style, model_styles, new_figure
+from reporting.figure_style import MODEL_STYLES, drawable, model_styles, new_figure
 from reporting.run_results import ACCURACY, usable
 from reporting.text_tables import (
     TextTable,
@@ -36,6 +34,7 @@ from reporting.text_tables import (
     short,
     short_p,
 )
+from reporting.training_figures import plot_curves
 from results_folder import Cell, Results, read_results
 
 STATES = {Cell("listops", "multi_timescale", 1): "diverged"} | {
@@ -72,6 +71,27 @@ def test_the_pure_tables_leave_their_input_alone(results: Results) -> None:
         function(table)
     radar_scores(summary, "listops")
     pd.testing.assert_frame_equal(table, before)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "chance", "epoch"),
+    [
+        ([0.2, 0.5, 0.9, 1.0], 0.0, 3),
+        ([0.2, 0.5, 0.89, 1.0], 0.0, 4),
+        ([0.52, 0.55, 0.6], 0.0, 2),  # guessing is 83 % of the best already
+        ([0.52, 0.55, 0.6], 0.5, 3),  # (0.55 - 0.5) / 0.1 = 0.5
+        ([0.7, 0.95, 1.0], 0.5, 2),  # exactly 0.9, which rounds to just below it
+        ([0.8, 0.3, 0.2], 0.1, 1),
+        ([0.5], 0.1, 1),
+        ([0.5, 0.45], 0.5, None),
+        ([0.0, 0.0], 0.0, None),
+        ([], 0.0, None),
+    ],
+)
+def test_convergence_is_the_first_epoch_at_90_percent_of_the_way_from_chance_to_the_best(
+    accuracies: list[float], chance: float, epoch: int | None
+) -> None:
+    assert convergence_epoch(accuracies, chance) == epoch
 
 
 def test_differences_are_compared_by_hand() -> None:
@@ -125,27 +145,6 @@ def test_radar_scores_are_relative_to_the_best_model() -> None:
 # Figures
 
 
-def test_the_accuracy_figure_draws_the_means_intervals_and_seeds_of_the_table(results: Results) -> None:
-    table = metric_table(results, {})
-    values, styles = table[table["metric"] == ACCURACY], model_styles(MODELS)
-    with figure_style():
-        ax = new_figure(1, 1, 6, 3)[1][0, 0]
-        assert plot_accuracy(values, styles, ax, reference_levels(0.1, 0.175)) is ax
-    summary = summarize(values).set_index("model")["mean"]
-    done = [model for model in MODELS if model in summary]
-    for model in done:
-        [mean] = [line for line in ax.get_lines() if line.get_marker() == styles[model].marker]
-        np.testing.assert_allclose(np.asarray(mean.get_xdata(), float), [100 * summary[model]])
-    seeds = [marks.get_offsets() for marks in ax.collections if isinstance(marks, PathCollection)]
-    expected = [values[values["model"] == model].sort_values("seed")["value"] for model in done]
-    np.testing.assert_allclose(np.concatenate(seeds)[:, 0], 100 * np.concatenate(expected))
-    ends = [bar.get_segments()[0][:, 0] for bar in ax.collections if isinstance(bar, LineCollection)]
-    intervals = summarize(values).set_index("model").loc[done, ["low", "high"]]
-    np.testing.assert_allclose(ends, 100 * intervals)
-    levels = [str(line.get_label()) for line in ax.get_lines() if ":" in str(line.get_label())]
-    assert levels == ["chance: 10.0 %", "largest class: 17.5 %"]
-
-
 def test_learning_curves_draw_the_mean_of_finished_seeds_and_mark_cells_that_did_not_finish(
     results: Results,
 ) -> None:
@@ -183,7 +182,7 @@ def test_a_model_without_a_result_keeps_its_place_and_says_why() -> None:
     styles = model_styles(MODELS)
     values = tidy({"conventional": [0.3, 0.4]})
     ax = new_figure(1, 1, 5, 3)[1][0, 0]
-    plot_bars(values, styles, ax, absent={"gravitational": "no result (failed)"})
+    plot_bars(values, styles, ax, Panel(ACCURACY, "accuracy"), {"gravitational": "no result (failed)"})
     assert [label.get_text() for label in ax.get_yticklabels()] == [style.name for style in styles.values()]
     assert "no result (failed)" in [text.get_text() for text in ax.texts]
 

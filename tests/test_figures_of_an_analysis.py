@@ -7,17 +7,18 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from results_fixture import MODELS
 
-from analyze_results import make_analysis
-from reporting.accuracy_against_cost import progress_table
-from reporting.attention_figures import distance_figure, shaded_figure
-from reporting.comparison_tables import epoch_table, metric_table
-from reporting.figure_style import figure_style, model_styles, save_figure
-from reporting.run_results import ACCURACY, read_joined, read_patterns
+from reporting.analysis import make_analysis
+from reporting.attention_figures import distance_figure, plot_maps
+from reporting.figure_style import figure_style, model_styles, new_figure, save_figure
+from reporting.mass_figures import shaded_figure
+from reporting.run_results import ACCURACY, read_joined
+from reporting.seed_statistics import estimate
 from reporting.task_figures import CONVERGENCE_PANELS, COST_PANELS, TaskView, task_figures
 
 STYLES = model_styles(MODELS)
@@ -26,13 +27,9 @@ STYLES = model_styles(MODELS)
 @pytest.fixture(scope="module")
 def figures(holed: Path) -> dict[str, Figure]:
     """The figures by the kind in their names."""
-    joined = read_joined([holed])
-    patterns, reasons = read_patterns(joined.results)
-    progress = progress_table(joined.results)
-    analysis = make_analysis(joined, metric_table(joined.results, patterns), progress, reasons, MODELS[0])
-    parts = analysis, "listops", "listops", epoch_table(joined.results), progress, patterns, STYLES
+    view = TaskView(make_analysis(read_joined([holed])), "listops", "listops")
     with figure_style():
-        return {one.stem.removesuffix("_listops"): figure for one, figure in task_figures(TaskView(*parts))}
+        return {note.stem.removesuffix("_listops"): figure for note, figure in task_figures(view)}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +58,11 @@ def test_accuracy_is_that_of_the_table(figures: dict[str, Figure], summary: pd.D
             np.testing.assert_allclose(seeds[0], expected)
         else:
             assert not drawn and "no result (2 failed, missing)" in [text.get_text() for text in ax.texts]
+    ends = [bar.get_segments()[0][:, 0] for bar in ax.collections if isinstance(bar, LineCollection)]
+    done = [values for model in STYLES if (values := values_of(summary, model, ACCURACY))]
+    np.testing.assert_allclose(ends, [100 * np.array(estimate(values)[2:]) for values in done])
+    levels = [str(line.get_label()) for line in ax.get_lines() if ":" in str(line.get_label())]
+    assert levels[:2] == ["chance: 10.0 %", "largest class: 17.5 %"]
 
 
 @pytest.mark.parametrize("kind", ["cost", "convergence"])
@@ -118,3 +120,15 @@ def test_no_label_leaves_its_figure(figures: dict[str, Figure]) -> None:
                 assert inside or hidden or (ticks and not ax.bbox.padded(2).overlaps(extent)), (
                     f"{kind}: {label.get_text()!r} is cut"
                 )
+
+
+def test_a_grid_of_maps_has_a_row_per_query_and_a_column_per_key() -> None:
+    maps = np.arange(24.0).reshape(2, 3, 2, 2)  # (layers x timescales, heads, queries, keys)
+    ax = plot_maps(maps, np.array(["a", "b"]), ["upper", "lower"], new_figure(1, 1, 6, 4)[1][0, 0])
+    image = ax.collections[0].get_array()
+    assert image is not None
+    drawn = np.ma.masked_invalid(image).filled(np.nan).reshape(5, 8)
+    np.testing.assert_array_equal(drawn[3:5, 6:8], maps[1, 2])
+    assert np.isnan(drawn[2]).all() and np.isnan(drawn[:, [2, 5]]).all()
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "", "a", "b"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b", "", "a", "b", "", "a", "b"]

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from analyze_results import make_analysis
-from reporting.accuracy_against_cost import progress_table
-from reporting.comparison_tables import metric_table
-from reporting.run_results import default_baseline, models_of, read_joined, read_patterns
+from reporting.analysis import make_analysis
+from reporting.run_results import read_joined
 from reporting.summary_tables import tables
 from reporting.text_tables import markdown_table
 from results_folder import read_results
@@ -26,15 +24,7 @@ FOLDERS = sorted(path.parent.name for path in PUBLISHED.glob("*/config.json"))
 @functools.cache
 def lines_of(folders: tuple[str, ...], baseline: str | None) -> set[str]:
     """All lines of the tables of an analysis."""
-    joined = read_joined([PUBLISHED / name for name in folders])
-    patterns, no_patterns = read_patterns(joined.results)
-    analysis = make_analysis(
-        joined,
-        metric_table(joined.results, patterns),
-        progress_table(joined.results),
-        no_patterns,
-        baseline or default_baseline(models_of(joined.results)),
-    )
+    analysis = make_analysis(read_joined([PUBLISHED / name for name in folders]), baseline)
     return {line for table in tables(analysis) for line in markdown_table(table).splitlines()}
 
 

@@ -12,7 +12,7 @@ from results_fixture import MODELS, make_results, without_figures, write
 from analyze_results import analyze
 from reporting.lra_literature import comparable
 from reporting.run_results import ACCURACY
-from reporting.text_tables import markdown, short
+from reporting.text_tables import short
 from results_folder import Cell, read_results
 
 
@@ -50,8 +50,15 @@ def test_the_page_is_whole_in_itself_and_runs_nothing_of_the_folders(tmp_path: P
     assert "default-src 'none'" in page and "http" not in re.sub("http-equiv", "", page)
 
 
-@pytest.mark.parametrize("mark", ["<b>*x*</b>", "a|b", "c\\d", "`e`", "$f_g$"])
-def test_what_a_folder_says_is_escaped_wherever_it_stands(mark: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mark", "shown"),
+    [
+        ("<b>*x*</b>", r"\<b\>\*x\*\</b\>"),
+        ("<script>y</script>", r"\<script\>y\</script\>"),
+        *[("a|b", r"a\|b"), ("c\\d", r"c\\d"), ("`e`", r"\`e\`"), ("$f_g$", r"\$f\_g\$")],
+    ],
+)
+def test_what_a_folder_says_is_escaped_wherever_it_stands(mark: str, shown: str, tmp_path: Path) -> None:
     states = {Cell("listops", mark, 1): "failed"}
     root = make_results(tmp_path, models=("conventional", mark), states=states, unavailable={mark: mark})
     for name in ("config.json", "environment.json"):
@@ -61,13 +68,21 @@ def test_what_a_folder_says_is_escaped_wherever_it_stands(mark: str, tmp_path: P
     text = report_of(root)
     page = (root / "analysis" / "report.html").read_text(encoding="utf-8")
     body = page.split("<main>")[1].split("</main>")[0]
-    assert text.count(markdown(mark)) >= 10 and body.count(html.escape(mark)) >= 10
-    for line in text.splitlines():
-        if not line.startswith("!["):  # a figure's file is named without such letters
-            assert mark not in line.replace(markdown(mark), "") or mark == markdown(mark)
-        if line.startswith("| "):
-            assert len(re.findall(r"(?<!\\)\|", line)) >= 4
-    assert "<" not in mark or mark not in body
+    assert text.count(shown) >= 10 and mark not in text.replace(shown, "")
+    assert body.count(html.escape(mark)) >= 10 and ("<" not in mark or mark not in body)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):  # no name adds a column
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+
+
+def test_cells_without_patterns_are_named_once_for_each_reason(tmp_path: Path) -> None:
+    root = make_results(tmp_path, tasks=("listops",), models=MODELS[:3], seeds=(0,), epochs=1)
+    for model in MODELS[:2]:
+        (Cell("listops", model, 0).folder(root) / "attention_patterns.npz").unlink()
+    said = next(line for line in report_of(root).splitlines() if line.startswith("Without attention"))
+    assert said.replace("\\", "") == (
+        "Without attention patterns: listops/conventional/seed0, listops/gravitational/seed0 "
+        "(there is no attention_patterns.npz)."
+    )
 
 
 def test_one_seed_has_no_interval_and_no_verdict(tmp_path: Path) -> None:
@@ -87,32 +102,19 @@ def test_ten_seeds_that_all_agree_are_given_a_verdict_and_ten_that_do_not_are_no
     seeds = tuple(range(10))
     root = make_results(tmp_path, tasks=("listops",), seeds=seeds, patterns=False, epochs=2)
     for seed in seeds:
-        steps = {"conventional": 0.0, "gravitational": 0.02, "multi_timescale": (-1) ** seed * 0.02}
+        steps = {MODELS[0]: 0.0, MODELS[1]: 0.02, MODELS[2]: (-1) ** seed * 0.02, MODELS[3]: -0.02}
         for model, step in steps.items():
             path = Cell("listops", model, seed).folder(root) / "result.json"
             write(path, json.loads(path.read_text()) | {ACCURACY: 0.4 + 0.001 * seed + step})
     text = report_of(root)
     verdicts = {
         name: next(line for line in text.splitlines() if line.startswith(f"- {name} against"))
-        for name in ("Gravitational", "Multi-timescale")
+        for name in ("Gravitational", "Multi-timescale", "Gravitational multi-timescale")
     }
     assert "+2.0 points" in verdicts["Gravitational"] and "p = 0.00195" in verdicts["Gravitational"]
     assert "better at the 0.05 level, for these settings" in verdicts["Gravitational"]
     assert "a difference is not shown" in verdicts["Multi-timescale"]
-
-
-def test_a_diverged_and_a_failed_cell_are_in_no_mean_and_a_smaller_n_is_said(tmp_path: Path) -> None:
-    states = {Cell("listops", "conventional", 0): "diverged", Cell("listops", "gravitational", 1): "failed"}
-    root = make_results(tmp_path, tasks=("listops",), models=MODELS[:2], states=states, patterns=False)
-    text = report_of(root)
-    assert "**2 of 6 cells are not done** and are in no mean:" in text
-    assert "- listops/conventional/seed0: diverged (the loss is nan in epoch 3)" in text
-    assert "- listops/gravitational/seed1: failed (RuntimeError: out of memory" in text
-    assert re.search(r"Gravitational against Conventional: .* \(n = 1: no interval", text)
-    for name in ("Conventional", "Gravitational"):
-        assert re.search(
-            rf"- Test accuracy, from the highest: .*{name} [\d.]+ % \(n = 2, 95 % interval", text
-        )
+    assert "worse at the 0.05 level" in verdicts["Gravitational multi-timescale"]
 
 
 def test_a_mean_over_fewer_seeds_than_finished_says_how_many(tmp_path: Path) -> None:

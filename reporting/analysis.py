@@ -1,0 +1,137 @@
+"""All numbers of a comparison, made once and handed to the tables, findings, figures and the report.
+
+analysis = make_analysis(read_joined([folder]))
+analysis.mean("listops", "gravitational", ACCURACY)         # Estimate(n=3, mean=0.43, low=0.41, high=0.45)
+"""
+
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+
+from command_line import choose
+from reporting.accuracy_against_cost import progress_metrics, progress_table, target_accuracies
+from reporting.comparison_tables import (
+    Difference,
+    compare,
+    epoch_table,
+    learned_table,
+    metric_table,
+    summarize,
+)
+from reporting.figure_style import ModelStyle, model_styles
+from reporting.run_results import (
+    JoinedResults,
+    TaskFacts,
+    default_baseline,
+    done_cells,
+    models_of,
+    most_on_a_device,
+    read_patterns,
+    task_facts,
+    tasks_of,
+)
+from reporting.seed_statistics import Estimate
+from results_folder import AttentionPatterns, Cell, CellRecord, Results
+
+SMOKE = "smoke test: its numbers mean nothing"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that a report is made from. styles: name, colour and marker by model, in order; baseline: the model
+    that the others are compared with; facts, targets: by task; no_patterns: why a cell has none.
+
+    See comparison_tables.py and accuracy_against_cost.py for the tables."""
+
+    joined: JoinedResults
+    facts: dict[str, TaskFacts]
+    styles: dict[str, ModelStyle]
+    baseline: str
+    table: pd.DataFrame
+    summary: pd.DataFrame
+    differences: list[Difference]
+    epochs: pd.DataFrame
+    learned: pd.DataFrame
+    progress: pd.DataFrame
+    targets: dict[str, float]
+    patterns: dict[Cell, AttentionPatterns]
+    no_patterns: dict[Cell, str]
+
+    @property
+    def results(self) -> Results:
+        return self.joined.results
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {model: style.name for model, style in self.styles.items()}
+
+    @property
+    def baseline_name(self) -> str:
+        return self.names[self.baseline]
+
+    def unfinished(self) -> list[CellRecord]:
+        return [record for record in self.results.cells if record.state != "done"]
+
+    def mean(self, task: str, model: str, metric: str) -> Estimate:
+        """Over the seeds; n = 0 and NaN where there are none."""
+        rows = self.summary
+        rows = rows[(rows["task"] == task) & (rows["model"] == model) & (rows["metric"] == metric)]
+        if rows.empty:
+            return Estimate(0, math.nan, math.nan, math.nan)
+        n, mean, low, high = (float(rows[column].iloc[0]) for column in Estimate._fields)
+        return Estimate(int(n), mean, low, high)
+
+    def notice(self, task: str, *, timed: bool = False) -> str:
+        """What must be said wherever numbers of the task are shown; mostly nothing.
+
+        timed: whether times or memory are among them."""
+        notices = [SMOKE] if self.results.config.get("preset") == "smoke" else []
+        if timed and (sharing := self.sharing(task)):
+            notices.append(sharing)
+        return "; ".join(notices)
+
+    def sharing(self, task: str) -> str:
+        """What must be said of the task's times and memory; "" where each cell had its device, or a core of
+        its own as all others had."""
+        done = [record for record in done_cells(self.results) if record.cell.task == task]
+        most = max(map(most_on_a_device, done), default=1)
+        return f"times and memory: {most} cells on a device" if most > 1 and not self.one_core_a_cell else ""
+
+    @property
+    def one_core_a_cell(self) -> bool:
+        """Whether the cells ran side by side on a CPU, as many as it has cores at most, a thread each."""
+        sharing = {most_on_a_device(record) for record in done_cells(self.results)}
+        environments = [source.environment for source in self.joined.sources]
+        alone = all(one.get("threads") == 1 and one.get("device") == "cpu" for one in environments)
+        cores = [one.get("cores") for one in environments]
+        return alone and len(sharing) == 1 and all(isinstance(n, int) and max(sharing) <= n for n in cores)
+
+
+def make_analysis(joined: JoinedResults, baseline: str | None = None) -> Analysis:
+    """baseline: the model that differences are taken to; by default `default_baseline`. Raises InputError
+    where it is no model of the results."""
+    results = joined.results
+    models = models_of(results)
+    baseline = default_baseline(models) if baseline is None else choose(baseline, models, "baseline")
+    facts = {task: task_facts(results, task) for task in tasks_of(results)}
+    patterns, no_patterns = read_patterns(results)
+    progress = progress_table(results)
+    targets = target_accuracies(progress, {task: one.chance for task, one in facts.items()}, baseline)
+    measured, more = metric_table(results, patterns), progress_metrics(progress, targets)
+    table = pd.concat([measured, more], ignore_index=True) if len(more) else measured
+    return Analysis(
+        joined=joined,
+        facts=facts,
+        styles=model_styles(models),
+        baseline=baseline,
+        table=table,
+        summary=summarize(table),
+        differences=compare(table, baseline),
+        epochs=epoch_table(results),
+        learned=learned_table(results),
+        progress=progress,
+        targets=targets,
+        patterns=patterns,
+        no_patterns=no_patterns,
+    )

@@ -1,0 +1,121 @@
+"""The statistics give what is found by hand or in print, and hold what they promise in a simulation."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reporting.seed_statistics import (
+    estimate,
+    holm,
+    paired_differences,
+    sign_flip_p,
+    smallest_sign_flip_p,
+    t_quantile,
+)
+
+# Darwin's maize, cross- minus self-fertilised heights in eighths of an inch; Fisher 1935, section 17.
+DARWIN = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
+# Hours of sleep gained with the second drug minus those with the first; Student 1908, table on page 20.
+STUDENT = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
+
+
+@pytest.mark.parametrize(
+    ("confidence", "freedom", "published"),
+    [
+        *[(0.95, 1, 12.706), (0.95, 2, 4.303), (0.95, 3, 3.182), (0.95, 4, 2.776), (0.95, 9, 2.262)],
+        *[(0.95, 30, 2.042), (0.95, 120, 1.980), (0.99, 1, 63.657), (0.99, 7, 3.499), (0.999, 3, 12.924)],
+    ],
+)
+def test_t_quantiles_are_those_of_published_tables(confidence: float, freedom: int, published: float) -> None:
+    assert t_quantile(confidence, freedom) == pytest.approx(published, abs=5e-4)
+
+
+@pytest.mark.parametrize(("confidence", "freedom"), [(0.0, 3), (1.0, 3), (0.95, 0)])
+def test_a_t_quantile_outside_its_range_is_refused(confidence: float, freedom: int) -> None:
+    with pytest.raises(ValueError, match="expected 0 < confidence < 1"):
+        t_quantile(confidence, freedom)
+
+
+@pytest.mark.parametrize(
+    ("values", "n", "mean", "low", "high"),
+    [
+        ([1.0, 2.0, 3.0], 3, 2.0, 2 - 4.30265 / math.sqrt(3), 2 + 4.30265 / math.sqrt(3)),  # deviation 1
+        # R's help page of `sleep`: t.test(..., paired = TRUE)
+        (STUDENT, 10, 1.58, 0.7001142, 2.4598858),
+        ([0.4], 1, 0.4, math.nan, math.nan),
+        ([], 0, math.nan, math.nan, math.nan),
+    ],
+)
+def test_a_mean_and_its_interval(values: list[float], n: int, mean: float, low: float, high: float) -> None:
+    assert estimate(values) == pytest.approx((n, mean, low, high), abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10])
+def test_t_intervals_hold_the_mean_as_often_as_they_promise(n: int) -> None:
+    repeats = 4000
+    draws = np.random.default_rng(n).normal(0.6, 0.02, (repeats, n))
+    found = [estimate(row) for row in draws.tolist()]
+    held = sum(one.low <= 0.6 <= one.high for one in found) / repeats
+    assert held == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / repeats))
+
+
+def test_differences_are_paired_by_seed_and_leave_out_seeds_that_one_of_them_lacks() -> None:
+    differences = paired_differences({2: 0.5, 0: 0.3, 7: 0.9}, {0: 0.1, 2: 0.6, 1: 0.2})
+    assert list(differences) == [0, 2]
+    assert list(differences.values()) == pytest.approx([0.2, -0.1])
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        ([3.0], 1.0),
+        ([1.0, 2.0, 3.0], 0.25),  # of 8 patterns, +++ and ---
+        ([-1.0, 2.0, 3.0], 0.5),  # |sum| 4: +++ and --- 6, -++ and +-- 4
+        ([1.0, 1.0, -1.0], 1.0),  # |sum| 1: every pattern
+        ([0.01, 0.02, 0.03, 0.01, 0.02], 0.0625),
+        ([0.0, 0.0], 1.0),
+        # Fisher 1935, section 21: 863 of the 2^15 patterns reach the observed sum of 314 on either side
+        (DARWIN, 2 * 863 / 2**15),
+    ],
+)
+def test_sign_flip_p_values_by_hand(differences: list[float], p: float) -> None:
+    assert sign_flip_p(differences) == p
+
+
+@pytest.mark.parametrize(("n", "p"), [(1, 1.0), (2, 0.5), (3, 0.25), (5, 0.0625), (6, 0.03125)])
+def test_the_smallest_p_is_that_of_seeds_which_all_point_one_way(n: int, p: float) -> None:
+    assert smallest_sign_flip_p(n) == p == sign_flip_p([0.5 + seed for seed in range(n)])
+
+
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=8))
+def test_the_sorted_search_counts_what_trying_every_sign_pattern_counts(differences: list[int]) -> None:
+    patterns = itertools.product([1, -1], repeat=len(differences))
+    sums = [abs(sum(map(int.__mul__, signs, differences))) for signs in patterns]
+    expected = sum(found >= abs(sum(differences)) for found in sums) / len(sums)
+    assert sign_flip_p([value / 10 for value in differences]) == expected
+
+
+def test_without_a_difference_the_sign_flip_test_finds_one_no_oftener_than_its_level() -> None:
+    repeats = 2000
+    draws = np.random.default_rng(0).normal(0, 0.02, (repeats, 6))
+    p_values = np.array([sign_flip_p(row) for row in draws.tolist()])
+    for level in (0.05, 0.25, 0.5):
+        error = math.sqrt(level * (1 - level) / repeats)
+        assert (p_values <= level).mean() <= level + 4 * error
+
+
+@pytest.mark.parametrize(
+    ("p_values", "adjusted"),
+    [
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),  # 0.01 x 3, 0.03 x 2, 0.04 x 1 but not below the one before
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # Wikipedia, "Holm-Bonferroni method"
+        ([0.5, 0.6], [1.0, 1.0]),
+        ([], []),
+    ],
+)
+def test_holms_correction_by_hand(p_values: list[float], adjusted: list[float]) -> None:
+    assert holm(p_values) == pytest.approx(adjusted)

@@ -322,5 +322,5 @@ def test_the_real_reviews_have_the_known_lengths(tmp_path: Path, monkeypatch: py
 
 
 def test_a_data_folder_without_the_reviews_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no IMDb.*or leave it out"):
+    with pytest.raises(InputError, match=r"holds no IMDb.*or leave it out"):
         load_reviews(tmp_path, tmp_path / "cache")

@@ -64,6 +64,8 @@ def dense_weights(q: Tensor, k: Tensor, score: Score, mask: Mask) -> Tensor:
         distance = token_distance(query_length, key_length, q.device).to(q.dtype)
         log_discount = distance * score.log_decay[:, :, None, None]
         logits = logits * log_discount.exp() if score.discount == "logits" else logits + log_discount
+    if score.clock is not None:
+        logits = logits + score.clock.log_discount().to(logits.dtype)
     blocked, added = mask.dense(query_length, key_length, q.device)
     if added is not None:
         logits = logits + added.to(logits.dtype)
@@ -131,8 +133,11 @@ def cannot(backend: str, q: Tensor, score: Score, mask: Mask, dropout: float, ne
         return "makes no weights: use 'dense'"
     if mask.pairs is not None and mask.pairs.requires_grad:
         return "has no gradient for a mask: use 'dense'"
-    if backend == "sdpa" and (not isinstance(score, DotProduct) or score.log_decay is not None):
+    decays = score.log_decay is not None or score.clock is not None
+    if backend == "sdpa" and (not isinstance(score, DotProduct) or decays):
         return "is for the dot product without decay only: use 'tiled'"
+    if score.clock is not None:
+        return "has no clocks: use 'dense'"
     if score.log_decay is not None and score.discount == "logits":
         return "discounts weights, not logits: use 'dense'"
     if backend == "sdpa" and dropout:

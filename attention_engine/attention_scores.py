@@ -16,17 +16,36 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Clock:
+    """Time that passes at a rate of each token's own, in place of the distance |i - j|: a weight is multiplied by
+    `exp(-|query_i - key_j|)`. As `log_decay` does with the constant rate -log gamma, of which it is the general
+    form.
+
+    query: (N, T, H, L), key: (N, T, H, S): the time at each token, falling nowhere along the sequence.
+    """
+
+    query: Tensor
+    key: Tensor
+
+    def log_discount(self) -> Tensor:
+        """`-|query_i - key_j|` (N, T, H, L, S)."""
+        return -(self.query.unsqueeze(-1) - self.key.unsqueeze(-2)).abs()
+
+
+@dataclass(frozen=True)
 class DotProduct:
     """Scaled dot product, `q_i . k_j * scale` (Vaswani et al. 2017), optionally with exponential decay.
 
     log_decay: log gamma, (T, H), below 0: adds `|i - j| log gamma` to the logit, so that a weight is
     multiplied by gamma for each step of distance.
     discount: "weights", or "logits": the logit is multiplied by gamma^|i - j| instead. For comparison only.
+    clock: a decay by a rate of each token, beside or instead of log_decay's.
     """
 
     scale: float
     log_decay: Tensor | None = None
     discount: Literal["weights", "logits"] = "weights"
+    clock: Clock | None = None
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
         """(N, T, H, L, S) logits without decay."""
@@ -46,6 +65,7 @@ class Gravity:
     log_gravity: log G, (T, H), or None with "force".
     log_decay:   log gamma, (T, H), below 0, or None: weights are multiplied by gamma^|i - j|.
     discount:    "weights", or "logits": the force is multiplied by gamma^|i - j| instead; not with "force".
+    clock:       a decay by a rate of each token, beside or instead of log_decay's.
     """
 
     key_mass: Tensor
@@ -56,6 +76,7 @@ class Gravity:
     normalization: Literal["softmax", "force"] = "softmax"
     log_decay: Tensor | None = None
     discount: Literal["weights", "logits"] = "weights"
+    clock: Clock | None = None
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
         """(N, T, H, L, S) logits without decay."""

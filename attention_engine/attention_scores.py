@@ -17,9 +17,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Clock:
-    """Time that passes at a rate of each token's own, in place of the distance |i - j|: a weight is multiplied by
-    `exp(-|query_i - key_j|)`. As `log_decay` does with the constant rate -log gamma, of which it is the general
-    form.
+    """Time that passes at a rate of each token's own, in place of the distance |i - j|: a weight is
+    multiplied by `exp(-|query_i - key_j|)`. `log_decay` is the special case of a constant rate, -log gamma.
 
     query: (N, T, H, L), key: (N, T, H, S): the time at each token, falling nowhere along the sequence.
     """

@@ -6,8 +6,11 @@ Backends, all exact:
 - "dense": the formula itself, in O(L S) memory. The reference, and what makes weights when asked for.
 - "tiled": `tiled_attention`, O(L + S) memory, any device, any score but with discounted logits.
 - "sdpa": `F.scaled_dot_product_attention`, the dot product without decay only.
-- "triton": `triton_attention`, O(L + S) memory, the scores of "tiled", CUDA (or Triton's interpreter, for
+- "triton": `triton_attention`, O(L + S) memory, the scores of "tiled" without clocks, CUDA (or Triton's interpreter, for
   tests), in the inputs' own type. Triton is imported only when it is asked for.
+
+Under `torch.func` and in forward-mode differentiation "auto" is "dense"; a backward that is differentiated or
+batched itself is that of the dense formula, too.
 
 Symbols and masks: see attention_module.py.
 """
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention_engine.attention_scores import DotProduct, Mask, Score
+from attention_engine.dense_attention import dense_weights, only_dense_derivatives
 from attention_engine.tiled_attention import tiled_attention
 
 BACKENDS = ("auto", "dense", "tiled", "sdpa", "triton")
@@ -47,32 +51,6 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _chosen.pop()
-
-
-def token_distance(query_length: int, key_length: int, device: torch.device) -> Tensor:
-    """`|i - j|` (L, S), float32."""
-    i = torch.arange(query_length, device=device)
-    j = torch.arange(key_length, device=device)
-    return (i[:, None] - j).abs().float()
-
-
-def dense_weights(q: Tensor, k: Tensor, score: Score, mask: Mask) -> Tensor:
-    """Attention weights (N, T, H, L, S) by the plain formula. A row with no key is zeros."""
-    logits = score.logits(q, k)
-    query_length, key_length = logits.shape[-2:]
-    if score.log_decay is not None:
-        distance = token_distance(query_length, key_length, q.device).to(q.dtype)
-        log_discount = distance * score.log_decay[:, :, None, None]
-        logits = logits * log_discount.exp() if score.discount == "logits" else logits + log_discount
-    if score.clock is not None:
-        logits = logits + score.clock.log_discount().to(logits.dtype)
-    blocked, added = mask.dense(query_length, key_length, q.device)
-    if added is not None:
-        logits = logits + added.to(logits.dtype)
-    # A row of -inf only has no softmax and no finite gradient: it is filled with zeros before, and after.
-    no_key = blocked.expand(*blocked.shape[:-1], key_length).all(-1, keepdim=True)
-    logits = logits.masked_fill(blocked, -math.inf).masked_fill(no_key, 0.0)
-    return logits.softmax(-1).masked_fill(blocked, 0.0)
 
 
 def attend(
@@ -131,13 +109,15 @@ def cannot(backend: str, q: Tensor, score: Score, mask: Mask, dropout: float, ne
         return ""
     if need_weights:
         return "makes no weights: use 'dense'"
+    if only_dense_derivatives():
+        return "has no rules for torch.func and forward-mode differentiation: use 'dense'"
     if mask.pairs is not None and mask.pairs.requires_grad:
         return "has no gradient for a mask: use 'dense'"
     decays = score.log_decay is not None or score.clock is not None
     if backend == "sdpa" and (not isinstance(score, DotProduct) or decays):
         return "is for the dot product without decay only: use 'tiled'"
-    if score.clock is not None:
-        return "has no clocks: use 'dense'"
+    if score.clock is not None and backend == "triton":
+        return "has no clocks: use 'tiled'"
     if score.log_decay is not None and score.discount == "logits":
         return "discounts weights, not logits: use 'dense'"
     if backend == "sdpa" and dropout:

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention_engine.attention_scores import Mask, Score, merge_masks
-from attention_kernels import attend, dense_weights
+from attention_engine.dense_attention import dense_weights
+from attention_kernels import attend
 
 
 class AttentionModule(nn.Module):

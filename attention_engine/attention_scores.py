@@ -8,8 +8,9 @@ Symbols and masks: see attention_module.py. q is (N, T', H, L, D), k and v are (
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -87,6 +88,26 @@ class Gravity:
 
 
 Score = DotProduct | Gravity
+TENSORS_OF_SCORE = ("key_mass", "query_mass", "log_gravity", "log_decay", "query_clock", "key_clock")
+
+
+def split_score(score: Score) -> tuple[Score, tuple[Tensor | None, ...]]:
+    """The score without its tensors, and those, in the order of TENSORS_OF_SCORE: an `autograd.Function` is
+    to be given them one by one."""
+    tensors = [getattr(score, name, None) for name in TENSORS_OF_SCORE[:4]]
+    tensors += [None, None] if score.clock is None else [score.clock.query, score.clock.key]
+    without = {name: None for name in TENSORS_OF_SCORE[:4] if hasattr(score, name)}
+    return replace(score, clock=None, **without), tuple(tensors)  # type: ignore[arg-type]
+
+
+def join_score(score: Score, tensors: Sequence[Tensor | None]) -> Score:
+    """The inverse of `split_score`."""
+    *of_score, query_clock, key_clock = tensors
+    named = zip(TENSORS_OF_SCORE, of_score, strict=False)
+    fields: dict[str, Any] = {name: x for name, x in named if hasattr(score, name)}
+    if query_clock is not None and key_clock is not None:
+        fields["clock"] = Clock(query_clock, key_clock)
+    return replace(score, **fields)
 
 
 def squared_distance(q: Tensor, k: Tensor) -> Tensor:

@@ -10,13 +10,11 @@ imported, CPU tensors at a snail's pace; `attend` imports it only when it is ask
   it must wait for the device to know). Half precision inputs are rounded once more, around the centre.
 - A_i = G m_i is made here: the kernels give its gradient row by row, autograd those of G and m_i. For the
   force form the kernels take log m_j.
-- Far keys are skipped where decay makes all of them together weigh less than `TOLERANCE` of a row's nearest
-  key, see `reach_of_rows`.
+- Far keys are skipped where decay makes them negligible, see far_keys.py.
 
 Symbols and masks: see attention_module.py.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,8 +25,9 @@ from torch.autograd.function import once_differentiable
 
 from attention_engine import triton_kernels as kernels
 from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score
+from attention_engine.dense_attention import backward_is_differentiated, dense_gradients
+from attention_engine.far_keys import reach_of_rows
 
-TOLERANCE, TOLERANCE_LEARNED_DECAY = 2.0**-24, 2.0**-34  # a gradient by log gamma weighs far keys by |i - j|
 ROWS_OF_A_PRODUCT = 64
 
 
@@ -68,7 +67,8 @@ def triton_attention(
         )
         strength, key_mass = _masses(score, mask)
     if skip_far_keys and log_decay is not None and mask.pairs is None and q.numel() and k.numel():
-        plan = replace(plan, reach=reach_of_rows(q, k, strength, key_mass, log_decay, plan))
+        shape = plan.scale, plan.softening, plan.power
+        plan = replace(plan, reach=reach_of_rows(q, k, strength, key_mass, log_decay, mask, *shape))
     tensors = [None if x is None else x.contiguous() for x in (q, k, v, strength, key_mass, log_decay)]
     output: Tensor = FusedAttention.apply(*tensors, plan)
     return output
@@ -94,65 +94,6 @@ def _masses(score: Gravity, mask: Mask) -> tuple[Tensor | None, Tensor]:
     if score.query_mass is None or score.log_gravity is None:
         return None, key_mass.log()
     return score.log_gravity.float().exp().unsqueeze(-1) * score.query_mass.float(), key_mass
-
-
-@torch.no_grad()
-def nearest_keys(
-    mask: Mask, query_length: int, key_length: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """For each row the nearest key that it may attend to, and how far it is, both (N or 1, L). Where there is
-    none, the distance is negative and the key is any."""
-    far = 2 * (query_length + key_length)  # from any row, farther than any key
-    j = torch.arange(key_length, device=device).unsqueeze(0)
-    absent = torch.zeros_like(j, dtype=torch.bool) if mask.padding is None else mask.padding
-    before = torch.where(absent, -far, j).cummax(-1).values
-    after = torch.where(absent, far, j).flip(-1).cummin(-1).values.flip(-1)
-    i = torch.arange(query_length, device=device)
-    own = i.clamp(max=key_length - 1)
-    before, after = before[:, own], after[:, own]
-    nearest = before if mask.causal else torch.where(i - before <= after - i, before, after)
-    distance = torch.where((nearest < 0) | (nearest >= key_length), -1, (i - nearest).abs())
-    return nearest.clamp(0, key_length - 1), distance
-
-
-@torch.no_grad()
-def reach_of_rows(
-    q: Tensor, k: Tensor, strength: Tensor | None, key_mass: Tensor | None, log_decay: Tensor, plan: Plan
-) -> Tensor:
-    """For each problem the largest |i - j| to look at, (N, T, H) int32, computed on the device.
-
-    A row's sum is at least the weight of its nearest key, at distance d: `exp(s_near) gamma^d`. All keys
-    beyond W weigh at most `2 exp(s_max) gamma^(W + 1) / (1 - gamma)`. W is where that is the tolerance's part
-    of the former: `W = d + (s_max - s_near + log(2 / (1 - gamma)) - log tolerance) / -log gamma`.
-    """
-    query_length, key_length = q.shape[-2], k.shape[-2]
-    nearest, distance = nearest_keys(plan.mask, query_length, key_length, q.device)
-    nearest = nearest[:, None, None].expand(len(q), 1, q.shape[2], -1)  # (N, 1, H, L)
-    index = nearest.unsqueeze(-1).expand(-1, q.shape[1], -1, -1, q.shape[-1])
-    near = k.gather(-2, index)  # (N, T', H, S, D) -> (N, T', H, L, D)
-    if key_mass is None:
-        lengths = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32)
-        if plan.mask.padding is not None:
-            lengths = lengths.masked_fill(plan.mask.padding[:, None, None, :], 0.0)
-        highest = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32) * lengths.amax(-1, keepdim=True)
-        own = (q.float() * near.float()).sum(-1) * plan.scale
-        spread = highest * abs(plan.scale) - own
-    else:
-        log_softened = ((q - near).float().square().mean(-1) + plan.softening).log()
-        near_mass = key_mass.gather(-1, nearest.expand(-1, plan.timescales, -1, -1))
-        top_mass, log_softening = key_mass.amax(-1, keepdim=True), math.log(plan.softening)
-        if strength is None:  # both masses are logarithms
-            spread = top_mass - near_mass + plan.power * (log_softened - log_softening)
-        else:
-            pull = near_mass * (-plan.power * log_softened).exp()
-            spread = strength * (top_mass * math.exp(-plan.power * log_softening) - pull)
-    tolerance = TOLERANCE_LEARNED_DECAY if log_decay.requires_grad else TOLERANCE
-    log_decay = log_decay.unsqueeze(-1)  # (T, H, 1)
-    beyond = (2 / -log_decay.expm1()).log() - math.log(tolerance)
-    steps = (spread + beyond) / -log_decay + distance[:, None, None]  # (N, T, H, L)
-    everything = max(query_length, key_length)
-    steps = steps.ceil().nan_to_num(nan=everything).clamp(0, everything)
-    return steps.masked_fill(distance[:, None, None] < 0, 0).amax(-1).int()
 
 
 def row_products(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:

@@ -1,0 +1,77 @@
+"""Attention by the formula itself, in O(L S) memory, of operations that PyTorch can differentiate any number
+of times, forwards, backwards and under `torch.func`: the reference, and what the fused backends fall back on
+where a derivative is asked for that they have not written by hand.
+
+Symbols and masks: see attention_module.py.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attention_engine.attention_scores import Mask, Score
+
+
+def token_distance(query_length: int, key_length: int, device: torch.device) -> Tensor:
+    """`|i - j|` (L, S), float32."""
+    i = torch.arange(query_length, device=device)
+    j = torch.arange(key_length, device=device)
+    return (i[:, None] - j).abs().float()
+
+
+def dense_weights(q: Tensor, k: Tensor, score: Score, mask: Mask) -> Tensor:
+    """Attention weights (N, T, H, L, S) by the plain formula. A row with no key is zeros."""
+    logits = score.logits(q, k)
+    query_length, key_length = logits.shape[-2:]
+    if score.log_decay is not None:
+        distance = token_distance(query_length, key_length, q.device).to(q.dtype)
+        log_discount = distance * score.log_decay[:, :, None, None]
+        logits = logits * log_discount.exp() if score.discount == "logits" else logits + log_discount
+    if score.clock is not None:
+        logits = logits + score.clock.log_discount().to(logits.dtype)
+    blocked, added = mask.dense(query_length, key_length, q.device)
+    if added is not None:
+        logits = logits + added.to(logits.dtype)
+    # A row of -inf only has no softmax and no finite gradient: it is filled with zeros before, and after.
+    no_key = blocked.expand(*blocked.shape[:-1], key_length).all(-1, keepdim=True)
+    logits = logits.masked_fill(blocked, -math.inf).masked_fill(no_key, 0.0)
+    return logits.softmax(-1).masked_fill(blocked, 0.0)
+
+
+def only_dense_derivatives() -> bool:
+    """Whether what runs now is inside a transform of `torch.func` (grad, vmap, jvp ...), or forward-mode
+    differentiation: an `autograd.Function` with a backward written by hand has no rule for these."""
+    level: int = torch.autograd.forward_ad._current_level  # -1 outside of a `dual_level`
+    return torch._C._are_functorch_transforms_active() or level >= 0
+
+
+def backward_is_differentiated() -> bool:
+    """Asked inside a backward: whether it is to be differentiated itself (create_graph=True), or batched
+    (vectorised Jacobians). `dense_gradients` can do both."""
+    return torch.is_grad_enabled() or only_dense_derivatives()
+
+
+def dense_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Score,
+    mask: Mask,
+    wanted: Sequence[Tensor | None],
+    upstream: Tensor,
+) -> list[Tensor | None]:
+    """The gradients of dense attention by those of its tensors that are wanted, in this order; each can be
+    differentiated again where gradients are enabled."""
+    again = torch.is_grad_enabled()
+    inputs = [x for x in wanted if x is not None]
+    with torch.enable_grad():
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        output = dense_weights(q.to(dtype), k.to(dtype), score, mask) @ v.to(dtype)
+        found = iter(
+            torch.autograd.grad(
+                output, inputs, upstream.to(dtype), create_graph=again, materialize_grads=True
+            )
+        )
+    return [None if x is None else next(found) for x in wanted]

@@ -1,0 +1,80 @@
+"""Which keys are so far from a row that decay makes all of them together weigh nothing.
+
+Symbols and masks: see attention_module.py.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from attention_engine.attention_scores import Mask
+
+TOLERANCE, TOLERANCE_LEARNED_DECAY = 2.0**-24, 2.0**-34  # a gradient by log gamma weighs far keys by |i - j|
+
+
+@torch.no_grad()
+def nearest_keys(
+    mask: Mask, query_length: int, key_length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """For each row the nearest key that it may attend to, and how far it is, both (N or 1, L). Where there is
+    none, the distance is negative and the key is any."""
+    far = 2 * (query_length + key_length)  # from any row, farther than any key
+    j = torch.arange(key_length, device=device).unsqueeze(0)
+    absent = torch.zeros_like(j, dtype=torch.bool) if mask.padding is None else mask.padding
+    before = torch.where(absent, -far, j).cummax(-1).values
+    after = torch.where(absent, far, j).flip(-1).cummin(-1).values.flip(-1)
+    i = torch.arange(query_length, device=device)
+    own = i.clamp(max=key_length - 1)
+    before, after = before[:, own], after[:, own]
+    nearest = before if mask.causal else torch.where(i - before <= after - i, before, after)
+    distance = torch.where((nearest < 0) | (nearest >= key_length), -1, (i - nearest).abs())
+    return nearest.clamp(0, key_length - 1), distance
+
+
+@torch.no_grad()
+def reach_of_rows(
+    q: Tensor,
+    k: Tensor,
+    strength: Tensor | None,
+    key_mass: Tensor | None,
+    log_decay: Tensor,
+    mask: Mask,
+    scale: float,
+    softening: float,
+    power: float,
+) -> Tensor:
+    """For each problem the largest |i - j| to look at, (N, T, H) int32, computed on the device.
+
+    A row's sum is at least the weight of its nearest key, at distance d: `exp(s_near) gamma^d`. All keys
+    beyond W weigh at most `2 exp(s_max) gamma^(W + 1) / (1 - gamma)`. W is where that is the tolerance's part
+    of the former: `W = d + (s_max - s_near + log(2 / (1 - gamma)) - log tolerance) / -log gamma`.
+    """
+    query_length, key_length = q.shape[-2], k.shape[-2]
+    nearest, distance = nearest_keys(mask, query_length, key_length, q.device)
+    nearest = nearest[:, None, None].expand(len(q), 1, q.shape[2], -1)  # (N, 1, H, L)
+    index = nearest.unsqueeze(-1).expand(-1, q.shape[1], -1, -1, q.shape[-1])
+    near = k.gather(-2, index)  # (N, T', H, S, D) -> (N, T', H, L, D)
+    if key_mass is None:
+        lengths = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32)
+        if mask.padding is not None:
+            lengths = lengths.masked_fill(mask.padding[:, None, None, :], 0.0)
+        highest = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32) * lengths.amax(-1, keepdim=True)
+        own = (q.float() * near.float()).sum(-1) * scale
+        spread = highest * abs(scale) - own
+    else:
+        log_softened = ((q - near).float().square().mean(-1) + softening).log()
+        near_mass = key_mass.gather(-1, nearest.expand(-1, key_mass.shape[1], -1, -1))
+        top_mass, log_softening = key_mass.amax(-1, keepdim=True), math.log(softening)
+        if strength is None:  # both masses are logarithms
+            spread = top_mass - near_mass + power * (log_softened - log_softening)
+        else:
+            pull = near_mass * (-power * log_softened).exp()
+            spread = strength * (top_mass * math.exp(-power * log_softening) - pull)
+    tolerance = TOLERANCE_LEARNED_DECAY if log_decay.requires_grad else TOLERANCE
+    log_decay = log_decay.unsqueeze(-1)  # (T, H, 1)
+    beyond = (2 / -log_decay.expm1()).log() - math.log(tolerance)
+    steps = (spread + beyond) / -log_decay + distance[:, None, None]  # (N, T, H, L)
+    everything = max(query_length, key_length)
+    steps = steps.ceil().nan_to_num(nan=everything).clamp(0, everything)
+    return steps.masked_fill(distance[:, None, None] < 0, 0).amax(-1).int()

@@ -6,8 +6,8 @@ Backends, all exact:
 - "dense": the formula itself, in O(L S) memory. The reference, and what makes weights when asked for.
 - "tiled": `tiled_attention`, O(L + S) memory, any device, any score but with discounted logits.
 - "sdpa": `F.scaled_dot_product_attention`, the dot product without decay only.
-- "triton": `triton_attention`, O(L + S) memory, the scores of "tiled" without clocks, CUDA (or Triton's interpreter, for
-  tests), in the inputs' own type. Triton is imported only when it is asked for.
+- "triton": `triton_attention`, O(L + S) memory, the scores of "tiled" without clocks, CUDA (or Triton's
+  interpreter, for tests), in the inputs' own type. Triton is imported only when it is asked for.
 
 Under `torch.func` and in forward-mode differentiation "auto" is "dense"; a backward that is differentiated or
 batched itself is that of the dense formula, too.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attention_engine.attention_scores import Mask, Score
+from attention_engine.attention_scores import Mask, Score, join_score
 
 
 def token_distance(query_length: int, key_length: int, device: torch.device) -> Tensor:
@@ -47,31 +47,31 @@ def only_dense_derivatives() -> bool:
     return torch._C._are_functorch_transforms_active() or level >= 0
 
 
-def backward_is_differentiated() -> bool:
+def backward_is_differentiated(upstream: Tensor) -> bool:
     """Asked inside a backward: whether it is to be differentiated itself (create_graph=True), or batched
     (vectorised Jacobians). `dense_gradients` can do both."""
-    return torch.is_grad_enabled() or only_dense_derivatives()
+    batched: bool = torch._C._functorch.is_legacy_batchedtensor(upstream)
+    return batched or torch.is_grad_enabled() or only_dense_derivatives()
 
 
 def dense_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     score: Score,
-    mask: Mask,
-    wanted: Sequence[Tensor | None],
+    causal: bool,
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
     upstream: Tensor,
 ) -> list[Tensor | None]:
-    """The gradients of dense attention by those of its tensors that are wanted, in this order; each can be
-    differentiated again where gradients are enabled."""
+    """The gradients of dense attention by those of the tensors that are needed, in this order; each can be
+    differentiated again where gradients are enabled. tensors: q, k, v, those that `split_score` took out of
+    the score, padding, pairs."""
+    q, k, v, *of_score, padding, pairs = tensors
+    assert q is not None and k is not None and v is not None
     again = torch.is_grad_enabled()
-    inputs = [x for x in wanted if x is not None]
+    inputs = [x for x, need in zip(tensors, needed, strict=True) if x is not None and need]
     with torch.enable_grad():
         dtype = torch.promote_types(q.dtype, torch.float32)
-        output = dense_weights(q.to(dtype), k.to(dtype), score, mask) @ v.to(dtype)
-        found = iter(
-            torch.autograd.grad(
-                output, inputs, upstream.to(dtype), create_graph=again, materialize_grads=True
-            )
-        )
-    return [None if x is None else next(found) for x in wanted]
+        mask = Mask(padding, pairs, causal)
+        weights = dense_weights(q.to(dtype), k.to(dtype), join_score(score, of_score), mask)
+        output, options = weights @ v.to(dtype), {"create_graph": again, "materialize_grads": True}
+        found = iter(torch.autograd.grad(output, inputs, upstream.to(dtype), **options))
+    return [next(found) if need else None for need in needed]

@@ -40,9 +40,9 @@ def reach_of_rows(
     key_mass: Tensor | None,
     log_decay: Tensor,
     mask: Mask,
-    scale: float,
-    softening: float,
-    power: float,
+    scale: float = 1.0,
+    softening: float = 1.0,
+    power: float = 1.0,
 ) -> Tensor:
     """For each problem the largest |i - j| to look at, (N, T, H) int32, computed on the device.
 
@@ -56,10 +56,11 @@ def reach_of_rows(
     index = nearest.unsqueeze(-1).expand(-1, q.shape[1], -1, -1, q.shape[-1])
     near = k.gather(-2, index)  # (N, T', H, S, D) -> (N, T', H, L, D)
     if key_mass is None:
-        lengths = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32)
+        dtype = torch.promote_types(k.dtype, torch.float32)
+        lengths = torch.linalg.vector_norm(k, dim=-1, dtype=dtype)
         if mask.padding is not None:
             lengths = lengths.masked_fill(mask.padding[:, None, None, :], 0.0)
-        highest = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32) * lengths.amax(-1, keepdim=True)
+        highest = torch.linalg.vector_norm(q, dim=-1, dtype=dtype) * lengths.amax(-1, keepdim=True)
         own = (q.float() * near.float()).sum(-1) * scale
         spread = highest * abs(scale) - own
     else:

@@ -25,6 +25,7 @@ Far keys are skipped where a fixed decay makes them negligible (far_keys.py).
 Symbols and masks: see attention_module.py. B problems are (example, head) of one timescale.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score, join_score, split_score
+from attention_engine.attention_scores import (
+    DotProduct,
+    Gravity,
+    Mask,
+    Score,
+    split_score,
+)
 from attention_engine.dense_attention import backward_is_differentiated, dense_gradients
 from attention_engine.far_keys import reach_of_rows
 
@@ -57,7 +64,7 @@ def tiled_attention(
     without, tensors = split_score(score)
     seed = int(torch.randint(2**31, ()).item()) if dropout else 0
     wide = isinstance(score, Gravity) and needs_float64(q, k, score, mask)
-    call = Call(without, mask.causal, wide, dropout, seed, skip_far_keys)
+    call = Call(without, mask.causal, torch.float64 if wide else q.dtype, dropout, seed, skip_far_keys)
     output: Tensor = TiledAttention.apply(call, q, k, v, *tensors, mask.padding, mask.pairs)
     return output
 
@@ -68,7 +75,7 @@ class Call:
 
     score: Score  # without tensors
     causal: bool
-    wide: bool  # whether it is computed in float64
+    dtype: torch.dtype  # of the computation
     dropout: float
     seed: int
     skip_far_keys: bool
@@ -79,57 +86,47 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
-        q, _, _, key_mass, _, _, log_decay, clock, *_ = tensors
-        assert q is not None
-        timescales = [x.shape[1] for x in (q, key_mass, clock) if x is not None]
-        timescales += [] if log_decay is None else [len(log_decay)]
-        found = [_forward(call, t, of_timescale(call, tensors, t)) for t in range(max(timescales))]
-        output, log_sum = (torch.stack([x.unflatten(0, (len(q), -1)) for x in part], 1) for part in zip(*found))
+        problems = lower(call, tensors)
+        found = [_forward(call, problems, t) for t in range(problems.timescales)]
+        parts = (
+            torch.stack(of_each).unflatten(1, (-1, problems.heads)) for of_each in zip(*found, strict=True)
+        )
+        output, log_sum = parts  # (T, N, H, L, D) and (T, N, H, L, 1)
         ctx.call = call
         ctx.save_for_backward(*tensors, output, log_sum)
-        return output.to(q.dtype)
+        assert tensors[0] is not None
+        return output.transpose(0, 1).to(tensors[0].dtype)
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         *tensors, output, log_sum = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
-        if backward_is_differentiated():
-            return None, *_dense_gradients(call, tensors, needed, doutput)
-        gradients = [torch.zeros_like(x) if wanted else None for x, wanted in zip(tensors, needed, strict=True)]
+        if backward_is_differentiated(doutput):
+            if call.dropout:
+                raise RuntimeError("backend 'tiled' has no double backward with dropout: use 'dense'")
+            return None, *dense_gradients(call.score, call.causal, tensors, needed, doutput)
+        leaves = [None if x is None else x.detach() for x in tensors]
+        wanted = [
+            x.requires_grad_() for x, need in zip(leaves, needed, strict=True) if x is not None and need
+        ]
         with torch.autocast(doutput.device.type, enabled=False):
-            for t in range(output.shape[1]):
-                p = of_timescale(call, tensors, t)
-                of_rows = (x[:, t].flatten(0, 1).to(p.v.dtype) for x in (output, doutput, log_sum))
-                found = _of_tensors(call, tensors, t, p, _backward(call, t, p, *of_rows))
-                for total, part in zip(gradients, found, strict=False):
-                    if total is None or part is None:
-                        continue
-                    part = part.unflatten(0, (len(output), -1))
-                    if total.dim() == 2:  # (T, H)
-                        total[t] += part.flatten(1).sum(0)
-                    else:
-                        total[:, min(t, total.shape[1] - 1)] += part
-        return None, *gradients
-
-
-def _dense_gradients(
-    call: Call, tensors: Sequence[Tensor | None], needed: Sequence[bool], doutput: Tensor
-) -> list[Tensor | None]:
-    if call.dropout:
-        raise RuntimeError("backend 'tiled' has no double or batched backward with dropout: use 'dense'")
-    q, k, v, *of_score, padding, pairs = tensors
-    assert q is not None and k is not None and v is not None
-    score, mask = join_score(call.score, of_score), Mask(padding, pairs, call.causal)
-    wanted = [x if need else None for x, need in zip(tensors, needed, strict=True)]
-    return dense_gradients(q, k, v, score, mask, wanted, doutput)
+            with torch.enable_grad():
+                problems = lower(call, leaves)
+            doutput = doutput.transpose(0, 1).to(output.dtype)
+            of_rows = (x.flatten(1, 2) for x in (output, doutput, log_sum))
+            sums = _backward(call, problems, *of_rows)
+            made = [x is not None and x.requires_grad for x in problems.factors]
+            outputs, upstream = ([*itertools.compress(x, made)] for x in (problems.factors, sums))
+            found = iter(torch.autograd.grad(outputs, wanted, upstream))  # type: ignore[arg-type]
+        return None, *(next(found) if need else None for need in needed)
 
 
 # --- a score as sums over tiles ---------------------------------------------------------------------------
 
 
-class Problems(NamedTuple):
-    """All problems of one timescale, in the type of the computation; None where a score has no such thing."""
+class Factors(NamedTuple):
+    """What logits are made of, (T or 1, B, ...), or of one timescale (B, ...); or the gradients by it."""
 
     a: Tensor  # (B, L, A): logits, or softened distances, are a_i . b_j
     b: Tensor  # (B, S, A)
@@ -139,21 +136,26 @@ class Problems(NamedTuple):
     log_decay: Tensor | None  # (B, 1, 1)
     query_clock: Tensor | None  # (B, L, 1)
     key_clock: Tensor | None  # (B, 1, S)
+
+    def of(self, t: int) -> "Factors":
+        """Views of a timescale's."""
+        return Factors(*(None if x is None else x[min(t, len(x) - 1)] for x in self))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Problems:
+    """A call in the form of its tiles."""
+
+    factors: Factors
     bias: Tensor | None  # (B, 1, S): -inf where a key is padding
     pairs: Tensor | None  # (N or 1, H or 1, L or 1, S)
     heads: int
     ends: list[int]  # for each problem the position after its last key
-    reach: list[int]  # for each problem the largest |i - j| to look at
+    reach: list[list[int]]  # for each timescale and problem the largest |i - j| to look at
 
-
-def centred(q: Tensor, k: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q (..., L, D) and k (..., S, D) less the mean of the keys that are not padding (..., S, 1); 0 there."""
-    if padding is None:
-        centre = k.mean(-2, keepdim=True)
-        return q - centre, k - centre
-    count = (~padding).sum(-2, keepdim=True).clamp(min=1)
-    centre = k.masked_fill(padding, 0.0).sum(-2, keepdim=True) / count
-    return q - centre, (k - centre).masked_fill(padding, 0.0)
+    @property
+    def timescales(self) -> int:
+        return max(len(x) for x in self.factors if x is not None)
 
 
 @torch.no_grad()
@@ -167,95 +169,72 @@ def needs_float64(q: Tensor, k: Tensor, score: Gravity, mask: Mask) -> bool:
     return not bool(largest * torch.finfo(q.dtype).eps <= ROUNDING * q.shape[-1] * score.softening)
 
 
-def _of_problems(x: Tensor | None, t: int, dtype: torch.dtype, batch: int) -> Tensor | None:
-    """Timescale t of (N, T or 1, H, ...) -> (B, ...), or of (T, H) -> (B, 1)."""
-    if x is None:
-        return None
-    if x.dim() == 2:
-        return x[t].to(dtype).repeat(batch).unsqueeze(-1)
-    return x[:, min(t, x.shape[1] - 1)].to(dtype).flatten(0, 1)
+def centred(q: Tensor, k: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q (..., L, D) and k (..., S, D) less the mean of the keys that are not padding (..., S, 1); 0 there."""
+    if padding is None:
+        centre = k.mean(-2, keepdim=True)
+        return q - centre, k - centre
+    count = (~padding).sum(-2, keepdim=True).clamp(min=1)
+    centre = k.masked_fill(padding, 0.0).sum(-2, keepdim=True) / count
+    return q - centre, (k - centre).masked_fill(padding, 0.0)
 
 
-def of_timescale(call: Call, tensors: Sequence[Tensor | None], t: int) -> Problems:
-    """The tensors of a call, in the form of `Problems`."""
-    q, *_, padding, pairs = tensors
-    assert q is not None
-    batch, heads = len(q), q.shape[2]
-    learned = tensors[6] is not None and tensors[6].requires_grad
-    dtype = torch.float64 if call.wide else q.dtype
-    q, k, v, key_mass, query_mass, log_gravity, log_decay, query_clock, key_clock = (
-        _of_problems(x, t, dtype, batch) for x in tensors[:9]
-    )
-    assert q is not None and k is not None and v is not None
-    ends, bias = [k.shape[1]] * len(k), None
-    if padding is not None:
-        padding = padding.repeat_interleave(heads, 0)
-        ends = (~padding * torch.arange(1, k.shape[1] + 1, device=k.device)).amax(-1).tolist()
-        k, v = (x.masked_fill(padding.unsqueeze(-1), 0.0) for x in (k, v))
-        bias = torch.zeros_like(k[..., 0]).masked_fill_(padding, -math.inf).unsqueeze(1)
-        key_mass = None if key_mass is None else key_mass.masked_fill(padding, 1.0)
-    strength = None
-    if key_mass is not None:
-        q, k = centred(q, k, None if padding is None else padding.unsqueeze(-1))
-        strength = None if log_gravity is None or query_mass is None else log_gravity.exp() * query_mass
-        key_mass = key_mass if strength is not None else key_mass.log()
-    reach = [max(q.shape[1], k.shape[1])] * len(k)
-    if call.skip_far_keys and log_decay is not None and query_clock is None and pairs is None and not learned:
-        score = call.score
-        shape = (score.scale, 0.0, 1.0) if isinstance(score, DotProduct) else (1.0, score.softening, score.distance_power / 2)
-        vectors = (None if x is None else x[:, None, None] for x in (q, k, strength, key_mass))
-        of_rows = Mask(padding, causal=call.causal)
-        reach = reach_of_rows(*vectors, log_decay.unsqueeze(-1), of_rows, *shape).flatten().tolist()
-    return Problems(
-        *_factors(q, k, call.score),
-        v,
-        None if strength is None else strength.unsqueeze(-1),
-        None if key_mass is None else key_mass.unsqueeze(1),
-        None if log_decay is None else log_decay.unsqueeze(-1),
-        None if query_clock is None else query_clock.unsqueeze(-1),
-        None if key_clock is None else key_clock.unsqueeze(1),
-        bias,
-        None if pairs is None else pairs[:, 0],
-        heads,
-        ends,
-        reach,
-    )
-
-
-def _factors(q: Tensor, k: Tensor, score: Score) -> tuple[Tensor, Tensor]:
-    """a and b of `Problems`."""
-    if isinstance(score, DotProduct):
-        return q * score.scale, k
-    norm_q, norm_k = (x.square().sum(-1, keepdim=True) / x.shape[-1] for x in (q, k))
-    a = torch.cat([q * (-2 / q.shape[-1]), norm_q + score.softening, torch.ones_like(norm_q)], -1)
+def _distance_factors(q: Tensor, k: Tensor, softening: float) -> tuple[Tensor, Tensor]:
+    """a and b with `a_i . b_j = |q_i - k_j|^2 / D + softening`."""
+    width = q.shape[-1]
+    norm_q, norm_k = (x.square().sum(-1, keepdim=True) / width for x in (q, k))
+    a = torch.cat([q * (-2 / width), norm_q + softening, torch.ones_like(norm_q)], -1)
     return a, torch.cat([k, torch.ones_like(norm_k), norm_k], -1)
 
 
-def _of_tensors(
-    call: Call, tensors: Sequence[Tensor | None], t: int, p: "Problems", sums: "Gradients"
-) -> tuple[Tensor | None, ...]:
-    """The gradients (B, ...) by the tensors of a call, from those by what `of_timescale` makes of them."""
-    dq, dk = sums.a, sums.b
-    if isinstance(call.score, DotProduct):
-        dq = dq * call.score.scale
-    else:
-        width, power = p.a.shape[-1] - 2, call.score.distance_power / 2
-        q, k = p.a[..., :width] * (-width / 2), p.b[..., :width]
-        dq = (dq[..., :width] - q * dq[..., width : width + 1]) * (2 * power / width)
-        dk = (k * dk[..., width + 1 :] * (2 / width) + dk[..., :width]) * -power
-    key_mass, query_mass = (_of_problems(x, t, p.v.dtype, len(p.v) // p.heads) for x in tensors[3:5])
-    of_rows = None if sums.log_strength is None else sums.log_strength.squeeze(-1)
-    return (
-        dq,
-        dk,
-        sums.v,
-        None if key_mass is None or sums.log_key_mass is None else sums.log_key_mass.squeeze(1) / key_mass,
-        None if query_mass is None or of_rows is None else of_rows / query_mass,
-        None if of_rows is None else of_rows.sum(-1),
-        None if sums.log_decay is None else sums.log_decay.flatten(),
-        None if sums.query_clock is None else sums.query_clock.squeeze(-1),
-        None if sums.key_clock is None else sums.key_clock.squeeze(1),
+def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
+    """The tensors of a call as `Problems`, by operations that autograd can follow."""
+    of_pairs, (padding, pairs) = tensors[:9], tensors[9:]
+    q, k, v, key_mass, query_mass, log_gravity, log_decay, query_clock, key_clock = (
+        None if x is None else x.to(call.dtype) for x in of_pairs
     )
+    assert q is not None and k is not None and v is not None
+    heads, score, strength, absent = q.shape[2], call.score, None, None
+    ends, bias = [k.shape[3]] * (len(q) * heads), None
+    if padding is not None:
+        absent = padding[:, None, None, :, None]
+        k, v = k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
+        key_mass = None if key_mass is None else key_mass.masked_fill(absent.squeeze(-1), 1.0)
+        bias = torch.zeros_like(k[:, 0, :, :, 0]).masked_fill_(absent[:, 0, :, :, 0], -math.inf)
+        bias = bias.detach().flatten(0, 1).unsqueeze(1)
+        last = (~padding * torch.arange(1, k.shape[3] + 1, device=k.device)).amax(-1)
+        ends = last.repeat_interleave(heads).tolist()
+    if isinstance(score, DotProduct):
+        a, b, shape = q * score.scale, k, (score.scale, 1.0, 1.0)
+    else:
+        if query_mass is not None and log_gravity is not None:
+            strength = log_gravity.exp().unsqueeze(-1) * query_mass
+        elif key_mass is not None:
+            key_mass = key_mass.log()
+        q, k = centred(q, k, absent)
+        a, b = _distance_factors(q, k, score.softening)
+        shape = (1.0, score.softening, score.distance_power / 2)
+    reach = [[max(q.shape[3], k.shape[3])] * len(ends)]
+    fixed = log_decay is not None and not log_decay.requires_grad and query_clock is None
+    if log_decay is not None and fixed and pairs is None and call.skip_far_keys:
+        mask = Mask(padding, causal=call.causal)
+        found = reach_of_rows(q, k, strength, key_mass, log_decay, mask, *shape)
+        reach = found.transpose(0, 1).flatten(1).tolist()
+    if log_decay is not None:
+        log_decay = log_decay.expand(len(q), -1, -1).unsqueeze(-1)
+
+    def by_timescale(x: Tensor | None, of_keys: bool = False) -> Any:
+        """(N, T or 1, H, ...) -> (T or 1, B, ...), a vector of rows as a column."""
+        if x is not None and x.dim() == 4:
+            x = x.unsqueeze(3 if of_keys else 4)
+        return None if x is None else x.transpose(0, 1).flatten(1, 2)
+
+    of_rows, of_keys = (a, b, v, strength, log_decay, query_clock), (key_mass, key_clock)
+    *most, log_decay, query_clock = (by_timescale(x) for x in of_rows)
+    key_mass, key_clock = (by_timescale(x, of_keys=True) for x in of_keys)
+    a, b, v, strength = most
+    factors = Factors(a, b, v, strength, key_mass, log_decay, query_clock, key_clock)
+    return Problems(factors, bias, None if pairs is None else pairs[:, 0], heads, ends, reach)
 
 
 # --- tiles ------------------------------------------------------------------------------------------------
@@ -271,16 +250,16 @@ class Tile(NamedTuple):
 
 def _rows_of(p: Problems) -> Iterator[tuple[slice, slice]]:
     """Problems and queries that are worked on together."""
-    count, length = p.a.shape[:2]
-    size = max(1, TILE_PAIRS // (min(BLOCK, length) * min(BLOCK, p.b.shape[1])))
+    count, length, keys = *p.factors.a.shape[1:3], p.factors.b.shape[2]
+    size = max(1, TILE_PAIRS // (min(BLOCK, length) * min(BLOCK, keys)))
     for first in range(0, count, size):
         for row in range(0, length, BLOCK):
             yield slice(first, min(first + size, count)), slice(row, min(row + BLOCK, length))
 
 
-def _tiles_of(p: Problems, problems: slice, rows: slice, causal: bool) -> Iterator[Tile]:
+def _tiles_of(p: Problems, t: int, problems: slice, rows: slice, causal: bool) -> Iterator[Tile]:
     """The tiles of some queries, but those of which every key is padding, after the queries, or far."""
-    reach = max(p.reach[problems])
+    reach = max(p.reach[min(t, len(p.reach) - 1)][problems])
     end = min(max(p.ends[problems]), rows.stop + (0 if causal else reach))
     for key in range(max(0, rows.start - reach), end, BLOCK):
         yield Tile(problems, rows, slice(key, min(key + BLOCK, end)))
@@ -292,25 +271,30 @@ def _distance(tile: Tile, like: Tensor) -> Tensor:
     return i[:, None] - j
 
 
-def _logits(call: Call, p: Problems, tile: Tile) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _between(f: Factors, tile: Tile) -> Tensor:
+    """The time from keys to queries, by their clocks (B, rows, keys)."""
+    assert f.query_clock is not None and f.key_clock is not None
+    return f.query_clock[tile.problems, tile.rows] - f.key_clock[tile.problems, :, tile.keys]
+
+
+def _logits(call: Call, p: Problems, f: Factors, tile: Tile) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The logits (B, rows, keys), masked; and for gravity the forces ("softmax") and 1 / (r2 + softening)."""
     of, rows, keys = tile
-    x = torch.bmm(p.a[of, rows], p.b[of, keys].mT)
+    x = torch.bmm(f.a[of, rows], f.b[of, keys].mT)
     forces = inverse = None
-    if isinstance(call.score, Gravity) and p.key_mass is not None:
-        power, mass = call.score.distance_power / 2, p.key_mass[of, :, keys]
+    if isinstance(call.score, Gravity) and f.key_mass is not None:
+        power, mass = call.score.distance_power / 2, f.key_mass[of, :, keys]
         x.clamp_(min=call.score.softening)
         inverse = x.reciprocal()
-        if p.strength is not None:
-            x = inverse.clone() if power == 1.0 else x.pow_(-power)
-            forces = x.mul_(p.strength[of, rows]).mul_(mass)
-            x = forces.clone()
-        else:
+        if f.strength is None:
             x = torch.add(mass, x.log_(), alpha=-power)
-    if p.log_decay is not None:
-        x.addcmul_(_distance(tile, x).abs_(), p.log_decay[of])
-    if p.query_clock is not None and p.key_clock is not None:
-        x.sub_((p.query_clock[of, rows] - p.key_clock[of, :, keys]).abs_())
+        else:
+            forces = x.copy_(inverse) if power == 1.0 else x.pow_(-power)
+            x = forces.mul_(f.strength[of, rows]).mul_(mass).clone()
+    if f.log_decay is not None:
+        x.addcmul_(_distance(tile, x).abs_(), f.log_decay[of])
+    if f.query_clock is not None:
+        x.sub_(_between(f, tile).abs_())
     if p.bias is not None:
         x.add_(p.bias[of, :, keys])
     if p.pairs is not None:
@@ -339,79 +323,77 @@ def _kept(call: Call, t: int, tile: Tile, like: Tensor) -> Tensor:
     return kept.div_(1 - call.dropout)
 
 
-def _forward(call: Call, t: int, p: Problems) -> tuple[Tensor, Tensor]:
-    """The output (B, L, D) of a timescale and the log-sum-exp of its rows (B, L, 1); inf for one of no key."""
-    output = p.v.new_empty(*p.a.shape[:2], p.v.shape[-1])
-    log_sum = p.v.new_empty(*p.a.shape[:2], 1)
+def _forward(call: Call, p: Problems, t: int) -> tuple[Tensor, Tensor]:
+    """The output (B, L, D) of a timescale and the log-sum-exp of its rows (B, L, 1); inf without a key."""
+    f = p.factors.of(t)
+    output, log_sum = f.v.new_empty(*f.a.shape[:2], f.v.shape[-1]), f.v.new_empty(*f.a.shape[:2], 1)
     for of, rows in _rows_of(p):
         top = torch.full_like(log_sum[of, rows], -math.inf)
         total, read = torch.zeros_like(top), torch.zeros_like(output[of, rows])
-        for tile in _tiles_of(p, of, rows, call.causal):
-            x, _, _ = _logits(call, p, tile)
+        for tile in _tiles_of(p, t, of, rows, call.causal):
+            x, _, _ = _logits(call, p, f, tile)
             new_top = torch.maximum(top, x.amax(-1, keepdim=True))
             finite = new_top.masked_fill(new_top == -math.inf, 0.0)
             weights, rescale = x.sub_(finite).exp_(), (top - finite).exp_()
             total = total * rescale + weights.sum(-1, keepdim=True)
             if call.dropout:
                 weights.mul_(_kept(call, t, tile, weights))
-            read = torch.baddbmm(read * rescale, weights, p.v[of, tile.keys])
+            read = torch.baddbmm(read * rescale, weights, f.v[of, tile.keys])
             top = new_top
         output[of, rows] = read / total.masked_fill(total == 0, 1.0)
         log_sum[of, rows] = (top + total.log()).masked_fill_(total == 0, math.inf)
     return output, log_sum
 
 
-class Gradients(NamedTuple):
-    """Of the tensors of `Problems` that have one, and in their shapes."""
-
-    a: Tensor
-    b: Tensor
-    v: Tensor
-    log_strength: Tensor | None
-    log_key_mass: Tensor | None
-    log_decay: Tensor | None
-    query_clock: Tensor | None
-    key_clock: Tensor | None
-
-
-def _backward(
-    call: Call, t: int, p: Problems, output: Tensor, doutput: Tensor, log_sum: Tensor
-) -> Gradients:
-    """output and doutput (B, L, D)."""
-    delta = (doutput * output).sum(-1, keepdim=True)
-    sums = Gradients(*(None if x is None else torch.zeros_like(x) for x in p[:8]))
-    for of, rows in _rows_of(p):
-        do = doutput[of, rows]
-        for tile in _tiles_of(p, of, rows, call.causal):
-            keys = tile.keys
-            x, forces, inverse = _logits(call, p, tile)
-            weights = x.sub_(log_sum[of, rows]).exp_()
-            ds = torch.bmm(do, p.v[of, keys].mT)
-            used = weights
-            if call.dropout:
-                kept = _kept(call, t, tile, weights)
-                ds.mul_(kept)
-                used = weights * kept
-            sums.v[of, keys] += torch.bmm(used.mT, do)
-            ds.sub_(delta[of, rows]).mul_(weights)
-            _add_sums_of_logits(sums, p, tile, ds)
-            if forces is not None:
-                ds.mul_(forces)
-                sums.log_strength[of, rows] += ds.sum(-1, keepdim=True)
-            if inverse is not None:
-                sums.log_key_mass[of, :, keys] += ds.sum(-2, keepdim=True)
-                ds.mul_(inverse)
-            sums.a[of, rows] += torch.bmm(ds, p.b[of, keys])
-            sums.b[of, keys] += torch.bmm(ds.mT, p.a[of, rows])
+@torch.no_grad()
+def _backward(call: Call, p: Problems, output: Tensor, doutput: Tensor, log_sum: Tensor) -> Factors:
+    """The gradients by all factors. output and doutput (T, B, L, D), log_sum (T, B, L, 1)."""
+    sums = Factors(*(None if x is None else torch.zeros_like(x) for x in p.factors))  # type: ignore[arg-type]
+    for t in range(p.timescales):
+        delta = (doutput[t] * output[t]).sum(-1, keepdim=True)
+        for of, rows in _rows_of(p):
+            of_rows = (x[of, rows] for x in (doutput[t], log_sum[t], delta))
+            _add_rows(call, p, t, sums.of(t), of, rows, *of_rows)
+    if isinstance(call.score, Gravity):
+        power = -call.score.distance_power / 2
+        sums = sums._replace(a=sums.a.mul_(power), b=sums.b.mul_(power))
     return sums
 
 
-def _add_sums_of_logits(sums: Gradients, p: Problems, tile: Tile, ds: Tensor) -> None:
-    """What decay and clocks add to the logits, backwards."""
-    of, rows, keys = tile
-    if sums.log_decay is not None:
-        sums.log_decay[of] += (ds.flatten(1) @ _distance(tile, ds).abs_().flatten())[:, None, None]
-    if p.query_clock is not None and p.key_clock is not None:
-        signed = (p.query_clock[of, rows] - p.key_clock[of, :, keys]).sign_().mul_(ds)
-        sums.query_clock[of, rows] -= signed.sum(-1, keepdim=True)
-        sums.key_clock[of, :, keys] += signed.sum(-2, keepdim=True)
+def _add_rows(
+    call: Call,
+    p: Problems,
+    t: int,
+    by: Factors,
+    of: slice,
+    rows: slice,
+    doutput: Tensor,
+    log_sum: Tensor,
+    delta: Tensor,
+) -> None:
+    """Add the part of some queries to the gradients by the factors of a timescale."""
+    f = p.factors.of(t)
+    for tile in _tiles_of(p, t, of, rows, call.causal):
+        keys = tile.keys
+        x, forces, inverse = _logits(call, p, f, tile)
+        weights = x.sub_(log_sum).exp_()
+        ds, used = torch.bmm(doutput, f.v[of, keys].mT), weights
+        if call.dropout:
+            kept = _kept(call, t, tile, weights)
+            ds, used = ds.mul_(kept), weights * kept
+        by.v[of, keys] += torch.bmm(used.mT, doutput)
+        ds.sub_(delta).mul_(weights)
+        if by.log_decay is not None:
+            by.log_decay[of] += (ds.flatten(1) @ _distance(tile, ds).abs_().flatten())[:, None, None]
+        if by.query_clock is not None and by.key_clock is not None:
+            signed = _between(f, tile).sign_().mul_(ds)
+            by.query_clock[of, rows] -= signed.sum(-1, keepdim=True)
+            by.key_clock[of, :, keys] += signed.sum(-2, keepdim=True)
+        if by.strength is not None and f.strength is not None and forces is not None:
+            by.strength[of, rows] += ds.mul_(forces).sum(-1, keepdim=True) / f.strength[of, rows]
+        if by.key_mass is not None and f.key_mass is not None and inverse is not None:
+            of_keys = ds.sum(-2, keepdim=True)
+            by.key_mass[of, :, keys] += of_keys if f.strength is None else of_keys / f.key_mass[of, :, keys]
+            ds.mul_(inverse)
+        by.a[of, rows] += torch.bmm(ds, f.b[of, keys])
+        by.b[of, keys] += torch.bmm(ds.mT, f.a[of, rows])

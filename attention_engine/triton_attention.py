@@ -21,10 +21,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attention_engine import triton_kernels as kernels
-from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score
+from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score, split_score
 from attention_engine.dense_attention import backward_is_differentiated, dense_gradients
 from attention_engine.far_keys import reach_of_rows
 
@@ -33,11 +32,13 @@ ROWS_OF_A_PRODUCT = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """What the kernels need to know besides the tensors that have a gradient."""
+    """What the kernels need to know besides the tensors that have a gradient. What it holds of tensors is
+    saved by autograd in between."""
 
     kind: int  # one of the kinds of `triton_kernels`
     scale: float
     timescales: int
+    score: Score  # without tensors
     mask: Mask
     softening: float = 0.0
     power: float = 1.0
@@ -50,27 +51,30 @@ def triton_attention(
     """q (N, T', H, L, D), k and v (N, T', H, S, D), T' = T or 1 -> (N, T, H, L, D) in q's type."""
     projections = max(q.shape[1], k.shape[1], v.shape[1])
     q, k, v = (x.to(q.dtype).expand(-1, projections, -1, -1, -1) for x in (q, k, v))
-    strength = key_mass = None
+    strength = key_mass = reach = None
     log_decay = None if score.log_decay is None else score.log_decay.float()
+    without, causal = split_score(score)[0], Mask(causal=mask.causal)
     if isinstance(score, DotProduct):
         timescales = projections if log_decay is None else len(log_decay)
-        plan = Plan(kernels.DOT_PRODUCT.value, score.scale, timescales, mask)
+        plan = Plan(kernels.DOT_PRODUCT.value, score.scale, timescales, without, causal)
     else:
         q, k = _centred(q, k, mask)
         plan = Plan(
             kernels.GRAVITY.value if score.normalization == "softmax" else kernels.FORCE.value,
             2 / q.shape[-1],
             score.key_mass.shape[1],
-            mask,
+            without,
+            causal,
             score.softening,
             score.distance_power / 2,
         )
         strength, key_mass = _masses(score, mask)
     if skip_far_keys and log_decay is not None and mask.pairs is None and q.numel() and k.numel():
+        mass = key_mass.log() if key_mass is not None and strength is None else key_mass
         shape = plan.scale, plan.softening, plan.power
-        plan = replace(plan, reach=reach_of_rows(q, k, strength, key_mass, log_decay, mask, *shape))
+        reach = reach_of_rows(q, k, strength, mass, log_decay, mask, *shape)
     tensors = [None if x is None else x.contiguous() for x in (q, k, v, strength, key_mass, log_decay)]
-    output: Tensor = FusedAttention.apply(*tensors, plan)
+    output: Tensor = FusedAttention.apply(*tensors, mask.padding, mask.pairs, reach, plan)
     return output
 
 
@@ -87,12 +91,12 @@ def _centred(q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
 
 
 def _masses(score: Gravity, mask: Mask) -> tuple[Tensor | None, Tensor]:
-    """A_i (N, T, H, L), or None for the force form, and m_j or log m_j (N, T, H, S)."""
+    """A_i (N, T, H, L), or None for the force form, and m_j (N, T, H, S)."""
     key_mass = score.key_mass.float()
     if mask.padding is not None:
         key_mass = key_mass.masked_fill(mask.padding[:, None, None, :], 1.0)
     if score.query_mass is None or score.log_gravity is None:
-        return None, key_mass.log()
+        return None, key_mass
     return score.log_gravity.float().exp().unsqueeze(-1) * score.query_mass.float(), key_mass
 
 
@@ -136,22 +140,33 @@ class FusedAttention(torch.autograd.Function):
         strength: Tensor | None,
         key_mass: Tensor | None,
         log_decay: Tensor | None,
+        padding: Tensor | None,
+        pairs: Tensor | None,
+        reach: Tensor | None,
         plan: Plan,
     ) -> Tensor:
+        ctx.plan = plan
+        plan = replace(plan, mask=Mask(padding, pairs, plan.mask.causal), reach=reach)
         output = q.new_empty(q.shape[0], plan.timescales, *q.shape[2:])
         log_sum = torch.empty(output.shape[:-1], dtype=torch.float32, device=q.device)
         with torch.cuda.device_of(q):
             inputs = _inputs(q, k, v, strength, key_mass, log_decay, plan)
             launch(kernels.forward_kernel, plan, inputs, output, log_sum)
-        ctx.plan = plan
-        ctx.save_for_backward(q, k, v, strength, key_mass, log_decay, output, log_sum)
+        ctx.save_for_backward(q, k, v, strength, key_mass, log_decay, padding, pairs, reach, output, log_sum)
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, strength, key_mass, log_decay, output, log_sum = ctx.saved_tensors
-        plan: Plan = ctx.plan
+        q, k, v, strength, key_mass, log_decay, padding, pairs, reach, output, log_sum = ctx.saved_tensors
+        if backward_is_differentiated(upstream):
+            one = None if strength is None else strength.new_zeros(strength.shape[1:3])  # log G: A_i has G
+            tensors = q, k, v, key_mass, strength, one, log_decay, None, None, padding, pairs
+            of_q, of_k, of_v, of_strength, of_mass, of_decay = ctx.needs_input_grad[:6]
+            needed = of_q, of_k, of_v, of_mass, of_strength, False, of_decay, *[False] * 4
+            found = dense_gradients(ctx.plan.score, ctx.plan.mask.causal, tensors, needed, upstream)
+            dq, dk, dv, dmass, dstrength, _, drate, *_ = found
+            return dq, dk, dv, dstrength, dmass, drate, None, None, None, None
+        plan = replace(ctx.plan, mask=Mask(padding, pairs, ctx.plan.mask.causal), reach=reach)
         upstream = upstream.contiguous()
         # Timescales that share q, k and v each make a part of the gradient: those are summed in float32.
         part = q.dtype if q.shape[1] == plan.timescales else torch.float32
@@ -171,7 +186,9 @@ class FusedAttention(torch.autograd.Function):
             launch(kernels.key_gradient_kernel, plan, inputs, upstream, log_sum, delta, dk, dv, dmass)
         drate = None if parts is None else parts.sum((0, 3))
         dq, dk, dv = (_joined(dx, x) for dx, x in ((dq, q), (dk, k), (dv, v)))
-        return dq, dk, dv, dstrength, dmass, drate, None
+        if dmass is not None and strength is None:
+            dmass = dmass / key_mass  # the kernels' is by log m_j
+        return dq, dk, dv, dstrength, dmass, drate, None, None, None, None
 
 
 def _per_timescale(x: Tensor, timescales: int, dtype: torch.dtype) -> Tensor:
@@ -206,7 +223,7 @@ def _inputs(
         query_norm=None if key_mass is None else row_products(q, q, 1 / head_dim),
         key_norm=None if key_mass is None else row_products(k, k, 1 / head_dim),
         strength=strength,
-        key_mass=key_mass,
+        key_mass=key_mass.log() if key_mass is not None and strength is None else key_mass,
         log_decay=log_decay,
         reach=plan.reach,
         padding=None if mask.padding is None else mask.padding.contiguous().view(torch.uint8),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from triton_cases import KINDS, MASKS, Case, Kind, beyond, errors, masks
 
-from attention_engine import triton_attention
+from attention_engine import far_keys, triton_attention
 from attention_engine.attention_scores import Mask
 
 OUTPUT, GRADIENT = 2e-6, 2e-5
@@ -117,24 +117,24 @@ def test_decay_near_its_ends(kind: Kind, gamma: float) -> None:
 def test_nearest_keys_by_hand() -> None:
     """Keys . X . . X of which X may be attended to, for seven rows; then causal; far; none."""
     padding = torch.tensor([[True, False, True, True, False]])
-    nearest, distance = triton_attention.nearest_keys(Mask(padding), 7, 5, padding.device)
+    nearest, distance = far_keys.nearest_keys(Mask(padding), 7, 5, padding.device)
     assert nearest.tolist() == [[1, 1, 1, 4, 4, 4, 4]]
     assert distance.tolist() == [[1, 0, 1, 1, 0, 1, 2]]
-    nearest, distance = triton_attention.nearest_keys(Mask(padding, causal=True), 7, 5, padding.device)
+    nearest, distance = far_keys.nearest_keys(Mask(padding, causal=True), 7, 5, padding.device)
     assert nearest.tolist()[0][1:] == [1, 1, 1, 4, 4, 4]
     assert distance.tolist() == [[-1, 0, 1, 2, 0, 1, 2]]
     behind = torch.tensor([[False, True, True, True]])
-    _, distance = triton_attention.nearest_keys(Mask(behind), 20, 4, padding.device)
+    _, distance = far_keys.nearest_keys(Mask(behind), 20, 4, padding.device)
     assert distance.tolist() == [list(range(20))]
-    _, distance = triton_attention.nearest_keys(Mask(behind | ~behind), 2, 4, padding.device)
+    _, distance = far_keys.nearest_keys(Mask(behind | ~behind), 2, 4, padding.device)
     assert distance.tolist() == [[-1, -1]]
 
 
 def test_reach_of_equal_scores_by_hand() -> None:
     """No spread: all beyond W weigh 2 gamma^W / (1 - gamma) of the own key, at most 2^-24 from W = 19.5."""
     q = torch.zeros(1, 1, 1, 200, 4)
-    plan = triton_attention.Plan(0, 0.5, 1, Mask())
-    reach = triton_attention.reach_of_rows(q, q, None, None, torch.tensor([[math.log(0.4)]]), plan)
+    log_decay = torch.tensor([[math.log(0.4)]])
+    reach = far_keys.reach_of_rows(q, q, None, None, log_decay, Mask(), scale=0.5)
     assert reach.tolist() == [[[20]]]
 
 

@@ -12,8 +12,8 @@ from attention_cases import assert_same
 from torch import Tensor
 
 from attention_engine import tiled_attention
-from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score, merge_masks
-from attention_engine.tile_plan import Plan
+from attention_engine.attention_scores import Clock, DotProduct, Gravity, Mask, Score, merge_masks
+from attention_engine.far_keys import reach_of_rows
 from attention_kernels import attend
 from benchmarks.attention_speed import MECHANISMS, Case, SpeedSettings, peak_bytes
 from benchmarks.benchmarking import peak_process
@@ -21,7 +21,7 @@ from training.device_memory import PeakMemory
 
 N, H, D, L, S = 2, 3, 8, 270, 301  # a batch with more queries and keys than a tile has
 OUTPUT, GRADIENT = 2e-6, 2e-5  # what float32 may err, relative to the norm
-KINDS = ("dot", "discounted", "softmax", "force", "both softmax", "both force")
+KINDS = ("dot", "discounted", "clocked", "softmax", "force", "both softmax", "both force", "clocked force")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_discounted_kind = pytest.mark.parametrize("kind", ["discounted", "both softmax", "both force"])
 
@@ -40,7 +40,13 @@ class Inputs(NamedTuple):
     make_score: Callable[[dict[str, Tensor]], Score]
 
 
-def make_inputs(kind: str, sizes: Sizes, gammas: tuple[float, ...] = (0.6, 0.99)) -> Inputs:
+def make_inputs(
+    kind: str,
+    sizes: Sizes,
+    gammas: tuple[float, ...] = (0.6, 0.99),
+    softening: float = 0.1,
+    power: float = 2.0,
+) -> Inputs:
     generator = torch.Generator().manual_seed(11)
 
     def drawn(*shape: int) -> Tensor:
@@ -48,45 +54,61 @@ def make_inputs(kind: str, sizes: Sizes, gammas: tuple[float, ...] = (0.6, 0.99)
 
     batch, heads, queries, keys = sizes
     timescales = 1 if kind in ("dot", "softmax", "force") else len(gammas)
-    own = timescales if kind == "discounted" else 1
+    own = timescales if kind in ("discounted", "clocked") else 1
     leaves = {
         "q": drawn(batch, own, heads, queries, D),
         "k": drawn(batch, own, heads, keys, D),
         "v": drawn(batch, own, heads, keys, D),
     }
-    if timescales > 1:
+    if "clocked" in kind:
+        for name, length in (("query_clock", queries), ("key_clock", keys)):
+            leaves[name] = F.softplus(drawn(batch, timescales, heads, length)).cumsum(-1) * 0.1
+    elif timescales > 1:
         rates = torch.tensor(gammas, dtype=torch.float64).log()[:, None]
         leaves["log_decay"] = rates.expand(-1, heads).clone()
-    if kind in ("dot", "discounted"):
-        return Inputs(leaves, lambda x: DotProduct(D**-0.5, x.get("log_decay")))
+
+    def decay(x: dict[str, Tensor]) -> dict[str, Any]:
+        clock = Clock(x["query_clock"], x["key_clock"]) if "query_clock" in x else None
+        return {"log_decay": x.get("log_decay"), "clock": clock}
+
+    if kind in ("dot", "discounted", "clocked"):
+        return Inputs(leaves, lambda x: DotProduct(D**-0.5, **decay(x)))
     leaves["key_mass"] = F.softplus(drawn(batch, timescales, heads, keys))
     if "force" in kind:
         return Inputs(
-            leaves, lambda x: Gravity(x["key_mass"], None, None, 0.1, 2.0, "force", x.get("log_decay"))
+            leaves, lambda x: Gravity(x["key_mass"], None, None, softening, power, "force", **decay(x))
         )
     leaves["query_mass"] = F.softplus(drawn(batch, timescales, heads, queries))
     leaves["log_gravity"] = drawn(timescales, heads) * 0.2
     return Inputs(
         leaves,
         lambda x: Gravity(
-            x["key_mass"], x["query_mass"], x["log_gravity"], 0.1, 2.0, "softmax", x.get("log_decay")
+            x["key_mass"], x["query_mass"], x["log_gravity"], softening, power, "softmax", **decay(x)
         ),
     )
 
 
 def evaluate(
-    inputs: Inputs, backend: str, dtype: torch.dtype = torch.float32, mask: Mask | None = None, **kwargs: Any
+    inputs: Inputs,
+    backend: str,
+    dtype: torch.dtype = torch.float32,
+    mask: Mask | None = None,
+    fixed: str = "",
+    **kwargs: Any,
 ) -> dict[str, Tensor]:
-    """The output and the gradients of all leaves, for a loss that reads the output unevenly."""
-    leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in inputs.leaves.items()}
+    """The output and the gradients of all leaves but the fixed, for a loss that reads the output unevenly."""
+    leaves = {
+        name: leaf.detach().to(dtype).requires_grad_(name != fixed) for name, leaf in inputs.leaves.items()
+    }
     q, k, v = leaves["q"], leaves["k"], leaves["v"]
     output, _ = attend(q, k, v, inputs.make_score(leaves), mask or Mask(), backend=backend, **kwargs)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     output.backward(upstream.to(dtype))
     found = {"output": output.detach()}
     for name, leaf in leaves.items():
-        assert leaf.grad is not None, name
-        found[name] = leaf.grad
+        if name != fixed:
+            assert leaf.grad is not None, name
+            found[name] = leaf.grad
     return found
 
 
@@ -137,31 +159,48 @@ def test_masks_hold_in_every_tile_and_a_row_with_no_key_is_zeros(kind: str, mask
     check(make_inputs(kind, Sizes()), masks(mask))
 
 
+@pytest.mark.parametrize("kind", ["both softmax", "both force"])
+def test_several_timescales_of_one_head_without_decay(kind: str) -> None:
+    inputs = make_inputs(kind, Sizes(1, 1, 65, 70), gammas=(0.5, 0.6, 0.7))
+    del inputs.leaves["log_decay"]
+    check(inputs)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "force"])
+@pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("softening", [1e-4, 1e-3, 0.01, 0.1])
+def test_coincident_pairs_at_small_softening(kind: str, power: float, softening: float) -> None:
+    """One key may take all weight of its row: the gradients of masses are what sums that cancel leave."""
+    inputs = make_inputs(kind, Sizes(2, 1, 66, 66), softening=softening, power=power)
+    inputs.leaves["k"] = inputs.leaves["q"].clone()
+    check(inputs)
+
+
 @each_discounted_kind
 @pytest.mark.parametrize("causal", [True, False])
 def test_skipping_far_keys_changes_nothing(kind: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = []
+    reaches = []
 
-    class SpiedPlan(Plan):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            plans.append(self)
+    def observed(*args: Any, **kwargs: Any) -> Tensor:
+        reaches.append(reach_of_rows(*args, **kwargs))
+        return reaches[-1]
 
-    monkeypatch.setattr(tiled_attention, "Plan", SpiedPlan)
+    monkeypatch.setattr(tiled_attention, "reach_of_rows", observed)
     inputs = make_inputs(kind, Sizes(1, 2, 700, 650), gammas=(0.3, 0.7, 0.9))
     # Light masses: a bound on the largest force is near the forces there are.
     for name in {"key_mass", "query_mass"} & inputs.leaves.keys():
         inputs.leaves[name].clamp_(0.2, 0.5)
-    mask = Mask(causal=causal)
-    skipping, complete = (evaluate(inputs, "tiled", mask=mask, skip_far_keys=skip) for skip in (True, False))
-    assert_same({"output": skipping["output"]}, {"output": complete["output"]}, 1e-6)
-    assert_same(skipping, complete, 5e-6)  # other tiles, other rounding: gradients are sums that cancel
-    skipping, complete = (
-        evaluate(inputs, "tiled", torch.float64, mask=mask, skip_far_keys=skip) for skip in (True, False)
-    )
-    assert_same(skipping, complete, 1e-6)  # without rounding, what is left is what skipping leaves out
-    assert min(plans[0].windows)[0] < 400
-    assert min(plans[1].windows)[0] == 700
+    asked: dict[str, Any] = {"mask": Mask(causal=causal), "fixed": "log_decay"}
+    for dtype, tolerance in ((torch.float32, 5e-6), (torch.float64, 1e-6)):
+        skipping = evaluate(inputs, "tiled", dtype, **asked)
+        assert int(reaches[-1].min()) < 400
+        count = len(reaches)
+        complete = evaluate(inputs, "tiled", dtype, skip_far_keys=False, **asked)
+        assert len(reaches) == count
+        assert_same({"output": skipping["output"]}, {"output": complete["output"]}, 1e-6)
+        assert_same(skipping, complete, tolerance)  # in float32 with the rounding of other tiles
+    evaluate(inputs, "tiled", mask=Mask(causal=causal))
+    assert len(reaches) == count  # a decay that is learned weighs far keys by their distance: none is skipped
 
 
 @each_discounted_kind

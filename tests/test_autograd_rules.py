@@ -1,0 +1,232 @@
+"""Autograd's rules hold for every backend: what backward reads is saved by autograd and read once, transforms
+of `torch.func` and higher derivatives work, and what cannot be done is said."""
+
+import copy
+import itertools
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import FACTORIES, E, H, N, assert_same, make, make_inputs, relative
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from attention_kernels import BACKENDS, use_backend
+from attention_module import AttentionModule
+
+ON_CPU = [backend for backend in BACKENDS if backend != "triton"]
+CASES = [
+    (name, backend) for name in FACTORIES for backend in ON_CPU if backend != "sdpa" or name == "conventional"
+]
+each_case = pytest.mark.parametrize(("name", "backend"), CASES)
+each_module = pytest.mark.parametrize("name", list(FACTORIES))
+LENGTH = 40
+
+
+def tokens(batch: int = N) -> Tensor:
+    return torch.randn(batch, LENGTH, E, generator=torch.Generator().manual_seed(1))
+
+
+def loss(module: nn.Module, x: Tensor, **masks: Any) -> Tensor:
+    output: Tensor = module(x, x, x, need_weights=False, **masks)[0]
+    return output.square().sum()
+
+
+def gradients(module: AttentionModule) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    assert found
+    return found
+
+
+def make_masks() -> dict[str, dict[str, Tensor]]:
+    late = torch.arange(LENGTH) >= torch.tensor([LENGTH, LENGTH - 9, 20])[:, None]
+    order = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    return {
+        "padding": {"key_padding_mask": late},
+        "float padding": {"key_padding_mask": torch.zeros(N, LENGTH).masked_fill(late, -torch.inf)},
+        "pairs": {"attn_mask": order},
+        "pairs of heads": {"attn_mask": order.expand(N * H, -1, -1).clone()},
+        "float pairs": {"attn_mask": torch.zeros(LENGTH, LENGTH).masked_fill(order, -torch.inf)},
+    }
+
+
+@each_case
+@pytest.mark.parametrize("kind", list(make_masks()))
+def test_a_mask_refilled_before_backward_is_an_error_or_changes_nothing(
+    name: str, backend: str, kind: str
+) -> None:
+    module, x, masks = make(name), tokens(), make_masks()[kind]
+    with use_backend(backend):
+        loss(module, x, **masks).backward()
+        expected = gradients(module)
+        late = loss(module, x, **masks)
+    for mask in masks.values():
+        mask.zero_()
+    try:
+        late.backward()
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        assert_same(gradients(module), expected)
+
+
+@each_case
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_gives_the_same_gradients(
+    name: str, backend: str, reentrant: bool, dropout: float
+) -> None:
+    if backend in ("sdpa", "native") and dropout:
+        pytest.skip("the backend has no dropout")
+    module, x = make(name, dropout=dropout), tokens().requires_grad_()
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(4)
+        with use_backend(backend):
+            if checkpointed:
+                checkpoint(lambda y: loss(module, y), x, use_reentrant=reentrant).backward()
+            else:
+                loss(module, x).backward()
+        assert x.grad is not None
+        found.append({"x": x.grad, **gradients(module)})
+        x.grad = None
+    assert_same(found[1], found[0], 1e-6)
+
+
+@each_case
+def test_saved_tensors_go_through_hooks_and_are_read_once(name: str, backend: str) -> None:
+    module, x, masks = make(name), tokens(), make_masks()["pairs"]
+    numbers, read = itertools.count(), []
+
+    def pack(tensor: Tensor) -> tuple[int, Tensor]:
+        return next(numbers), tensor.clone()
+
+    def unpack(packed: tuple[int, Tensor]) -> Tensor:
+        read.append(packed[0])
+        return packed[1]
+
+    with use_backend(backend):
+        loss(module, x, **masks).backward()
+        expected = gradients(module)
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            late = loss(module, x, **masks)
+        late.backward()
+    assert 0 < len(read) == len(set(read))
+    assert_same(gradients(module), expected)
+
+
+def per_sample(module: AttentionModule, x: Tensor) -> Tensor:
+    parameters: dict[str, Tensor] = dict(module.named_parameters())
+
+    def of_one(p: dict[str, Tensor], y: Tensor) -> Tensor:
+        return functional_call(module, p, (y, y, y), {"need_weights": False})[0].square().sum()
+
+    found = torch.func.vmap(torch.func.grad(of_one), (None, 0))(parameters, x[:, None])
+    return torch.cat([found[name].flatten(1) for name in parameters], 1)
+
+
+def per_sample_by_a_loop(module: AttentionModule, x: Tensor) -> Tensor:
+    rows = []
+    for y in x:
+        found = torch.autograd.grad(loss(module, y[None]), list(module.parameters()))
+        rows.append(torch.cat([part.flatten() for part in found]))
+    return torch.stack(rows)
+
+
+def attended(module: AttentionModule) -> Callable[[Tensor], Tensor]:
+    return lambda y: module(y, y, y, need_weights=False)[0]
+
+
+def tangent_by_dual_numbers(module: AttentionModule, x: Tensor) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangent: Tensor = torch.autograd.forward_ad.unpack_dual(attended(module)(dual)).tangent
+    return tangent
+
+
+def tangent_by_double_backward(module: AttentionModule, x: Tensor) -> Tensor:
+    with use_backend("dense"):
+        return torch.autograd.functional.jvp(attended(module), x, torch.ones_like(x))[1]
+
+
+def jacobian(module: AttentionModule, x: Tensor, **kwargs: Any) -> Tensor:
+    return torch.autograd.functional.jacobian(attended(module), x[:1, :5], **kwargs)
+
+
+TRANSFORMS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "per-sample gradients": (per_sample, per_sample_by_a_loop),
+    "vmap": (
+        lambda module, x: torch.func.vmap(attended(module))(x[:, None])[:, 0],
+        lambda module, x: attended(module)(x),
+    ),
+    "jacrev": (
+        lambda module, x: torch.func.jacrev(attended(module))(x[:1, :5]),
+        lambda module, x: jacobian(module, x),
+    ),
+    "vectorised Jacobian": (lambda module, x: jacobian(module, x, vectorize=True), jacobian),
+    "jvp": (
+        lambda module, x: torch.func.jvp(attended(module), (x,), (torch.ones_like(x),))[1],
+        tangent_by_double_backward,
+    ),
+    "dual numbers": (tangent_by_dual_numbers, tangent_by_double_backward),
+}
+
+
+@each_module
+@pytest.mark.parametrize("what", list(TRANSFORMS))
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's forward mode uses it
+def test_transforms_of_functions_work_by_themselves(name: str, what: str) -> None:
+    module, x = make(name), tokens()
+    transformed, plain = TRANSFORMS[what]
+    assert relative(transformed(module, x), plain(module, x)) < 1e-5
+
+
+@each_case
+def test_a_named_backend_says_that_transforms_are_for_dense(name: str, backend: str) -> None:
+    module, x = make(name), tokens()
+    with use_backend(backend):
+        if backend in ("auto", "dense"):
+            torch.func.vmap(attended(module))(x[:, None])
+        else:
+            with pytest.raises(ValueError, match="use 'dense'"):
+                torch.func.vmap(attended(module))(x[:, None])
+
+
+def penalty(module: AttentionModule, x: Tensor) -> dict[str, Tensor]:
+    """The gradients of a gradient penalty."""
+    slope = torch.autograd.grad(loss(module, x), x, create_graph=True)[0]
+    slope.square().sum().backward()
+    return gradients(module)
+
+
+@each_case
+def test_double_backward_is_right_or_refused(name: str, backend: str) -> None:
+    module, x = make(name).double(), tokens().double().requires_grad_()
+    with use_backend("dense"):
+        expected = penalty(module, x)
+    with use_backend(backend):
+        if name == "conventional" and backend in ("auto", "sdpa"):  # PyTorch's own kernel
+            with pytest.raises(RuntimeError, match="not implemented"):
+                penalty(module, x)
+        elif backend != "native":  # for float32
+            assert_same(penalty(module, x), expected, 1e-9)
+
+
+def test_double_backward_with_dropout_is_refused_in_words() -> None:
+    module, x = make("gravitational", dropout=0.3), tokens().requires_grad_()
+    with use_backend("tiled"), pytest.raises(RuntimeError, match=r"no double backward with dropout.*'dense'"):
+        penalty(module, x)
+
+
+@each_case
+def test_a_module_can_be_copied_after_it_was_used(name: str, backend: str) -> None:
+    module, inputs = make(name), make_inputs(self_attention=True)
+    with use_backend(backend):
+        loss(module, inputs.query).backward()
+        expected = attended(module)(inputs.query)
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            torch.testing.assert_close(attended(other)(inputs.query), expected, rtol=0, atol=0)

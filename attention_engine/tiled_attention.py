@@ -64,7 +64,7 @@ def tiled_attention(
     without, tensors = split_score(score)
     seed = int(torch.randint(2**31, ()).item()) if dropout else 0
     wide = isinstance(score, Gravity) and needs_float64(q, k, score, mask)
-    call = Call(without, mask.causal, torch.float64 if wide else q.dtype, dropout, seed, skip_far_keys)
+    call = Call(without, mask.causal, wide, dropout, seed, skip_far_keys)
     output: Tensor = TiledAttention.apply(call, q, k, v, *tensors, mask.padding, mask.pairs)
     return output
 
@@ -75,7 +75,7 @@ class Call:
 
     score: Score  # without tensors
     causal: bool
-    dtype: torch.dtype  # of the computation
+    wide: bool  # whether it is computed in float64
     dropout: float
     seed: int
     skip_far_keys: bool
@@ -164,19 +164,19 @@ def needs_float64(q: Tensor, k: Tensor, score: Gravity, mask: Mask) -> bool:
     beside the softening; or for the gradients of masses, where one key may take all weight of a row."""
     if score.softening ** (-score.distance_power / 2) > LARGEST_UNIT_FORCE:
         return True
-    q, k = centred(q, k, None if mask.padding is None else mask.padding[:, None, None, :, None])
+    padding = None if mask.padding is None else mask.padding[:, None, None, :, None]
+    q, k = centred(q, k, padding, by_median=False)
     largest = q.square().sum(-1).amax() + k.square().sum(-1).amax()
     return not bool(largest * torch.finfo(q.dtype).eps <= ROUNDING * q.shape[-1] * score.softening)
 
 
-def centred(q: Tensor, k: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q (..., L, D) and k (..., S, D) less the mean of the keys that are not padding (..., S, 1); 0 there."""
-    if padding is None:
-        centre = k.mean(-2, keepdim=True)
-        return q - centre, k - centre
-    count = (~padding).sum(-2, keepdim=True).clamp(min=1)
-    centre = k.masked_fill(padding, 0.0).sum(-2, keepdim=True) / count
-    return q - centre, (k - centre).masked_fill(padding, 0.0)
+def centred(q: Tensor, k: Tensor, padding: Tensor | None, by_median: bool) -> tuple[Tensor, Tensor]:
+    """q (..., L, D) and k (..., S, D) less the middle of the keys that are not padding (..., S, 1), 0 there:
+    their mean, or their median, which no few outliers pull away."""
+    true_k = k.detach() if padding is None else k.detach().masked_fill(padding, math.nan)
+    middle = true_k.nanmedian(-2, True).values if by_median else true_k.nanmean(-2, True)
+    middle = middle.nan_to_num(0.0)
+    return q - middle, k - middle if padding is None else (k - middle).masked_fill(padding, 0.0)
 
 
 def _distance_factors(q: Tensor, k: Tensor, softening: float) -> tuple[Tensor, Tensor]:
@@ -190,8 +190,9 @@ def _distance_factors(q: Tensor, k: Tensor, softening: float) -> tuple[Tensor, T
 def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
     """The tensors of a call as `Problems`, by operations that autograd can follow."""
     of_pairs, (padding, pairs) = tensors[:9], tensors[9:]
+    dtype = torch.float64 if call.wide or tensors[0] is None else tensors[0].dtype
     q, k, v, key_mass, query_mass, log_gravity, log_decay, query_clock, key_clock = (
-        None if x is None else x.to(call.dtype) for x in of_pairs
+        None if x is None else x.to(dtype) for x in of_pairs
     )
     assert q is not None and k is not None and v is not None
     heads, score, strength, absent = q.shape[2], call.score, None, None
@@ -211,7 +212,7 @@ def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
             strength = log_gravity.exp().unsqueeze(-1) * query_mass
         elif key_mass is not None:
             key_mass = key_mass.log()
-        q, k = centred(q, k, absent)
+        q, k = centred(q, k, absent, by_median=call.wide)
         a, b = _distance_factors(q, k, score.softening)
         shape = (1.0, score.softening, score.distance_power / 2)
     reach = [[max(q.shape[3], k.shape[3])] * len(ends)]

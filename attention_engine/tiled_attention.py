@@ -1,28 +1,23 @@
 """Attention in O(L + S) memory, in plain PyTorch: any device and float type, every mask, dropout.
 
-The scores are never held at once. A tile of them, BLOCK queries by BLOCK keys of a few problems, is made,
-used and forgotten (online softmax, Milakov and Gimelshein 2018; Dao et al. 2022):
+A tile of scores, BLOCK queries by BLOCK keys of a few problems, is made, used and forgotten (online softmax,
+Milakov and Gimelshein 2018; Dao et al. 2022):
 
-    for each block of queries:                       # forward
-        for each block of keys:
-            s = logits                               # (B, rows, keys)
-            m' = max(m, max_j s)
-            z, o = z e^(m - m') + sum_j e^(s - m'), o e^(m - m') + e^(s - m') v
-        output, log_sum = o / z, m + log z
-    for each tile:                                   # backward
-        w = e^(s - log_sum)
-        dv += w^T doutput
+    forward, for each block of queries, over the blocks of keys:
+        s = logits;  m' = max(m, max_j s)
+        z, o = z e^(m - m') + sum_j e^(s - m'), o e^(m - m') + e^(s - m') v
+        at the end output = o / z, log_sum = m + log z
+    backward, for each tile:
+        w = e^(s - log_sum);  dv += w^T doutput
         ds = w (doutput v^T - delta), delta_i = doutput_i . output_i
         ds -> q, k, masses, decay and clocks, by the sums of its rows and columns
 
-The softened distance of gravity is one matrix product of queries and keys that each carry their squared norm:
-`r2 + softening = [-2 q / D, |q|^2 / D + softening, 1] . [k, 1, |k|^2 / D]`. A centre, which no distance sees,
-is taken off both, so that norms are small. Where float32 is not enough the call is computed in float64, see
-`needs_float64`: always where a coincident pair of unit masses pulls with more than LARGEST_UNIT_FORCE.
-
+The softened distance of gravity is one product of vectors that carry their squared norm, less a centre that
+no distance sees: `r2 + softening = [-2 q / D, |q|^2 / D + softening, 1] . [k, 1, |k|^2 / D]`. Where float32
+is not enough for it the call is computed in float64, see `needs_float64`.
 Far keys are skipped where a fixed decay makes them negligible (far_keys.py).
 
-Symbols and masks: see attention_module.py. B problems are (example, head) of one timescale.
+Symbols and masks: see attention_module.py. B problems are (example, head).
 """
 
 import itertools
@@ -34,31 +29,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attention_engine.attention_scores import (
-    DotProduct,
-    Gravity,
-    Mask,
-    Score,
-    split_score,
-)
+from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score, split_score
 from attention_engine.dense_attention import backward_is_differentiated, dense_gradients
 from attention_engine.far_keys import reach_of_rows
 
 BLOCK = 256  # queries and keys of a tile, at most
 TILE_PAIRS = 2**17  # of a tile of all its problems: 512 KiB in float32, a few of which stay in a core's cache
 ROUNDING = 2e-5  # the most that float32 may err in the softened distance, relative to the softening
-# Masses' gradients are differences of weights times forces: beyond this, rounding in float32 is all of them.
-LARGEST_UNIT_FORCE = 50.0
+LARGEST_UNIT_FORCE = 50.0  # of a coincident pair: beyond it, float32 rounds the gradients of masses away
 
 
 def tiled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    score: Score,
-    mask: Mask,
-    dropout: float = 0.0,
-    skip_far_keys: bool = True,
+    q: Tensor, k: Tensor, v: Tensor, score: Score, mask: Mask, dropout: float, skip_far_keys: bool
 ) -> Tensor:
     """q (N, T', H, L, D), k and v (N, T', H, S, D), T' = T or 1 -> (N, T, H, L, D), as `attend` has it."""
     without, tensors = split_score(score)
@@ -87,11 +69,10 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
         problems = lower(call, tensors)
-        found = [_forward(call, problems, t) for t in range(problems.timescales)]
-        parts = (
-            torch.stack(of_each).unflatten(1, (-1, problems.heads)) for of_each in zip(*found, strict=True)
-        )
-        output, log_sum = parts  # (T, N, H, L, D) and (T, N, H, L, 1)
+        timescales = max(len(x) for x in problems.factors if x is not None)
+        found = [_forward(call, problems, t) for t in range(timescales)]
+        joined = (torch.stack(x).unflatten(1, (-1, problems.heads)) for x in zip(*found, strict=True))
+        output, log_sum = joined  # (T, N, H, L, D) and (T, N, H, L, 1)
         ctx.call = call
         ctx.save_for_backward(*tensors, output, log_sum)
         assert tensors[0] is not None
@@ -107,15 +88,14 @@ class TiledAttention(torch.autograd.Function):
                 raise RuntimeError("backend 'tiled' has no double backward with dropout: use 'dense'")
             return None, *dense_gradients(call.score, call.causal, tensors, needed, doutput)
         leaves = [None if x is None else x.detach() for x in tensors]
-        wanted = [
-            x.requires_grad_() for x, need in zip(leaves, needed, strict=True) if x is not None and need
-        ]
+        wanted = [x.requires_grad_() for x in itertools.compress(leaves, needed) if x is not None]
         with torch.autocast(doutput.device.type, enabled=False):
             with torch.enable_grad():
                 problems = lower(call, leaves)
             doutput = doutput.transpose(0, 1).to(output.dtype)
-            of_rows = (x.flatten(1, 2) for x in (output, doutput, log_sum))
-            sums = _backward(call, problems, *of_rows)
+            sums = Factors(*(None if x is None else torch.zeros_like(x) for x in problems.factors))  # type: ignore
+            for t, of_t in enumerate(zip(output, doutput, log_sum, strict=True)):
+                _backward(call, problems, t, sums.of(t), *(x.flatten(0, 1) for x in of_t))
             made = [x is not None and x.requires_grad for x in problems.factors]
             outputs, upstream = ([*itertools.compress(x, made)] for x in (problems.factors, sums))
             found = iter(torch.autograd.grad(outputs, wanted, upstream))  # type: ignore[arg-type]
@@ -153,10 +133,6 @@ class Problems:
     ends: list[int]  # for each problem the position after its last key
     reach: list[list[int]]  # for each timescale and problem the largest |i - j| to look at
 
-    @property
-    def timescales(self) -> int:
-        return max(len(x) for x in self.factors if x is not None)
-
 
 @torch.no_grad()
 def needs_float64(q: Tensor, k: Tensor, score: Gravity, mask: Mask) -> bool:
@@ -174,17 +150,8 @@ def centred(q: Tensor, k: Tensor, padding: Tensor | None, by_median: bool) -> tu
     """q (..., L, D) and k (..., S, D) less the middle of the keys that are not padding (..., S, 1), 0 there:
     their mean, or their median, which no few outliers pull away."""
     true_k = k.detach() if padding is None else k.detach().masked_fill(padding, math.nan)
-    middle = true_k.nanmedian(-2, True).values if by_median else true_k.nanmean(-2, True)
-    middle = middle.nan_to_num(0.0)
+    middle = (true_k.nanmedian(-2, True).values if by_median else true_k.nanmean(-2, True)).nan_to_num(0.0)
     return q - middle, k - middle if padding is None else (k - middle).masked_fill(padding, 0.0)
-
-
-def _distance_factors(q: Tensor, k: Tensor, softening: float) -> tuple[Tensor, Tensor]:
-    """a and b with `a_i . b_j = |q_i - k_j|^2 / D + softening`."""
-    width = q.shape[-1]
-    norm_q, norm_k = (x.square().sum(-1, keepdim=True) / width for x in (q, k))
-    a = torch.cat([q * (-2 / width), norm_q + softening, torch.ones_like(norm_q)], -1)
-    return a, torch.cat([k, torch.ones_like(norm_k), norm_k], -1)
 
 
 def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
@@ -206,35 +173,39 @@ def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
         last = (~padding * torch.arange(1, k.shape[3] + 1, device=k.device)).amax(-1)
         ends = last.repeat_interleave(heads).tolist()
     if isinstance(score, DotProduct):
-        a, b, shape = q * score.scale, k, (score.scale, 1.0, 1.0)
+        a, b, constants = q * score.scale, k, (score.scale, 1.0, 1.0)
     else:
         if query_mass is not None and log_gravity is not None:
             strength = log_gravity.exp().unsqueeze(-1) * query_mass
         elif key_mass is not None:
             key_mass = key_mass.log()
         q, k = centred(q, k, absent, by_median=call.wide)
-        a, b = _distance_factors(q, k, score.softening)
-        shape = (1.0, score.softening, score.distance_power / 2)
+        norm_q, norm_k = (x.square().mean(-1, keepdim=True) for x in (q, k))  # |q|^2 / D
+        a = torch.cat([q * (-2 / q.shape[-1]), norm_q + score.softening, torch.ones_like(norm_q)], -1)
+        b = torch.cat([k, torch.ones_like(norm_k), norm_k], -1)
+        constants = (1.0, score.softening, score.distance_power / 2)
     reach = [[max(q.shape[3], k.shape[3])] * len(ends)]
     fixed = log_decay is not None and not log_decay.requires_grad and query_clock is None
     if log_decay is not None and fixed and pairs is None and call.skip_far_keys:
         mask = Mask(padding, causal=call.causal)
-        found = reach_of_rows(q, k, strength, key_mass, log_decay, mask, *shape)
+        found = reach_of_rows(q, k, strength, key_mass, log_decay, mask, *constants)
         reach = found.transpose(0, 1).flatten(1).tolist()
-    if log_decay is not None:
-        log_decay = log_decay.expand(len(q), -1, -1).unsqueeze(-1)
+    log_decay = None if log_decay is None else log_decay.expand(len(q), -1, -1)
 
-    def by_timescale(x: Tensor | None, of_keys: bool = False) -> Any:
-        """(N, T or 1, H, ...) -> (T or 1, B, ...), a vector of rows as a column."""
-        if x is not None and x.dim() == 4:
-            x = x.unsqueeze(3 if of_keys else 4)
-        return None if x is None else x.transpose(0, 1).flatten(1, 2)
+    def by_timescale(x: Tensor | None, *shape: int) -> Any:
+        """(N, T or 1, H, ...) -> (T or 1, B, *shape)."""
+        return None if x is None else x.transpose(0, 1).reshape(x.shape[1], len(ends), *shape)
 
-    of_rows, of_keys = (a, b, v, strength, log_decay, query_clock), (key_mass, key_clock)
-    *most, log_decay, query_clock = (by_timescale(x) for x in of_rows)
-    key_mass, key_clock = (by_timescale(x, of_keys=True) for x in of_keys)
-    a, b, v, strength = most
-    factors = Factors(a, b, v, strength, key_mass, log_decay, query_clock, key_clock)
+    row, column, number = (1, -1), (-1, 1), (1, 1)
+    vectors = (
+        (strength, column),
+        (key_mass, row),
+        (log_decay, number),
+        (query_clock, column),
+        (key_clock, row),
+    )
+    matrices = (by_timescale(x, *x.shape[3:]) for x in (a, b, v))
+    factors = Factors(*matrices, *(by_timescale(x, *shape) for x, shape in vectors))
     return Problems(factors, bias, None if pairs is None else pairs[:, 0], heads, ends, reach)
 
 
@@ -347,43 +318,22 @@ def _forward(call: Call, p: Problems, t: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _backward(call: Call, p: Problems, output: Tensor, doutput: Tensor, log_sum: Tensor) -> Factors:
-    """The gradients by all factors. output and doutput (T, B, L, D), log_sum (T, B, L, 1)."""
-    sums = Factors(*(None if x is None else torch.zeros_like(x) for x in p.factors))  # type: ignore[arg-type]
-    for t in range(p.timescales):
-        delta = (doutput[t] * output[t]).sum(-1, keepdim=True)
-        for of, rows in _rows_of(p):
-            of_rows = (x[of, rows] for x in (doutput[t], log_sum[t], delta))
-            _add_rows(call, p, t, sums.of(t), of, rows, *of_rows)
-    if isinstance(call.score, Gravity):
-        power = -call.score.distance_power / 2
-        sums = sums._replace(a=sums.a.mul_(power), b=sums.b.mul_(power))
-    return sums
-
-
-def _add_rows(
-    call: Call,
-    p: Problems,
-    t: int,
-    by: Factors,
-    of: slice,
-    rows: slice,
-    doutput: Tensor,
-    log_sum: Tensor,
-    delta: Tensor,
+def _backward(
+    call: Call, p: Problems, t: int, by: Factors, output: Tensor, doutput: Tensor, log_sum: Tensor
 ) -> None:
-    """Add the part of some queries to the gradients by the factors of a timescale."""
-    f = p.factors.of(t)
-    for tile in _tiles_of(p, t, of, rows, call.causal):
-        keys = tile.keys
+    """Add the gradients by the factors of a timescale. output and doutput (B, L, D), log_sum (B, L, 1)."""
+    f, delta = p.factors.of(t), (doutput * output).sum(-1, keepdim=True)
+    slope = 1.0 if isinstance(call.score, DotProduct) else -call.score.distance_power / 2
+    for tile in (tile for of_rows in _rows_of(p) for tile in _tiles_of(p, t, *of_rows, call.causal)):
+        of, rows, keys = tile
         x, forces, inverse = _logits(call, p, f, tile)
-        weights = x.sub_(log_sum).exp_()
-        ds, used = torch.bmm(doutput, f.v[of, keys].mT), weights
+        weights = x.sub_(log_sum[of, rows]).exp_()
+        ds, used = torch.bmm(doutput[of, rows], f.v[of, keys].mT), weights
         if call.dropout:
             kept = _kept(call, t, tile, weights)
             ds, used = ds.mul_(kept), weights * kept
-        by.v[of, keys] += torch.bmm(used.mT, doutput)
-        ds.sub_(delta).mul_(weights)
+        by.v[of, keys] += torch.bmm(used.mT, doutput[of, rows])
+        ds.sub_(delta[of, rows]).mul_(weights)
         if by.log_decay is not None:
             by.log_decay[of] += (ds.flatten(1) @ _distance(tile, ds).abs_().flatten())[:, None, None]
         if by.query_clock is not None and by.key_clock is not None:
@@ -396,5 +346,5 @@ def _add_rows(
             of_keys = ds.sum(-2, keepdim=True)
             by.key_mass[of, :, keys] += of_keys if f.strength is None else of_keys / f.key_mass[of, :, keys]
             ds.mul_(inverse)
-        by.a[of, rows] += torch.bmm(ds, f.b[of, keys])
-        by.b[of, keys] += torch.bmm(ds.mT, f.a[of, rows])
+        by.a[of, rows] += torch.bmm(ds, f.b[of, keys]) * slope
+        by.b[of, keys] += torch.bmm(ds.mT, f.a[of, rows]) * slope

@@ -14,6 +14,7 @@ from triton_cases import KINDS, MASKS, Case, Kind, beyond, errors, masks
 
 from attention_engine import far_keys, triton_attention
 from attention_engine.attention_scores import Mask
+from attention_kernels import attend
 
 OUTPUT, GRADIENT = 2e-6, 2e-5
 
@@ -91,7 +92,7 @@ def test_skipping_far_keys_changes_nothing(kind: Kind, mask: str, monkeypatch: p
     chosen = masks(2, 1, 70, 70)[mask]
     case = Case(kind, timescales=1, queries=70, keys=70, decay=(0.02, 0.05), softening=0.5, mask=chosen)
     reach: list[torch.Tensor] = []
-    of_rows = triton_attention.reach_of_rows
+    of_rows = far_keys.reach_of_rows
 
     def observed(*args: Any) -> torch.Tensor:
         reach.append(of_rows(*args))
@@ -143,3 +144,29 @@ def test_no_lengths_at_all(kind: Kind) -> None:
     for queries, keys in ((0, 5), (5, 0)):
         found = replace(Case(kind), queries=queries, keys=keys).evaluate("triton")
         assert all(bool((value == 0).all()) for value in found.values())
+
+
+@each_kind
+def test_a_backward_that_is_differentiated_is_that_of_the_dense_formula(kind: Kind) -> None:
+    case = Case(kind, queries=9, keys=9, shared=True, mask=masks(2, 1, 9, 9)["pairs, padding and causal"])
+    found = []
+    for backend in ("triton", "dense"):
+        leaves = {name: x.detach().requires_grad_() for name, x in case.inputs().items()}
+        q, k, v = leaves["q"], leaves["k"], leaves["v"]
+        output, _ = attend(q, k, v, case.score(leaves), case.mask, backend=backend)
+        slopes = torch.autograd.grad(output.square().sum(), list(leaves.values()), create_graph=True)
+        torch.stack([slope.square().sum() for slope in slopes]).sum().backward()
+        found.append({name: x.grad for name, x in leaves.items() if x.grad is not None})
+    assert max(errors(found[0], found[1]).values()) < GRADIENT
+
+
+@pytest.mark.parametrize("name", ["padding", "pairs"])
+def test_a_mask_refilled_before_backward_is_an_error(name: str) -> None:
+    case = Case("gravity", mask=masks(2, 1, 19, 35)[name])
+    leaves = {name: x.detach().requires_grad_() for name, x in case.inputs().items()}
+    output, _ = attend(leaves["q"], leaves["k"], leaves["v"], case.score(leaves), case.mask, backend="triton")
+    for mask in (case.mask.padding, case.mask.pairs):
+        if mask is not None:
+            mask.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()

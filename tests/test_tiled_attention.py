@@ -285,4 +285,4 @@ def test_memory_grows_linearly_and_stays_small(mechanism: str) -> None:
         of_process(peak_bytes, Case(mechanism, "tiled", length), settings, "cpu") for length in (4096, 8192)
     )
     assert whole <= 2.2 * half
-    assert whole <= 64e6
+    assert whole <= 80e6  # a tensor like q has 4.2e6

@@ -1,7 +1,6 @@
 """Attention in O(L + S) memory, in plain PyTorch: any device and float type, every mask, dropout.
 
-A tile of scores, BLOCK queries by BLOCK keys of a few problems, is made, used and forgotten (online softmax,
-Milakov and Gimelshein 2018; Dao et al. 2022):
+A tile of scores is made, used and forgotten (online softmax, Milakov and Gimelshein 2018; Dao et al. 2022):
 
     forward, for each block of queries, over the blocks of keys:
         s = logits;  m' = max(m, max_j s)
@@ -14,8 +13,8 @@ Milakov and Gimelshein 2018; Dao et al. 2022):
 
 The softened distance of gravity is one product of vectors that carry their squared norm, less a centre that
 no distance sees: `r2 + softening = [-2 q / D, |q|^2 / D + softening, 1] . [k, 1, |k|^2 / D]`. Where float32
-is not enough for it the call is computed in float64, see `needs_float64`.
-Far keys are skipped where a fixed decay makes them negligible (far_keys.py).
+is not enough for it the call is computed in float64, see `needs_float64`. Far keys are skipped where a fixed
+decay makes them negligible (far_keys.py).
 
 Symbols and masks: see attention_module.py. B problems are (example, head).
 """
@@ -36,6 +35,7 @@ from attention_engine.far_keys import reach_of_rows
 BLOCK = 256  # queries and keys of a tile, at most
 TILE_PAIRS = 2**17  # of a tile of all its problems: 512 KiB in float32, a few of which stay in a core's cache
 ROUNDING = 2e-5  # the most that float32 may err in the softened distance, relative to the softening
+VANISHED = 1e-25  # a weight of nothing: arithmetic on denormal numbers is a hundred times slower
 LARGEST_UNIT_FORCE = 50.0  # of a coincident pair: beyond it, float32 rounds the gradients of masses away
 
 
@@ -306,7 +306,7 @@ def _forward(call: Call, p: Problems, t: int) -> tuple[Tensor, Tensor]:
             x, _, _ = _logits(call, p, f, tile)
             new_top = torch.maximum(top, x.amax(-1, keepdim=True))
             finite = new_top.masked_fill(new_top == -math.inf, 0.0)
-            weights, rescale = x.sub_(finite).exp_(), (top - finite).exp_()
+            weights, rescale = torch.threshold_(x.sub_(finite).exp_(), VANISHED, 0.0), (top - finite).exp_()
             total = total * rescale + weights.sum(-1, keepdim=True)
             if call.dropout:
                 weights.mul_(_kept(call, t, tile, weights))
@@ -327,7 +327,7 @@ def _backward(
     for tile in (tile for of_rows in _rows_of(p) for tile in _tiles_of(p, t, *of_rows, call.causal)):
         of, rows, keys = tile
         x, forces, inverse = _logits(call, p, f, tile)
-        weights = x.sub_(log_sum[of, rows]).exp_()
+        weights = torch.threshold_(x.sub_(log_sum[of, rows]).exp_(), VANISHED, 0.0)
         ds, used = torch.bmm(doutput[of, rows], f.v[of, keys].mT), weights
         if call.dropout:
             kept = _kept(call, t, tile, weights)

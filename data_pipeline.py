@@ -352,10 +352,14 @@ def print_stats(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(argv: list[str] | None) -> int:
     arguments = make_parser().parse_args(argv)
     command = {"listops": write_listops, "imdb": fetch_imdb, "stats": print_stats}[arguments.command]
-    return exit_code(PROG, lambda: command(arguments))
+    return command(arguments)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(PROG, lambda: run(argv))
 
 
 if __name__ == "__main__":

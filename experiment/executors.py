@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from command_line import InputError, first_line
+from command_line import InputError, first_line, keep_streams
 from experiment.cells import (
     GIVEN_UP,
     HEARTBEAT_SECONDS,
@@ -235,6 +235,7 @@ _worker: dict[str, Any] = {}  # of a worker process: what it was begun with
 
 
 def _begin_worker(messages: Any, stopped: Any, threads: int, parent: int) -> None:
+    keep_streams()
     torch.set_num_threads(threads)
     _worker.update(progress=_Messages(messages), stop=StopRequest(parent=parent, also=stopped.is_set))
 
@@ -287,6 +288,7 @@ class RayExecutor(ParallelExecutor):
 
 
 def _run_as_task(job: CellJob, threads: int, minutes: float | None) -> Ended:
+    keep_streams()
     torch.set_num_threads(threads)
     stop = StopRequest(None if minutes is None else max(minutes, SHORTEST_MINUTES))
     try:

@@ -142,12 +142,21 @@ def described(documentation: str | None) -> dict[str, str]:
     return {"description": f"{intro}\n\n{rest}", "epilog": f"examples:\n{examples}"}
 
 
+def given_path(text: str) -> Path:
+    """The path that a user means: `~` is home also where no shell has seen it (`--output-dir=~/x`)."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{text}: there is no such user's home; give the folder's full path") from error
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with the nearest option for a mistyped one."""
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
+        self.register("type", Path, given_path)
 
     def options(self) -> list[str]:
         """Every option of this parser and of its sub-commands."""

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from command_line import InputError, first_line, keep_streams
+from command_line import InputError, first_line, given_path, keep_streams
 from experiment.cells import (
     GIVEN_UP,
     HEARTBEAT_SECONDS,
@@ -264,7 +264,7 @@ class RayExecutor(ParallelExecutor):
 
         self.ray, self.deaths = ray, (ray.exceptions.RayError,)
         sharing = cells_on_a_device(resources.cpus, resources.gpus, _largest("CPU"), cells)
-        places = {name: str(Path(path).expanduser().resolve()) for name, path in template.places.items()}
+        places = {name: str(given_path(path).resolve()) for name, path in template.places.items()}
         self.template = replace(template, root=template.root.resolve(), places=places, sharing=sharing)
         options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": 0}
         self.task: Any = ray.remote(**options)(_run_as_task)

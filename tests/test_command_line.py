@@ -21,6 +21,7 @@ from command_line import (
     choose,
     described,
     exit_code,
+    given_path,
     given_settings,
     nearest,
     setting,
@@ -183,6 +184,20 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
     assert "--steam, --no-steam" in shown
     assert "rye|wheat|spelt" in shown
     assert "Not shown." not in shown
+
+
+def test_home_is_meant_by_a_tilde_however_a_path_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/baker")
+    parser = Parser(prog="bake.py")
+    parser.add_argument("--oven", type=Path)
+    parser.add_subparsers().add_parser("bread").add_argument("--tin", type=Path)
+    assert parser.parse_args(["--oven=~/x"]).oven == Path("/home/baker/x")
+    assert parser.parse_args(["bread", "--tin=~/x"]).tin == Path("/home/baker/x")
+    assert given_path("a/~") == Path("a/~")
+    with pytest.raises(InputError, match="there is no such user's home"):
+        given_path("~nobody-of-that-name/x")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--oven=~nobody-of-that-name/x"])
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------

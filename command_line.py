@@ -142,12 +142,25 @@ def described(documentation: str | None) -> dict[str, str]:
     return {"description": f"{intro}\n\n{rest}", "epilog": f"examples:\n{examples}"}
 
 
-def given_path(text: str) -> Path:
-    """The path that a user means: `~` is home also where no shell has seen it (`--output-dir=~/x`)."""
+def given_path(text: str, option: str = "") -> Path:
+    """The path that a user means: `~` is home also where no shell has seen it (`--output-dir=~/x`).
+
+    InputError where nobody can tell what is there: the name is too long, a folder may not be entered."""
     try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{text}: there is no such user's home; give the folder's full path") from error
+        path = Path(text).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, RuntimeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{option} '{text}' cannot be reached: {why}".strip()) from error
+    return path
+
+
+def _path_option(text: str) -> Path:
+    try:
+        return given_path(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -156,7 +169,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
-        self.register("type", Path, given_path)
+        self.register("type", Path, _path_option)
 
     def options(self) -> list[str]:
         """Every option of this parser and of its sub-commands."""

@@ -85,7 +85,7 @@ def _here(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def results_stem(folder: str, benchmark: str, device: torch.device) -> Path:
     """`<folder>/<date>_<device>_<benchmark>`, without suffix; InputError where the folder cannot be made."""
-    place = given_path(folder)
+    place = given_path(folder, "--output-dir")
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -48,7 +48,7 @@ class DataSettings:
 
     @property
     def cache_folder(self) -> Path:
-        return given_path(self.cache_dir) if self.cache_dir else default_cache_folder()
+        return given_path(self.cache_dir, "--cache-dir") if self.cache_dir else default_cache_folder()
 
 
 @dataclass(frozen=True, eq=False)

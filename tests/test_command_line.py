@@ -194,10 +194,31 @@ def test_home_is_meant_by_a_tilde_however_a_path_is_given(monkeypatch: pytest.Mo
     assert parser.parse_args(["--oven=~/x"]).oven == Path("/home/baker/x")
     assert parser.parse_args(["bread", "--tin=~/x"]).tin == Path("/home/baker/x")
     assert given_path("a/~") == Path("a/~")
-    with pytest.raises(InputError, match="there is no such user's home"):
-        given_path("~nobody-of-that-name/x")
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--oven=~nobody-of-that-name/x"])
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("~nobody-of-that-name/x", "Could not determine home directory."),
+        ("x" * 300, "File name too long"),
+        ("loop/x", "Too many levels of symbolic links"),
+    ],
+)
+def test_a_path_that_cannot_be_reached_is_one_line_with_its_option(
+    path: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    parser = Parser(prog="bake.py")
+    parser.add_argument("--oven", type=Path)
+    with pytest.raises(SystemExit) as left:
+        parser.parse_args(["--oven", path])
+    assert left.value.code == EXIT_BAD_INPUT
+    line = f"'{path}' cannot be reached: {why}"
+    assert capsys.readouterr().err == f"bake.py: error: argument --oven: {line}\n"
+    with pytest.raises(InputError) as refused:
+        given_path(path, "--tin")
+    assert str(refused.value) == f"--tin {line}"
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from command_line import (
     add_settings,
     choose,
     exit_code,
+    given_path,
     given_settings,
     option_name,
 )
@@ -95,7 +96,7 @@ def load_imdb(settings: DataSettings) -> TaskData:
     """Film reviews of IMDb, 0 negative, 1 positive. Raises DataUnavailableError where they cannot be had."""
     if settings.min_length is not None:
         raise InputError("--min-length means nothing to imdb: it is for listops")
-    folder = Path(settings.data_dir).expanduser() if settings.data_dir else None
+    folder = given_path(settings.data_dir, "--data-dir") if settings.data_dir else None
     reviews = imdb.load_reviews(folder, settings.cache_folder)
     validation = stratified_choice(
         reviews.train.labels, round(len(reviews.train) / 10), settings.data_seed, "validation"
@@ -173,7 +174,7 @@ def load_listops(settings: DataSettings) -> TaskData:
         min_length=defaults.min_length if settings.min_length is None else settings.min_length,
         max_length=settings.max_length or defaults.max_length,
     )
-    files = _listops_files(Path(settings.data_dir).expanduser()) if settings.data_dir else None
+    files = _listops_files(given_path(settings.data_dir, "--data-dir")) if settings.data_dir else None
     if files:
         source = {"source": ", ".join(path.name for path in files.values())}
         splits = {}
@@ -352,10 +353,14 @@ def print_stats(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(argv: list[str] | None) -> int:
     arguments = make_parser().parse_args(argv)
     command = {"listops": write_listops, "imdb": fetch_imdb, "stats": print_stats}[arguments.command]
-    return exit_code(PROG, lambda: command(arguments))
+    return command(arguments)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(PROG, lambda: run(argv))
 
 
 if __name__ == "__main__":

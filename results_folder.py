@@ -268,7 +268,7 @@ def _parse(text: str) -> Any:
     value = json.loads(text, parse_constant=_refuse, parse_int=_whole, parse_float=_fraction)
     if "\\ud" in text.lower():
         # Half of a pair, which no file and no terminal takes: UnicodeEncodeError, a ValueError.
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     return value
 
 

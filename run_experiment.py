@@ -38,6 +38,7 @@ from command_line import (
     InputError,
     Parser,
     add_settings,
+    described,
     exit_code,
     one_line,
     option_name,
@@ -70,8 +71,7 @@ MOST_WORKERS = 1024
 
 
 def make_parser() -> Parser:
-    intro, examples, rest = (__doc__ or "").split("\n\n", 2)
-    parser = Parser(prog=PROG, description=f"{intro}\n\n{rest}", epilog=f"examples:\n{examples}")
+    parser = Parser(prog=PROG, **described(__doc__))
     run = parser.add_argument_group("Run")
     run.add_argument(
         "--preset",
@@ -254,16 +254,16 @@ def is_open(root: Path, cell: Cell) -> bool:
 
 def analyze_run(root: Path) -> bool:
     """Compare the cells; a failure here loses no result. Returns whether it worked."""
-    from analyze_results import analyze  # the figure libraries take seconds, in every worker that is spawned
-
     try:
+        from analyze_results import analyze  # the figure libraries take seconds, in every worker
+
         with leased(root):
             analyze(root)
     except LeasedError as error:
         print(f"analysis: left to another process ({error})")
     except Exception as error:
         print(f"{PROG}: the analysis failed: {type(error).__name__}: {error}", file=sys.stderr)
-        print(f"the results are whole: python analyze_results.py {root}", file=sys.stderr)
+        print(f"the results are whole: {analysis_command(root)}", file=sys.stderr)
         return False
     else:
         print(f"analysis: {root / 'analysis' / 'report.html'}")
@@ -315,8 +315,12 @@ def run_and_compare(
     return EXIT_FAILED if code == EXIT_DONE and plan.unavailable else code
 
 
+def analysis_command(root: Path) -> str:
+    return f"python analyze_results.py {shlex.quote(str(root))}"
+
+
 def told_of_stop(why: str, go_on: str, root: Path, progress: RunProgress, stop: StopRequest) -> int:
-    kept = f"what is done is kept: go on with {go_on}, or python analyze_results.py {root}"
+    kept = f"what is done is kept: go on with {go_on}, or {analysis_command(root)}"
     if not progress.epochs_done:
         kept = f"no epoch was finished, so nothing was gained: give it more time than an epoch takes: {go_on}"
     print(f"{PROG}: {why}; {kept}", file=sys.stderr)

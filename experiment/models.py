@@ -120,7 +120,10 @@ class Model:
         padding = torch.tensor([[False, False, True], [False, False, False]])
         try:
             with random_stream(torch.device("cpu"), "check"), torch.no_grad():
-                output, _ = self.attention(settings)()(x, x, x, key_padding_mask=padding, need_weights=False)
+                attention = self.attention(settings)()
+                if any(map(nn.parameter.is_lazy, attention.parameters())):
+                    raise TypeError("its lazy layers have no parameters to count and train: give their sizes")
+                output, _ = attention(x, x, x, key_padding_mask=padding, need_weights=False)
                 shape = tuple(output.shape)
         except Exception as error:
             raise InputError(f"model {self.name}: {first_line(error)}") from error

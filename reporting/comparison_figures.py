@@ -170,7 +170,7 @@ def plot_bars(
         room = max(room, 1.2 if mean.n > 1 else 1.35)
         reach = max(reach, end)
     ax.set_xlim(0, reach * room or 1)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=panel.whole))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=panel.whole, min_n_ticks=1))
     ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
     ax.set_xlabel(panel.label)
     return ax

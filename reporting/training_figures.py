@@ -48,7 +48,7 @@ def plot_curves(
         look: dict[str, Any] = {"color": style.color, "marker": style.marker, "markevery": every}
         look |= {"mec": style.color, "errorbar": ("pi", 100), "err_kws": {"alpha": 0.12, "lw": 0}}
         sns.lineplot(shared, x="epoch", y="shown", label=style.name, legend=False, ax=ax, **look)
-    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     ax.set_xlabel("epoch")
     ax.grid(axis="y")
     for label in (ax.xaxis.label, ax.yaxis.label):
@@ -102,7 +102,7 @@ def plot_learned(learned: pd.DataFrame, style: ModelStyle, ax: Axes) -> Axes:
     ax.set_xlabel("epoch")
     ax.set_title(style.label)
     first, last = int(learned["epoch"].min()), int(learned["epoch"].max())
-    ticks = MaxNLocator(8, integer=True).tick_values(first, last)
+    ticks = MaxNLocator(8, integer=True, min_n_ticks=1).tick_values(first, last)
     ax.set_xticks([tick for tick in ticks if first <= tick <= last])
     ax.set_xlim(first - 0.05 * max(1, last - first), last + (0.3 if horizon else 0.05) * max(1, last - first))
     ax.grid(axis="y")

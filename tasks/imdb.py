@@ -239,7 +239,7 @@ def _to_arrays(texts: Texts, sha256: str) -> Arrays:
 
 
 def _json_array(value: dict[str, Any]) -> NDArray[np.uint8]:
-    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+    return np.frombuffer(json.dumps(value, allow_nan=False).encode(), np.uint8)
 
 
 def _from_arrays(arrays: Arrays, source: str) -> Reviews:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from command_line import check_settings, setting
+from command_line import check_settings, given_path, setting
 from tasks.array_cache import default_cache_folder
 from tasks.token_dataset import TokenDataset
 
@@ -48,7 +48,7 @@ class DataSettings:
 
     @property
     def cache_folder(self) -> Path:
-        return Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_folder()
+        return given_path(self.cache_dir, "--cache-dir") if self.cache_dir else default_cache_folder()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """Pathfinder of the Long Range Arena (LRA): are two marked points joined by a dashed path? Made here.
 
-    splits = generate_splits({"train": 160_000, "val": 20_000, "test": 20_000}, seed=0)
-    splits["test"].example(0).reshape(32, 32)      # token ids: grey values 0..255 plus 1
+    splits = cached_splits(default_cache_folder(), {"train": 40_000, "val": 4_000, "test": 4_000}, seed=0)
+    splits["test"].example(0).reshape(32, 32)      # grey values 0..255
 
 A picture has two long dashed paths among short ones. Two ends of long paths are marked by discs: the two of
 one path (joined, label 1), or one of each (not joined, label 0). After Linsley et al. 2018 ("Learning
@@ -18,16 +18,20 @@ Places are integers in 1/256 pixel and directions a table of 256, so that the by
 """
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from tasks.array_cache import Arrays, cached_arrays
 from tasks.random_draws import RandomDraws
 from tasks.token_dataset import TokenDataset, offsets_of
 
 SIDE = 32  # pixels
+PIXELS = SIDE * SIDE
+CLASS_NAMES = ("not joined", "joined")
 UNIT = 256  # of a pixel's side, in which places are counted
 DASH, GAP = 4, 4  # steps of half a pixel
 LONG, SHORT = 6, 2  # dashes of a path
@@ -39,6 +43,7 @@ DISC_RADIUS, DASH_WIDTH = 1.6, 1.0  # pixels
 DISCS_APART = 6  # pixels at least
 LAYOUTS_AT_ONCE = 512
 CANDIDATES = 24  # paths drawn for one that fits
+SPLITS = ("train", "val", "test")
 VERSION = 1  # part of the cache's keys: to be raised when other pictures are made
 
 CELL = UNIT // 2  # of the grid that tells where there is no room
@@ -52,33 +57,47 @@ _AROUND = _AROUND[(_AROUND**2).sum(1) * CELL**2 <= (APART * UNIT) ** 2] @ np.arr
 Array = NDArray[np.int64]
 
 
+def cached_splits(cache: Path, sizes: dict[str, int], seed: int) -> dict[str, TokenDataset]:
+    """`generate_splits`, which makes some 500 pictures a second, kept in the cache."""
+    key = "-".join(["pathfinder", *(str(sizes[name]) for name in SPLITS), f"seed{seed}", f"v{VERSION}"])
+
+    def make() -> Arrays:
+        splits = generate_splits(sizes, seed)
+        return {name: splits[name].tokens.reshape(-1, PIXELS) for name in SPLITS}
+
+    kept = cached_arrays(cache, key, make)
+    return {name: _dataset(kept[name]) for name in SPLITS}
+
+
 def generate_splits(sizes: dict[str, int], seed: int) -> dict[str, TokenDataset]:
     """Labelled pictures for "train", "val" and "test", as many as `sizes` says, none of them twice."""
     seen: set[bytes] = set()
     made = {}
     progress: tqdm[Any]
     with tqdm(total=sum(sizes.values()), desc="Pathfinder", unit=" pictures", disable=None) as progress:
-        for name in ("test", "val", "train"):
+        for name in reversed(SPLITS):
             made[name] = _generate(sizes[name], RandomDraws(seed, "pathfinder", name), seen, progress)
-    return {name: made[name] for name in ("train", "val", "test")}
+    return {name: made[name] for name in SPLITS}
 
 
 def _generate(size: int, draws: RandomDraws, seen: set[bytes], progress: "tqdm[Any]") -> TokenDataset:
     """`size` pictures that are not in `seen`, to which theirs are added; joined and not joined in turn."""
-    pictures = np.zeros((0, SIDE * SIDE), np.uint16)
-    parts = [pictures]
+    parts = [np.zeros((0, PIXELS), np.uint8)]
     found = 0
     while found < size:
         strokes, marked = draw_pairs(LAYOUTS_AT_ONCE, draws)
-        tokens = render(strokes, marked).reshape(len(strokes), -1).astype(np.uint16) + np.uint16(1)
-        pairs = [row.tobytes() for row in tokens.reshape(-1, 2 * SIDE * SIDE)]
-        new = [index for index, pair in enumerate(pairs) if _is_new(pair, seen)]
-        tokens = tokens.reshape(-1, 2, SIDE * SIDE)[new].reshape(-1, SIDE * SIDE)[: size - found]
-        parts.append(tokens)
-        found += len(tokens)
-        progress.update(len(tokens))
-    pictures = np.concatenate(parts)
-    return TokenDataset(pictures.ravel(), offsets_of([SIDE * SIDE] * size), 1 - np.arange(size) % 2)
+        pairs = render(strokes, marked).reshape(-1, 2 * PIXELS)
+        new = [index for index, pair in enumerate(pairs) if _is_new(pair.tobytes(), seen)]
+        pictures = pairs[new].reshape(-1, PIXELS)[: size - found]
+        parts.append(pictures)
+        found += len(pictures)
+        progress.update(len(pictures))
+    return _dataset(np.concatenate(parts))
+
+
+def _dataset(grey: NDArray[np.uint8]) -> TokenDataset:
+    """Pictures (n, 1024), of which each second one is not joined."""
+    return TokenDataset(grey.ravel(), offsets_of([PIXELS] * len(grey)), 1 - np.arange(len(grey)) % 2)
 
 
 def _is_new(pair: bytes, seen: set[bytes]) -> bool:

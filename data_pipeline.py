@@ -210,7 +210,7 @@ def load_listops(settings: DataSettings) -> TaskData:
     for which, count in identical.items():
         if count:
             print(f"listops: {count} of the expressions of {which} too", file=sys.stderr)
-    about = source | {
+    about: dict[str, Any] = source | {
         "identical": identical,
         "sha256": _sha256(*splits.values()),
         "tokenizer": "listops symbols",
@@ -254,8 +254,12 @@ def load_image(settings: DataSettings) -> TaskData:
     examples = concatenate([images.train, images.test])
     chosen = _chosen(examples, rest, validation, settings)
     splits = {split: examples.take(index) for split, index in chosen.items()}
-    about = {"source": images.source, "sha256": images.sha256, "tokenizer": "grey pixels"}
-    about |= {"identical": count_identical(splits)}
+    about = {
+        "source": images.source,
+        "sha256": images.sha256,
+        "tokenizer": "grey pixels",
+        "identical": count_identical(splits),
+    }
     title = "CIFAR-10 in grey (LRA Image)"
     return _image_task("image", title, cifar_images.CLASS_NAMES, splits, settings, about)
 

@@ -51,7 +51,7 @@ EDGE = 10  # cells around it that no path enters, so that what is taken near a b
 CELLS = SIDE * UNIT // CELL + 2 * EDGE
 _ANGLES = np.arange(256) * (2 * np.pi / 256)
 _STEPS = np.rint(np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], 1) * (UNIT / 2)).astype(np.int64)
-_AROUND = np.stack(np.mgrid[-EDGE : EDGE + 1, -EDGE : EDGE + 1], -1).reshape(-1, 2)
+_AROUND = np.indices([2 * EDGE + 1] * 2).reshape(2, -1).T - EDGE
 _AROUND = _AROUND[(_AROUND**2).sum(1) * CELL**2 <= (APART * UNIT) ** 2] @ np.array([CELLS, 1])
 
 Array = NDArray[np.int64]
@@ -130,14 +130,15 @@ def draw_pairs(layouts: int, draws: RandomDraws) -> tuple[Array, Array]:
 
 def _equal_pairs(value: Array, kind: NDArray[np.bool_]) -> tuple[Array, Array]:
     """Positions of the one kind and of the other, with equal values, each at most once."""
-    positions, keys = [], []
+    positions: list[Array] = []
+    keys: list[Array] = []
     for members in (np.flatnonzero(kind), np.flatnonzero(~kind)):
         members = members[np.argsort(value[members], kind="stable")]
         ordered = value[members]
         rank = np.arange(len(members)) - np.searchsorted(ordered, ordered)  # among its equals
         positions.append(members)
         keys.append(ordered * (len(value) + 1) + rank)
-    _, one, other = np.intersect1d(*keys, assume_unique=True, return_indices=True)
+    _, one, other = np.intersect1d(keys[0], keys[1], assume_unique=True, return_indices=True)
     return positions[0][one], positions[1][other]
 
 
@@ -145,7 +146,8 @@ def draw_layouts(count: int, draws: RandomDraws) -> tuple[Array, Array]:
     """The paths of at most `count` pictures, before any label: two long ones, then short ones where there is
     room. Returns the dashes' ends as `draw_pairs`, and the ends of the long paths (pictures, 2, 2, 2)."""
     no_room = np.zeros((count, CELLS * CELLS), np.bool_)
-    strokes, ends = [], []
+    strokes: list[Array] = []
+    ends: list[Array] = []
     for dashes in (LONG, LONG, *[SHORT] * SHORT_PATHS):
         path, fits = _lay_path(no_room, dashes, draws)
         if dashes == LONG:
@@ -169,14 +171,14 @@ def _lay_path(no_room: NDArray[np.bool_], dashes: int, draws: RandomDraws) -> tu
     headings = (draws.below(256, total)[:, None] + np.cumsum(turns, 1)) % 256
     start = BORDER + draws.below(SIDE * UNIT - 2 * BORDER, 2 * total).reshape(total, 1, 2)
     path = np.concatenate([start, start + np.cumsum(_STEPS[headings], 1)], 1)
-    fits = ((path >= BORDER) & (path < SIDE * UNIT - BORDER)).all((1, 2))
+    fits = np.asarray(((path >= BORDER) & (path < SIDE * UNIT - BORDER)).all((1, 2)))
     inside = np.flatnonzero(fits)
     fits[inside] = ~no_room[inside[:, None] // CANDIDATES, _cells(path[inside])].any(1)
     inside = np.flatnonzero(fits)
     fits[inside] = ~_comes_near_itself(path[inside])
     by_picture = fits.reshape(pictures, CANDIDATES)
     chosen = np.arange(pictures) * CANDIDATES + by_picture.argmax(1)
-    return path[chosen], by_picture.any(1)
+    return path[chosen], np.asarray(by_picture.any(1))
 
 
 def _comes_near_itself(path: Array) -> NDArray[np.bool_]:

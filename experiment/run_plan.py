@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from command_line import InputError, choose, given_settings, refuse_too_large
-from data_pipeline import TASKS, DataSettings, DataUnavailableError, TaskData, load_task
+from data_pipeline import MEANINGLESS, TASKS, DataSettings, DataUnavailableError, TaskData, load_task
 from experiment.models import COMPARED, Model, build, matched_settings
 from results_folder import Cell, file_name
 from train_and_evaluate import ModelSettings, TrainingSettings
@@ -153,9 +153,9 @@ def _each_once(entries: Sequence[Any], option: str) -> tuple[Any, ...]:
 def _data_settings(preset: Preset, task: str, given: dict[str, Any]) -> DataSettings:
     """A task's data settings; an option that means nothing to the task is left out."""
     values = preset.data.get(task, {}) | given
-    if task != "listops":
-        values.pop("min_length", None)
-    return DataSettings(**values)
+    return DataSettings(
+        **{name: value for name, value in values.items() if name not in MEANINGLESS.get(task, ())}
+    )
 
 
 def find_device(name: str) -> torch.device:

@@ -20,7 +20,8 @@ class DataSettings:
     None stands for the task's own default. Raises InputError for values outside their ranges."""
 
     data_dir: str | None = setting(
-        None, "folder with the IMDb archive or its unpacked tree, or with basic_train.tsv, ... of ListOps"
+        None,
+        "folder with the archive of IMDb (or its tree), that of CIFAR-10, or basic_train.tsv, ... of ListOps",
     )
     cache_dir: str | None = setting(
         None, "where downloads and read texts are kept; not set: ~/.cache/attention-comparison"

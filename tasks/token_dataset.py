@@ -82,6 +82,19 @@ def concatenate(parts: Sequence[TokenDataset]) -> TokenDataset:
     )
 
 
+def count_identical(splits: dict[str, TokenDataset]) -> dict[str, int]:
+    """How many examples of a split are in another too: "train in test", "val in train", "val in test"."""
+    found = {
+        name: [split.example(index).tobytes() for index in range(len(split))]
+        for name, split in splits.items()
+    }
+    known = {name: set(examples) for name, examples in found.items()}
+    return {
+        f"{one} in {other}": sum(example in known[other] for example in found[one])
+        for one, other in (("train", "test"), ("val", "train"), ("val", "test"))
+    }
+
+
 def stratified_choice(labels: NDArray[np.int64], size: int, seed: int, *purpose: str) -> NDArray[np.int64]:
     """`size` positions of `labels` in ascending order, each class with its share to within one example.
 

@@ -18,7 +18,8 @@ import analyze_results
 from analyze_results import analyze, main
 from reporting.analysis_report import render_report
 from reporting.comparison_tables import CONVERGENCE, convergence_epoch, learned_table
-from reporting.run_results import ACCURACY, read_patterns, usable
+from reporting.metrics import ACCURACY
+from reporting.run_results import read_patterns, usable
 from reporting.text_tables import latex, markdown, short
 from results_folder import Cell, note_sharing, read_results
 

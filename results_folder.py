@@ -12,7 +12,7 @@
         lease                             while a process works on it: which one (see experiment/cells.py)
         checkpoint_previous.pt            until it is done: the checkpoint before the last
       <task>/<model>/tuning/lr<rate>/     a cell that tries a learning rate, with a seed that no result uses
-      <task>/<model>/learning_rate.json   what came of it, and the rate chosen (see reporting/learning_rates.py)
+      <task>/<model>/learning_rate.json   what came of it, and the rate chosen (reporting/learning_rates.py)
       analysis/                           made by analyze_results.py alone
 
 JSON is strict (no NaN). Every file is written beside its place and moved into it, so a reader sees the

@@ -241,7 +241,8 @@ def chosen_cells(plan: RunPlan, arguments: argparse.Namespace) -> list[Cell]:
 
 def run_cells(root: Path, plan: RunPlan, chosen: Iterable[Cell], executor: Executor, fail_fast: bool) -> None:
     """Every model on every task with every seed: each a cell in its folder, unless it is settled. Before
-    them, where there are several learning rates, the trials of each, until all that a result needs are over."""
+    them, where there are several learning rates, the trials of each, until all that a result needs are
+    over."""
     if plan.learning_rates:
         run_trials(root, [cell for cell in plan.trials if cell in chosen], executor, fail_fast)
         for cell in [cell for cell in plan.cells if cell in chosen]:
@@ -278,7 +279,8 @@ def run_trials(root: Path, trials: list[Cell], executor: Executor, fail_fast: bo
 
 
 def is_open(root: Path, cell: Cell) -> bool:
-    """Whether a cell is neither done nor given up, or its files are damaged, and its trial is still of use."""
+    """Whether a cell is neither done nor given up, or its files are damaged, and its trial is still of
+    use."""
     if is_chosen(root, cell):
         return False
     record = verified_cell(root, cell)
@@ -387,7 +389,8 @@ def run(argv: list[str]) -> int:
         root, plan, _ = resumed(arguments)
     count = sum(is_open(root, cell) for cell in chosen_cells(plan, arguments))
     print(
-        f"results: {root} ({count} of {len(plan.trials) + len(plan.cells)} cells to run, preset {plan.preset}, {plan.device})",
+        f"results: {root} ({count} of {len(plan.trials) + len(plan.cells)} cells to run, preset "
+        f"{plan.preset}, {plan.device})",
         flush=True,
     )
     if plan.preset == "smoke":

@@ -74,7 +74,8 @@ PRESETS = {
 @dataclass(frozen=True)
 class RunPlan:
     """A run with everything settled. data_settings: by task. unavailable: by task that was left out, why.
-    learning_rates: those to choose from, ascending, where there are several; training_settings has the first."""
+    learning_rates: those to choose from, ascending, where there are several; training_settings has the
+    first."""
 
     preset: str
     models: tuple[Model, ...]
@@ -89,7 +90,8 @@ class RunPlan:
 
     @property
     def trials(self) -> list[Cell]:
-        """The cells that try the learning rates, all for each task and model: the same budget for every model."""
+        """The cells that try the learning rates, all for each task and model: the same budget for every
+        model."""
         return [
             Cell(task, model.name, TUNING_SEED, rate)
             for task in self.tasks

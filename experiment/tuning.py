@@ -1,4 +1,5 @@
-"""The choice of learning rates: each model on each task tries every rate of the grid, and the best is recorded.
+"""The choice of learning rates: each model on each task tries every rate of the grid, and the best is
+recorded.
 
     record_choices(root, plan, metrics)             # once the trials of a (task, model) are settled
     training = training_of(root, plan, cell)        # ValueError where none of its trials was finished

@@ -25,8 +25,8 @@ COLUMNS = ("task", "model", "seed", "state", "epoch", "seconds", "tokens", "step
 
 def progress_table(results: Results) -> pd.DataFrame:
     """A row per epoch of every cell: task, model, seed, state, epoch, quality (the task's metric on
-    validation), and the training seconds, tokens and optimizer steps up to its end; NaN where there is none on
-    record, of seconds and tokens from that epoch on."""
+    validation), and the training seconds, tokens and optimizer steps up to its end; NaN where there is none
+    on record, of seconds and tokens from that epoch on."""
     metrics = {record.cell.task: task_facts(results, record.cell.task).metric for record in results.cells}
     rows = []
     for record in results.cells:

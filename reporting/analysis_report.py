@@ -47,13 +47,15 @@ DEFINITIONS = (
     "Time per epoch is that of the training steps, without evaluation and without the first step.",
     "FLOPs are those of the matrix products (2 for a multiplication and an addition) of one forward pass by "
     "the dense formula, mean over the test examples; exponentials and divisions are not counted.",
-    f"Target: a validation metric {TARGET_SHARE:.0%} of the way from chance to the reachable, the best epoch of "
-    "the best model (mean over its seeds); one for all models. A run that ended without it is censored there.",
-    "Interval: 95 % t interval of the mean over seeds. A family of comparisons is each model with the baseline "
-    "on one task; Holm's correction is over it. A paired t test decides; where all differences are equal, the "
-    "sign-flip test. The latter, exact, assumes nothing and is 2 / 2^n at the least with n seeds.",
-    f"A difference has a direction where the corrected p is at most {SIGNIFICANCE}, is not relevant where its "
-    f"interval holds none of {_RELEVANT}, and is else open: more seeds would tell.",
+    f"Target: a validation metric {TARGET_SHARE:.0%} of the way from chance to the reachable, the best "
+    "epoch of the best model (mean over its seeds); one for all models. A run that ended without it is "
+    "censored there.",
+    "Interval: 95 % t interval of the mean over seeds. A family of comparisons is each model with the "
+    "baseline on one task; Holm's correction is over it. A paired t test decides; where all differences "
+    "are equal, the sign-flip test. The latter, exact, assumes nothing and is 2 / 2^n at the least with n "
+    "seeds.",
+    f"A difference has a direction where the corrected p is at most {SIGNIFICANCE}, is not relevant where "
+    f"its interval holds none of {_RELEVANT}, and is else open: more seeds would tell.",
     f"A seed has learned where its test metric is at least {LEARNED_SHARE:.0%} of the way from chance to the "
     "task's best cell. Seeds either learn or do not where a model has both kinds, "
     f"{LEARNED_GAP:.0%} of that way or more apart: then the shares are compared, by Fisher's exact test.",

@@ -225,8 +225,8 @@ def improvement_figure(
 
 def plot_lengths(lengths: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes, metric: Metric) -> Axes:
     """The test metric by the length of the examples, on a logarithmic axis: thick: mean over seeds with its
-    interval; thin: each seed. Dotted: the shortest length, which was trained on. `lengths`: model, seed, length,
-    value."""
+    interval; thin: each seed. Dotted: the shortest length, which was trained on. `lengths`: model, seed,
+    length, value."""
     trained = lengths["length"].min()
     ax.axvline(trained, color="#555555", ls=":", lw=1.2)
     for model, style in styles.items():

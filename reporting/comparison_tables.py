@@ -4,7 +4,8 @@
     table = metric_table(results, patterns)     # task, model, seed, metric, value: everything measured
     summary = summarize(table)                  # task, model, metric, n, mean, low, high
 
-Accuracies, or bits per byte, are under the name of their task's metric (metrics.py). The seed is the unit; `low` and `high` are the ends of the 95 % t interval, NaN for n = 1.
+Accuracies, or bits per byte, are under the name of their task's metric (metrics.py). The seed is the unit;
+`low` and `high` are the ends of the 95 % t interval, NaN for n = 1.
 """
 
 import math

@@ -1,10 +1,11 @@
-"""What tuning found: the learning rates that a model tried on a task, and the one its results are trained with.
+"""What tuning found: the learning rates that a model tried on a task, and the one its results are trained
+with.
 
     tuning = read_tuning(root, "listops", "gravitational")       # None where nothing was tuned, or not yet
     tuning.chosen, tuning.at_an_end
 
-`<task>/<model>/learning_rate.json` holds each rate of the grid with the state of its cell (in `tuning/` beside
-it) and its best validation value by the task's metric, with a seed that no result uses.
+`<task>/<model>/learning_rate.json` holds each rate of the grid with the state of its cell (in `tuning/`
+beside it) and its best validation value by the task's metric, with a seed that no result uses.
 """
 
 from collections.abc import Sequence

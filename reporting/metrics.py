@@ -4,8 +4,8 @@
     metric.read(row, "val_{}")                      # row["val_loss"] / ln 2
     metric.shown(2.9172), metric.gain(-0.1)         # "2.917 bits", 0.1: less is better
 
-Files hold loss (nats per predicted token or example) and accuracy under the same keys for every task; the metric
-says which of them counts. bits per byte = loss / ln 2.
+Files hold loss (nats per predicted token or example) and accuracy under the same keys for every task; the
+metric says which of them counts. bits per byte = loss / ln 2.
 """
 
 import math
@@ -20,9 +20,9 @@ ACCURACY = "test_accuracy_best"
 
 @dataclass(frozen=True)
 class Metric:
-    """name: in files. title: in words. source: "accuracy" or "loss", what it is made of. factor: of the source
-    to the metric. scale, unit, digits: how it is shown. step: the unit of a difference. relevant: the smallest
-    difference that matters, in the metric's own scale. limits: what a value can be."""
+    """name: in files. title: in words. source: "accuracy" or "loss", what it is made of. factor: of the
+    source to the metric. scale, unit, digits: how it is shown. step: the unit of a difference. relevant:
+    the smallest difference that matters, in the metric's own scale. limits: what a value can be."""
 
     name: str
     title: str

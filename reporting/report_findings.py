@@ -4,8 +4,8 @@
         print(task.title, task.sentences)
 
 How strongly a sentence is worded follows from the numbers: with one seed there is no interval, with less than
-three no verdict, and only a difference that passes Holm's correction is called better or worse. Of another it is
-said what its interval allows, and how many seeds would tell.
+three no verdict, and only a difference that passes Holm's correction is called better or worse. Of another
+it is said what its interval allows, and how many seeds would tell.
 """
 
 import math
@@ -108,8 +108,8 @@ def _evidence(row: Difference) -> str:
     n, _, low, high = row.mean
     metric = row.metric
     numbers = (
-        f"(n = {n}, 95 % interval {metric.difference(low)} to {metric.difference(high)}, d_z = {short(row.dz)}; "
-        f"paired t test p = {short_p(row.p_t)}, sign flips p = {short_p(row.p_sign_flip)}"
+        f"(n = {n}, 95 % interval {metric.difference(low)} to {metric.difference(high)}, d_z = "
+        f"{short(row.dz)}; paired t test p = {short_p(row.p_t)}, sign flips p = {short_p(row.p_sign_flip)}"
     )
     if row.shares is not None:
         numbers += f"; seeds that learned: {row.shares}, Fisher's exact p = {short_p(row.p_shares)}"
@@ -118,7 +118,8 @@ def _evidence(row: Difference) -> str:
         return f"{numbers}: too few seeds to tell; {LEAST_SEEDS} are the least for a verdict."
     if row.verdict in ("better", "worse"):
         by_shares = "by the share of seeds that learn, " if row.shares is not None else ""
-        return f"{numbers}: {by_shares}{row.verdict} at the {SIGNIFICANCE} level, for these settings and this data."
+        level = f"at the {SIGNIFICANCE} level, for these settings and this data."
+        return f"{numbers}: {by_shares}{row.verdict} {level}"
     relevant = f"{metric.scale * metric.relevant:g} {metric.step}"
     if row.verdict == "no relevant difference":
         return f"{numbers}: no difference of more than {relevant}."
@@ -195,8 +196,8 @@ def _speed_findings(analysis: Analysis, task: str) -> list[str]:
             word = "sooner" if speed.wins > speed.losses else "later"
             verdicts.append(
                 f"{analysis.names[speed.model]} is there {word} than {analysis.baseline_name} in "
-                f"{max(speed.wins, speed.losses)} of {speed.wins + speed.losses + speed.ties} pairs (sign test, "
-                f"after Holm's correction p = {short_p(speed.p_holm)})."
+                f"{max(speed.wins, speed.losses)} of {speed.wins + speed.losses + speed.ties} pairs (sign "
+                f"test, after Holm's correction p = {short_p(speed.p_holm)})."
             )
     metric = analysis.metric(task)
     target = f"a validation {metric.title} of {metric.shown(analysis.targets[task])}"

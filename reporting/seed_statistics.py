@@ -62,7 +62,8 @@ def t_quantile(confidence: float, freedom: int) -> float:
 
 
 def deviation(values: Sequence[float]) -> float:
-    """The standard deviation of a sample, NaN for less than two values; 0 where they are equal up to rounding."""
+    """The standard deviation of a sample, NaN for less than two values; 0 where they are equal up to
+    rounding."""
     if len(values) < 2:
         return math.nan
     mean = math.fsum(values) / len(values)
@@ -101,7 +102,8 @@ def paired_t_p(differences: Sequence[float]) -> float:
 
 
 def standardised(differences: Sequence[float]) -> float:
-    """Cohen's d_z: the mean difference over the standard deviation of the differences; NaN without a spread."""
+    """Cohen's d_z: the mean difference over the standard deviation of the differences; NaN without a
+    spread."""
     spread = deviation(differences)
     return math.fsum(differences) / len(differences) / spread if spread > 0 else math.nan
 
@@ -113,7 +115,8 @@ def pairs_needed(spread: float, difference: float) -> int:
 
 
 def fisher_p(successes: int, n: int, others: int, m: int) -> float:
-    """Fisher's exact two-sided p value of "both shares are the same": `successes` of n against `others` of m."""
+    """Fisher's exact two-sided p value of "both shares are the same": `successes` of n against `others` of
+    m."""
     total = successes + others
     ways = {k: math.comb(n, k) * math.comb(m, total - k) for k in range(max(0, total - m), min(n, total) + 1)}
     return sum(way for way in ways.values() if way <= ways[successes]) / sum(ways.values())

@@ -133,11 +133,11 @@ def _target_table(analysis: Analysis, facts: TaskFacts) -> TextTable:
     ]
     header += [heading for _, heading, _ in TARGET_COLUMNS]
     note = (
-        f"{INTERVAL}. Target: a validation {facts.metric.title} of {target}. Median over all seeds, those that "
-        f"did not reach it counted as slower than any that did. Sooner, later, tied: pairs with "
-        f"{analysis.baseline_name}, where training that ended before the target can lose or tie alone; p: exact, "
-        "two-sided sign test; Holm's correction over the models of the task. Seconds and tokens to it: mean "
-        "over the seeds that reached it, of training alone"
+        f"{INTERVAL}. Target: a validation {facts.metric.title} of {target}. Median over all seeds, those "
+        "that did not reach it counted as slower than any that did. Sooner, later, tied: pairs with "
+        f"{analysis.baseline_name}, where training that ended before the target can lose or tie alone; p: "
+        "exact, two-sided sign test; Holm's correction over the models of the task. Seconds and tokens to "
+        "it: mean over the seeds that reached it, of training alone"
     )
     title = _title(analysis, facts, f"time to {_article(facts.metric)} of {target}", timed=True)
     return TextTable(title, header, rows, note)
@@ -182,7 +182,10 @@ def _tuning_table(analysis: Analysis) -> list[TextTable]:
     if not rows:
         return []
     seeds = ", ".join(sorted({str(tuning.seed) for tuning in analysis.tunings.values()}))
-    note = f"Best validation value with seed {seeds}, which no result uses; results are trained with the chosen rate"
+    note = (
+        f"Best validation value with seed {seeds}, which no result uses; results are trained with the "
+        f"chosen rate"
+    )
     header = ["model", "task", *(f"{rate:g}" for rate in rates), "chosen"]
     return [TextTable("Learning rates", header, rows, note, names=2)]
 
@@ -211,8 +214,9 @@ def _difference_table(analysis: Analysis) -> TextTable:
     header = ["model", "task", "n", "difference", "d_z", "seeds that learned"]
     header += ["p (t)", "p (sign flip)", "p (shares)", "p (Holm)", "verdict"]
     note = (
-        f"Test metric minus that of {analysis.baseline_name}, paired by seed: mean [95 % t interval]; d_z: mean "
-        "over standard deviation of the differences. What decides is the paired t test, or Fisher's exact test "
-        "of the shares where seeds either learn or do not, with Holm's correction over the models of a task"
+        f"Test metric minus that of {analysis.baseline_name}, paired by seed: mean [95 % t interval]; d_z: "
+        "mean over standard deviation of the differences. What decides is the paired t test, or Fisher's "
+        "exact test of the shares where seeds either learn or do not, with Holm's correction over the "
+        "models of a task"
     )
     return TextTable(f"Differences to {analysis.baseline_name}", header, rows, note, names=2)

@@ -178,8 +178,8 @@ def _accuracy(view: TaskView) -> Drawn:
         f"Test {metric.title}",
         lambda title: quality_figure(values, view.styles, title, levels, view.absent, metric),
         "Large: mean over seeds, black: its 95 % t interval, where n is at least 2; small, below: each seed. "
-        f"Lines: guessing, and for an accuracy always naming the largest class{said}. The axis does not start "
-        "at 0." + ("" if metric.more_is_better else " Further left is better."),
+        f"Lines: guessing, and for an accuracy always naming the largest class{said}. The axis does not "
+        "start at 0." + ("" if metric.more_is_better else " Further left is better."),
     )
 
 
@@ -190,8 +190,8 @@ def _lengths(view: TaskView) -> Drawn:
             "lengths",
             f"Test {metric.title} at longer lengths",
             lambda title: length_figure(lengths, view.styles, title, metric),
-            "Of the best validation epoch's weights on examples of each length. Dotted: the length trained on; "
-            "thick: mean over seeds, with its 95 % t interval where n is at least 2; thin: each seed.",
+            "Of the best validation epoch's weights on examples of each length. Dotted: the length trained "
+            "on; thick: mean over seeds, with its 95 % t interval where n is at least 2; thin: each seed.",
         )
 
 
@@ -203,11 +203,12 @@ def _progress(view: TaskView) -> Drawn:
         "accuracy_time",
         f"{metric.title.capitalize()} against time and tokens",
         lambda title: progress_figure(progress, points, view.styles, title, target=target, metric=metric),
-        f"Left and middle: validation {metric.title} against the training time and the tokens spent so far, a point "
-        "per epoch; thick: mean over the finished seeds, as far as all of them ran; thin: each seed. Further "
-        f"left is cheaper. Right: test {metric.title} against the training time to the best epoch; large: "
-        f"means, with the 95 % t interval of {metric.title} where n is at least 2; small: seeds; "
-        f"{'up' if metric.more_is_better else 'down'} and left: more for less; no model on the dashed line is beaten in both. Times hold for this machine and leave out "
+        f"Left and middle: validation {metric.title} against the training time and the tokens spent so "
+        "far, a point per epoch; thick: mean over the finished seeds, as far as all of them ran; thin: "
+        f"each seed. Further left is cheaper. Right: test {metric.title} against the training time to the "
+        f"best epoch; large: means, with the 95 % t interval of {metric.title} where n is at least 2; "
+        f"small: seeds; {'up' if metric.more_is_better else 'down'} and left: more for less; no model on "
+        "the dashed line is beaten in both. Times hold for this machine and leave out "
         "evaluation; their axes are logarithmic where they span much.",
     )
 
@@ -244,8 +245,8 @@ def _comparisons(view: TaskView) -> Drawn:
             f"Relative improvement over {name}",
             lambda title: improvement_figure(gains, others, metrics, title),
             f"In percent of {name}'s value with the same seed: right of 0 the model gains accuracy or saves "
-            "bits, epochs, time or memory. Marks: one per seed; black: mean and 95 % t interval, where n is at "
-            "least 2. An interval that holds 0 is no sign of a difference.",
+            "bits, epochs, time or memory. Marks: one per seed; black: mean and 95 % t interval, where n "
+            "is at least 2. An interval that holds 0 is no sign of a difference.",
         )
     scores = radar_scores(view.analysis.summary, view.task)
     yield from view.figure(
@@ -253,9 +254,10 @@ def _comparisons(view: TaskView) -> Drawn:
         "Quality and efficiency, 1 = best of these models",
         lambda title: radar_figure(scores, view.styles, title),
         "Each axis is scaled to the best model of this task, from means over seeds: accuracy / the highest "
-        "accuracy, or the fewest bits / bits; the fewest epochs to converge (above chance) / epochs; the shortest time per epoch / "
-        "time; the smallest peak memory / memory. 0.5 is half as good as the best. An open line: a model "
-        "without that number. The area has no meaning, and the radar shows no uncertainty.",
+        "accuracy, or the fewest bits / bits; the fewest epochs to converge (above chance) / epochs; the "
+        "shortest time per epoch / time; the smallest peak memory / memory. 0.5 is half as good as the "
+        "best. An open line: a model without that number. The area has no meaning, and the radar shows no "
+        "uncertainty.",
     )
 
 

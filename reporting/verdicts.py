@@ -5,8 +5,8 @@
 
 The comparisons of one task, each model with the baseline, are a family named beforehand: Holm's correction is
 over it. What decides is the paired t test on the differences by seed; the exact sign-flip test, which assumes
-nothing of them, stands beside it. Where the seeds of a model or of the baseline either learn or do not, a mean
-says little, and the shares decide (Fisher's exact test).
+nothing of them, stands beside it. Where the seeds of a model or of the baseline either learn or do not, a
+mean says little, and the shares decide (Fisher's exact test).
 """
 
 import math
@@ -188,8 +188,8 @@ def compare_speed(
     baseline: str = BASELINE,
 ) -> list[Speed]:
     """How soon each model's seeds reached the target, censored where training ended before: of a pair one is
-    faster if it reached the target before the other did or had been trained for; what cannot be told is a tie.
-    Holm's correction is over the models of a task. The baseline's own entry has no pairs, and p NaN."""
+    faster if it reached the target before the other did or had been trained for; what cannot be told is a
+    tie. Holm's correction is over the models of a task. The baseline's own entry has no pairs, and p NaN."""
     found = []
     done = progress[progress["state"] == "done"]
     for task, target in targets.items():

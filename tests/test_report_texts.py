@@ -97,7 +97,8 @@ def test_two_seeds_have_no_verdict_and_three_are_told_what_their_interval_allows
     assert "too few seeds to tell; 3 are the least" in text and not re.search(r"\b(better|worse)\b", text)
     text = report_of(make_results(tmp_path / "three", tasks=("listops",), patterns=False))
     assert "sign flips p = 0.25" in text and re.search(
-        r"not told apart\. The interval allows a gain of \d\.\d and a loss of \d\.\d points; a difference of 1 points "
+        r"not told apart\. The interval allows a gain of \d\.\d and a loss of \d\.\d points; a difference "
+        r"of 1 points "
         r"would need about \d+ seeds",
         text,
     )

@@ -1,4 +1,5 @@
-"""A verdict needs enough seeds, a small corrected p and says by how much; both directions of a metric hold."""
+"""A verdict needs enough seeds, a small corrected p and says by how much; both directions of a metric
+hold."""
 
 import math
 

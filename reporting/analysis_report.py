@@ -39,7 +39,7 @@ from results_folder import Results
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 FIGURE_DPI, CSS_DPI = 150, 96  # of the PNG files (figure_style.py), and of a page
-_RELEVANT = " or ".join(f"{one.scale * one.relevant:g} {one.step}" for one in METRICS.values())
+_RELEVANT = " or ".join(one.margin for one in METRICS.values())
 DEFINITIONS = (
     "The test metric is that of the weights of the best validation accuracy; the test set is read once.",
     "Epochs to 90 % of best: the first epoch whose validation accuracy reaches 90 % of its maximum; "

@@ -53,6 +53,12 @@ class Metric:
         """For a heading or an axis: "accuracy (%)"."""
         return f"{self.title} ({self.unit})" if self.unit == "%" else self.title
 
+    @property
+    def margin(self) -> str:
+        """The smallest relevant difference in words: "1 point"."""
+        size = f"{self.scale * self.relevant:g}"
+        return f"{size} {self.step.removesuffix('s') if size == '1' else self.step}"
+
     def read(self, row: Mapping[str, Any], key: str) -> float | None:
         """The metric of a row whose keys are `key` with the source's name in it; None where there is none."""
         value = number(row.get(key.format(self.source)))

@@ -119,10 +119,11 @@ def _evidence(row: Difference) -> str:
     if row.verdict in ("better", "worse"):
         by_shares = "by the share of seeds that learn, " if row.shares is not None else ""
         level = f"at the {SIGNIFICANCE} level, for these settings and this data."
-        return f"{numbers}: {by_shares}{row.verdict} {level}"
-    relevant = f"{metric.scale * metric.relevant:g} {metric.step}"
+        alone = row.shares is None and row.p_sign_flip > SIGNIFICANCE
+        caveat = f" Sign flips, which assume nothing, do not show it with {n} seeds." if alone else ""
+        return f"{numbers}: {by_shares}{row.verdict} {level}{caveat}"
     if row.verdict == "no relevant difference":
-        return f"{numbers}: no difference of more than {relevant}."
+        return f"{numbers}: no difference of more than {metric.margin}."
     if row.shares is not None:
         return f"{numbers}: a difference in the share of seeds that learn is not shown."
     gain, loss = max(metric.gain(low), metric.gain(high)), min(metric.gain(low), metric.gain(high))
@@ -130,7 +131,7 @@ def _evidence(row: Difference) -> str:
             (("gain", max(gain, 0.0)), ("loss", min(loss, 0.0))) if end]  # fmt: skip
     return (
         f"{numbers}: not told apart. The interval allows {' and '.join(ends)} {metric.step}; a difference of "
-        f"{relevant} would need about {row.pairs_needed:,} seeds at this spread."
+        f"{metric.margin} would need about {row.pairs_needed:,} seeds at this spread."
     )
 
 

@@ -2,6 +2,7 @@
 all."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_each_model_tries_all_rates_with_a_seed_of_their_own_and_results_take_th
             assert {row["learning_rate"] for row in rows} == {cell.trial} and trial.state == "done"
             best[cell.trial] = trial.value
             assert trial.value == max(row["val_accuracy"] for row in rows)
-        assert best[tuning.chosen] == max(best.values())
+        assert best[tuning.chosen] == max(value for value in best.values() if value is not None)
         for seed in (0, 1):
             folder = Cell("listops", model, seed).folder(tuned)
             assert {row["learning_rate"] for row in metrics_of(folder)} == {tuning.chosen}
@@ -165,7 +166,7 @@ def test_the_best_is_that_of_the_tasks_own_metric() -> None:
     rows = [{"val_accuracy": 0.9, "val_loss": 2.0}, {"val_accuracy": 0.5, "val_loss": 1.0}]
     bits = METRICS["bits_per_byte"]
     assert trial_of(record(rows), 0.1, PERCENT) == Trial(0.1, "done", 0.9, 2.0)
-    assert trial_of(record(rows), 0.1, bits) == Trial(0.1, "done", pytest.approx(1.442695), 1.0)
+    assert trial_of(record(rows), 0.1, bits) == Trial(0.1, "done", 1 / math.log(2), 1.0)
     assert trial_of(record(rows, "diverged"), 0.1, bits) == Trial(0.1, "diverged")
     low, high = Trial(0.001, "done", 2.0, 1.4), Trial(0.01, "done", 3.0, 2.1)
     assert (best_of([low, high], PERCENT), best_of([low, high], bits)) == (0.01, 0.001)

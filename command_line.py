@@ -54,11 +54,13 @@ def setting(
     maximum: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
+    several: bool = False,
 ) -> Any:
     """A dataclass field with its help text and its legal values, ends included (`minimum`, `maximum`)
-    or not (`above`, `below`); for a tuple the range holds for each entry."""
+    or not (`above`, `below`); for a tuple the range holds for each entry. several: whether the option takes
+    more than one value, each of which could be the field's."""
     limits = {"minimum": minimum, "above": above, "maximum": maximum, "below": below, "choices": choices}
-    return dataclasses.field(default=default, metadata={"help": help, **limits})
+    return dataclasses.field(default=default, metadata={"help": help, "several": several, **limits})
 
 
 def option_name(field_name: str) -> str:
@@ -219,7 +221,8 @@ def _argument_kind(hint: Any, field: dataclasses.Field[Any]) -> dict[str, Any]:
     if typing.get_origin(hint) is tuple:
         entry = typing.get_args(hint)[0]
         return {"type": entry, "nargs": "+", "metavar": entry.__name__.upper()}
-    return {"type": hint, "metavar": metavar or hint.__name__.upper()}
+    more = {"nargs": "+"} if field.metadata["several"] else {}
+    return {"type": hint, "metavar": metavar or hint.__name__.upper()} | more
 
 
 def given_settings(namespace: argparse.Namespace, settings: type) -> dict[str, Any]:

@@ -68,7 +68,12 @@ class TrainingSettings:
     """Training"""
 
     batch_size: int = setting(32, "examples per optimizer step", minimum=1)
-    learning_rate: float = setting(1e-4, "AdamW learning rate, constant", above=0)
+    learning_rate: float = setting(
+        1e-4,
+        "AdamW learning rate, constant; of several each model and task takes the best on validation",
+        above=0,
+        several=True,
+    )
     weight_decay: float = setting(1e-5, "AdamW weight decay", minimum=0)
     max_epochs: int = setting(20, "epochs at most", minimum=1)
     patience: int = setting(10, "stop after this many epochs without a better validation accuracy", minimum=1)

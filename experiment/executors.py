@@ -92,7 +92,8 @@ class Executor:
             self.left[cell] = outcome
         else:
             self.left.pop(cell, None)
-        self.gave_up |= outcome.state in GIVEN_UP
+        # A trial may diverge: that is what a grid of learning rates is to find out.
+        self.gave_up |= outcome.state in GIVEN_UP and (cell.trial is None or outcome.state == "failed")
         self.progress.cell_ended(cell, *outcome)
 
 

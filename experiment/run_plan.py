@@ -22,6 +22,7 @@ from train_and_evaluate import ModelSettings, TrainingSettings
 from training.model_cost import count_parameters
 
 DEVICE_TYPES = ("cpu", "cuda", "mps")
+TUNING_SEED = 1_000_000  # with which learning rates are tried: no result may use it
 LONGEST_NAME = 200  # bytes: file systems take 255 for a folder's name
 
 
@@ -29,6 +30,7 @@ LONGEST_NAME = 200  # bytes: file systems take 255 for a folder's name
 class Preset:
     """Settings that differ from the defaults, those of the data by task.
 
+    learning_rate of `training`: a number, or a tuple of those to choose from for each model and task.
     complete: whether a task whose data cannot be had ends the run before it begins; else it is left out.
     """
 
@@ -71,7 +73,9 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run with everything settled. data_settings: by task. unavailable: by task that was left out, why."""
+    """A run with everything settled. data_settings: by task. unavailable: by task that was left out, why.
+    learning_rates: those to choose from, ascending, where there are several; training_settings has the
+    first."""
 
     preset: str
     models: tuple[Model, ...]
@@ -82,6 +86,22 @@ class RunPlan:
     data_settings: dict[str, DataSettings]
     device: torch.device
     unavailable: dict[str, str] = field(default_factory=dict)
+    learning_rates: tuple[float, ...] = ()
+
+    @property
+    def trials(self) -> list[Cell]:
+        """The cells that try the learning rates, all for each task and model: the same budget for every
+        model."""
+        return [
+            Cell(task, model.name, TUNING_SEED, rate)
+            for task in self.tasks
+            for model in self.models
+            for rate in self.learning_rates
+        ]
+
+    def trials_for(self, cell: Cell) -> list[Cell]:
+        """The trials that settle the learning rate of a result."""
+        return [one for one in self.trials if (one.task, one.model) == (cell.task, cell.model)]
 
     @property
     def cells(self) -> list[Cell]:
@@ -115,17 +135,21 @@ def make_plan(arguments: argparse.Namespace) -> RunPlan:
     if min(seeds) < 0:
         raise InputError(f"--seeds must be at least 0, got {min(seeds)}")
     refuse_too_large(max(seeds), "--seeds")
+    if TUNING_SEED in seeds:
+        raise InputError(f"--seeds must not name {TUNING_SEED}: it is kept for choosing learning rates")
+    training, rates = training_and_rates(preset.training | given_settings(arguments, TrainingSettings))
     plan = RunPlan(
         preset=preset_name,
         models=models,
         tasks=tasks,
         seeds=seeds,
         model_settings=ModelSettings(**preset.model | given_settings(arguments, ModelSettings)),
-        training_settings=TrainingSettings(**preset.training | given_settings(arguments, TrainingSettings)),
+        training_settings=training,
         data_settings={
             task: _data_settings(preset, task, given_settings(arguments, DataSettings)) for task in tasks
         },
         device=device,
+        learning_rates=rates,
     )
     for number, model in enumerate(models):
         model.check(plan.model_settings)
@@ -135,6 +159,16 @@ def make_plan(arguments: argparse.Namespace) -> RunPlan:
                     f"--models names one model twice: {other.name} and {model.name} have equal settings"
                 )
     return plan
+
+
+def training_and_rates(values: dict[str, Any]) -> tuple[TrainingSettings, tuple[float, ...]]:
+    """The settings of values whose learning_rate may be several, and these in ascending order; of one value
+    there is nothing to choose. InputError where one is not legal or comes twice."""
+    given = values.get("learning_rate", TrainingSettings().learning_rate)
+    several = given if isinstance(given, tuple) else (given,)
+    settings = [TrainingSettings(**values | {"learning_rate": rate}) for rate in sorted(several)]
+    _each_once([f"{rate:g}" for rate in several], "--learning-rate")  # the names of the trials' folders
+    return settings[0], tuple(one.learning_rate for one in settings) if len(settings) > 1 else ()
 
 
 def _each_once(entries: Sequence[Any], option: str) -> tuple[Any, ...]:

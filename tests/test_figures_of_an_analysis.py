@@ -17,7 +17,8 @@ from reporting.analysis import make_analysis
 from reporting.attention_figures import distance_figure, plot_maps
 from reporting.figure_style import figure_style, model_styles, new_figure, save_figure
 from reporting.mass_figures import shaded_figure
-from reporting.run_results import ACCURACY, read_joined
+from reporting.metrics import ACCURACY
+from reporting.run_results import read_joined
 from reporting.seed_statistics import estimate
 from reporting.task_figures import CONVERGENCE_PANELS, COST_PANELS, TaskView, task_figures
 from reporting.training_figures import plot_curves, plot_learned

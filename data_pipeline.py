@@ -248,7 +248,7 @@ def load_pathfinder(settings: DataSettings) -> TaskData:
 
 def load_image(settings: DataSettings) -> TaskData:
     """CIFAR-10 in grey. Raises DataUnavailableError where it cannot be had."""
-    folder = Path(settings.data_dir).expanduser() if settings.data_dir else None
+    folder = given_path(settings.data_dir, "--data-dir") if settings.data_dir else None
     images = cifar_images.load_images(folder, settings.cache_folder)
     validation = _validation(images.train, settings)
     rest = np.setdiff1d(np.arange(len(images.train)), validation)

@@ -11,6 +11,9 @@ Symbols, here and wherever this file is referred to: N batch, L query length, S 
 H num_heads, D = E / H head width, T timescales, T' = T or, where the timescales share q, k and v, 1; i query
 and j key position. The horizon of a discount gamma is 1 / (1 - gamma) tokens.
 
+Meta and fake tensors, `torch.jit.trace`, `torch.export` and `torch.compile(fullgraph=True)` go by
+`use_backend("dense")` (see attention_kernels.py): faster backends look at numbers to plan by them.
+
 Masks: True means blocked, as in `nn.MultiheadAttention`. `F.scaled_dot_product_attention` and Hugging Face
 mean the opposite: pass `~mask` of theirs, or `attention_mask == 0`.
 """
@@ -23,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention_engine.attention_scores import Clock, Mask, Score, merge_masks
-from attention_kernels import attend, dense_weights
+from attention_kernels import attend, dense_weights, without_autocast
 
 
 class AttentionModule(nn.Module):
@@ -167,7 +170,7 @@ class AttentionModule(nn.Module):
         """The weights of every timescale and head, (N, T, H, L, S), float32; arguments as in `forward`."""
         query, key, _, mask = self._checked(query, key, key, key_padding_mask, attn_mask, is_causal)
         q, k, _ = self._project(query, key, key)
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             dtype = torch.promote_types(q.dtype, torch.float32)
             return dense_weights(q.to(dtype), k.to(dtype), self._score(query, key, mask), mask)
 
@@ -228,6 +231,6 @@ class AttentionModule(nn.Module):
 
     def _score(self, query: Tensor, key: Tensor, mask: Mask) -> Score:
         """The score with its tensors in float32 at least: masses and rates are small numbers that matter."""
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device):
             score, clock = self.score(query, key), self.clock(query, key, mask.padding)
         return score if clock is None else replace(score, clock=clock)

@@ -91,7 +91,8 @@ class GravitationalField(nn.Module):
 
     def mass(self, projection: nn.Linear, x: Tensor) -> Tensor:
         """(N, L, E) -> (N, T, H, L), above 0 also where softplus underflows."""
-        x = x.to(projection.weight.dtype)  # under autocast x may be narrower than the parameters
+        # Under autocast x may be narrower than the parameters; a quantised projection has none.
+        x = x.to(next(projection.parameters(), torch.empty(0, dtype=torch.float32)).dtype)
         mass = F.softplus(projection(x).to(torch.promote_types(x.dtype, torch.float32)) + UNIT_MASS)
         return mass.clamp(min=1e-30).unflatten(-1, self.shape).permute(0, 2, 3, 1)
 

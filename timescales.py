@@ -126,7 +126,7 @@ class Discounts(nn.Module):
     def _time(self, rate: nn.Linear, x: Tensor, padding: Tensor | None) -> Tensor:
         """(N, L, E) -> (N, T, H, L), in float32 at least."""
         dtype = torch.promote_types(self.rho.dtype, torch.float32)
-        logits = rate(x.to(rate.weight.dtype)).to(dtype)
+        logits = rate(x.to(self.rho.dtype)).to(dtype)
         rates = F.softplus(logits + self.rho.to(dtype) + self.start.to(dtype))
         if padding is not None:
             rates = rates.masked_fill(padding.unsqueeze(-1), 0.0)

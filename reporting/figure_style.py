@@ -82,8 +82,8 @@ MODEL_STYLES = {
 }
 # Five are of Paul Tol's muted scheme; yellow, pale on white, comes last.
 _FURTHER = (
-    (ORANGE, SKY, "#999999", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", YELLOW),
-    ("P", "X", "<", ">", "p", "h", "*", "d"),
+    ("#999999", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", YELLOW),
+    ("<", ">", "p", "h", "*", "d"),
 )
 
 

@@ -243,8 +243,12 @@ class Trainer:
         self.device, self.progress, self.check, self.fingerprint = device, progress, check, fingerprint
         self.forward = torch.compile(model, dynamic=True) if settings.compile else model
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Weights decay, biases, norms, horizons and other single numbers do not.
+        matrices = [parameter for parameter in self.parameters if parameter.dim() > 1]
+        others = [parameter for parameter in self.parameters if parameter.dim() <= 1]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
+            groups,
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             fused=device.type in ("cpu", "cuda"),

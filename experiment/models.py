@@ -40,6 +40,19 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "gravitational_multi_timescale": GravitationalMultiTimescaleAttention,
     # A control, on request: is it the several timescales, or would any relative position do?
     "discounted": functools.partial(MultiTimescaleAttention, num_timescales=1, gammas=None, decoder="linear"),
+    # A control: does a horizon for each head, log-spaced as ALiBi's slopes are, do as well as timescales?
+    "per_head_decay": functools.partial(
+        MultiTimescaleAttention, timescales="heads", num_timescales=None, decoder="linear", adaptive=False
+    ),
+    "adaptive": functools.partial(
+        MultiTimescaleAttention,
+        timescales="heads",
+        num_timescales=None,
+        decoder="linear",
+        adaptive=True,
+        learn_gammas=True,
+        discount="weights",
+    ),
 }
 COMPARED = ("conventional", "gravitational", "multi_timescale", "gravitational_multi_timescale")
 SYNTAX = "MODEL,setting=value,..."

@@ -8,6 +8,7 @@
 |---|---|---|
 | imdb | 22,500 / 2,500 / 25,000 film reviews (tasks/imdb.py), 2 classes | bytes or words |
 | listops | 96,000 / 2,000 / 2,000 expressions (tasks/listops.py), 10 classes | 15 symbols |
+| recall, hold | drawn anew each epoch (tasks/generated_tasks.py), a target at marked tokens | ids |
 
 IMDb's validation split is a stratified tenth of its training set, drawn by --data-seed before any subset is
 taken; the test set is never used for it. A new task is a function from DataSettings to TaskData in TASKS.
@@ -37,6 +38,7 @@ from command_line import (
 )
 from tasks import imdb, listops, listops_tsv
 from tasks.array_cache import Arrays, cached_arrays
+from tasks.generated_tasks import load_hold, load_recall
 from tasks.imdb_download import DataUnavailableError, download_archive
 from tasks.task_data import DataSettings, TaskData
 from tasks.text_tokenizers import (
@@ -48,6 +50,7 @@ from tasks.text_tokenizers import (
     make_vocabulary,
 )
 from tasks.token_dataset import (
+    IGNORED,
     Batch,
     TokenDataset,
     concatenate,
@@ -267,6 +270,8 @@ def _task(
 TASKS: dict[str, Callable[[DataSettings], TaskData]] = {
     "imdb": load_imdb,
     "listops": load_listops,
+    "recall": load_recall,
+    "hold": load_hold,
 }
 
 
@@ -339,15 +344,16 @@ def print_stats(arguments: argparse.Namespace) -> int:
         print(f"{name:8}{len(split):10,}{split.lengths.mean():9.1f}", end="")
         print("".join(f"{value:7.0f}" for value in percentiles) + f"{split.lengths.max():7}")
     for name, split in splits.items():
-        counts = np.bincount(split.labels, minlength=task.num_classes)
+        asked = split.labels[split.labels != IGNORED]
+        counts = np.bincount(asked, minlength=task.num_classes)
         shares = "  ".join(
-            f"{label} {share:.1%}" for label, share in zip(task.class_names, counts / len(split), strict=True)
+            f"{label} {share:.1%}" for label, share in zip(task.class_names, counts / len(asked), strict=True)
         )
         print(f"labels of {name}: {shares}")
-    tokens = [task.symbols(int(token)) for token in task.train.example(0)[:SHOWN_TOKENS]]
-    print(
-        f"first training example ({task.class_names[task.train.labels[0]]}), at most {SHOWN_TOKENS} tokens:"
-    )
+    shown = task.train.example(0)[:SHOWN_TOKENS]
+    tokens = ["+".join(task.symbols(int(i)) for i in np.atleast_1d(ids)) for ids in shown]
+    label = "" if task.train.token_targets else f" ({task.class_names[task.train.labels[0]]})"
+    print(f"first training example{label}, at most {SHOWN_TOKENS} tokens:")
     print(("" if task.provenance["tokenizer"] == "byte" else " ").join(tokens))
     return EXIT_DONE
 

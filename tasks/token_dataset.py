@@ -110,7 +110,8 @@ class Batch:
     """A padded batch.
 
     tokens: (N, L) int64, or (N, L, I). key_padding_mask: (N, L) bool, True = pad.
-    labels: (N,) int64, or (N, L). index: (N,) int64, the examples' positions in their split. predictions: how many labels count.
+    labels: (N,) int64, or (N, L). index: (N,) int64, the examples' positions in their split.
+    predictions: how many labels count.
     """
 
     tokens: torch.Tensor

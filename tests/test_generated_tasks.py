@@ -1,4 +1,4 @@
-"""Tasks made of draws: labels by a slow solver, streams that differ, and the refusal of what means nothing."""
+"""Tasks made of draws: labels by a slow solver, streams that differ, bad settings refused."""
 
 import numpy as np
 import pytest

@@ -190,6 +190,9 @@ def pad_batch(
     labels = dataset.labels[source] if dataset.token_targets else dataset.labels[index]
     if dataset.token_targets:
         labels[padding] = IGNORED
-    parts = (tokens, padding, labels, index)
-    tensors = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts)
-    return Batch(*tensors, predictions=int((labels != IGNORED).sum()))
+
+    def tensor(part: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(part)).to(device)
+
+    predictions = int((labels != IGNORED).sum())
+    return Batch(tensor(tokens), tensor(padding), tensor(labels), tensor(index), predictions)

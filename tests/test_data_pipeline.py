@@ -313,7 +313,7 @@ def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:
         load_task("list_ops", DataSettings())
     with pytest.raises(InputError, match="min-length"):
         load_task("imdb", DataSettings(min_length=5))
-    assert set(TASKS) == {"imdb", "listops"}
+    assert set(TASKS) == {"imdb", "listops", "recall", "hold"}
 
 
 def test_stats_show_sizes_lengths_labels_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:

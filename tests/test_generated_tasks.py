@@ -1,5 +1,8 @@
 """Tasks made of draws: labels by a slow solver, streams that differ, bad settings refused."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +37,7 @@ def held(tokens: list[list[int]]) -> list[int]:
 
 
 @pytest.mark.parametrize(("name", "solve"), [("recall", recalled), ("hold", held)])
-def test_every_label_is_what_a_slow_solver_finds(name, solve) -> None:
+def test_every_label_is_what_a_slow_solver_finds(name: str, solve: Callable[[list[Any]], list[int]]) -> None:
     task = load_task(name, SETTINGS)
     for split in (task.train, task.val, task.test, *task.longer_tests.values()):
         for tokens, labels in examples(split):
@@ -42,7 +45,9 @@ def test_every_label_is_what_a_slow_solver_finds(name, solve) -> None:
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_training_data_differ_by_epoch_and_seed_and_from_what_is_tested_and_can_be_drawn_again(name) -> None:
+def test_training_data_differ_by_epoch_and_seed_and_from_what_is_tested_and_can_be_drawn_again(
+    name: str,
+) -> None:
     task = load_task(name, SETTINGS)
     splits = [task.train_of(s, e) for s, e in ((0, 1), (0, 2), (1, 1))] + [task.val, task.test]
     seen = [example for split in splits for example in map(repr, examples(split))]
@@ -53,7 +58,7 @@ def test_training_data_differ_by_epoch_and_seed_and_from_what_is_tested_and_can_
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", GENERATED)
-def test_a_later_token_changes_no_earlier_logit(name, model) -> None:
+def test_a_later_token_changes_no_earlier_logit(name: str, model: str) -> None:
     task = load_task(name, SETTINGS)
     settings = ModelSettings(embed_dim=16, num_heads=2, feed_forward_dim=24, dropout=0.0)
     encoder = build(Model.parse(model), settings, task.vocab_size, task.num_classes, task.form).eval()
@@ -74,7 +79,7 @@ def test_a_later_token_changes_no_earlier_logit(name, model) -> None:
         ("recall", {"max_length": 22}, "3 times its pairs"),
     ],
 )
-def test_what_a_task_has_not_is_refused(name, given, message) -> None:
+def test_what_a_task_has_not_is_refused(name: str, given: dict[str, Any], message: str) -> None:
     assert name in TASKS
     with pytest.raises(InputError, match=message):
         load_task(name, DataSettings(**given))

@@ -10,6 +10,7 @@
 | listops | 96,000 / 2,000 / 2,000 expressions (tasks/listops.py), 10 classes | 15 symbols |
 | pathfinder | 40,000 / 4,000 / 4,000 pictures (tasks/pathfinder.py), 2 classes | 1,024 pixels |
 | image | 45,000 / 5,000 / 10,000 pictures (tasks/cifar_images.py), 10 classes | 1,024 pixels |
+| recall, hold | drawn anew each epoch (tasks/generated_tasks.py), a target at marked tokens | ids |
 
 The validation split of IMDb and CIFAR-10 is a stratified tenth of the training set, drawn by --data-seed
 before any subset is taken; the test set is never used for it. Identical reviews stay on one side of it.
@@ -42,6 +43,7 @@ from command_line import (
 from tasks import cifar_images, imdb, listops, listops_tsv, pathfinder
 from tasks.archives import DataUnavailableError, download_archive, holds_data
 from tasks.array_cache import Arrays, cached_arrays
+from tasks.generated_tasks import load_hold, load_recall
 from tasks.task_data import DataSettings, TaskData
 from tasks.text_tokenizers import (
     WORD_VERSION,
@@ -53,6 +55,7 @@ from tasks.text_tokenizers import (
     make_vocabulary,
 )
 from tasks.token_dataset import (
+    IGNORED,
     Batch,
     TokenDataset,
     concatenate,
@@ -331,6 +334,8 @@ TASKS: dict[str, Callable[[DataSettings], TaskData]] = {
     "listops": load_listops,
     "pathfinder": load_pathfinder,
     "image": load_image,
+    "recall": load_recall,
+    "hold": load_hold,
 }
 
 
@@ -409,15 +414,16 @@ def print_stats(arguments: argparse.Namespace) -> int:
         print(f"{name:8}{len(split):10,}{split.lengths.mean():9.1f}", end="")
         print("".join(f"{value:7.0f}" for value in percentiles) + f"{split.lengths.max():7}")
     for name, split in splits.items():
-        counts = np.bincount(split.labels, minlength=task.num_classes)
+        asked = split.labels[split.labels != IGNORED]
+        counts = np.bincount(asked, minlength=task.num_classes)
         shares = "  ".join(
-            f"{label} {share:.1%}" for label, share in zip(task.class_names, counts / len(split), strict=True)
+            f"{label} {share:.1%}" for label, share in zip(task.class_names, counts / len(asked), strict=True)
         )
         print(f"labels of {name}: {shares}")
-    tokens = [task.symbols(int(token)) for token in task.train.example(0)[:SHOWN_TOKENS]]
-    print(
-        f"first training example ({task.class_names[task.train.labels[0]]}), at most {SHOWN_TOKENS} tokens:"
-    )
+    shown = task.train.example(0)[:SHOWN_TOKENS]
+    tokens = ["+".join(task.symbols(int(i)) for i in np.atleast_1d(ids)) for ids in shown]
+    label = "" if task.train.token_targets else f" ({task.class_names[task.train.labels[0]]})"
+    print(f"first training example{label}, at most {SHOWN_TOKENS} tokens:")
     print(("" if task.provenance["tokenizer"] == "byte" else " ").join(tokens))
     return EXIT_DONE
 

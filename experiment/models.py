@@ -30,6 +30,7 @@ from conventional_attention import ConventionalAttention
 from gravitational_attention import GravitationalAttention
 from gravitational_multi_timescale_attention import GravitationalMultiTimescaleAttention
 from multi_timescale_attention import MultiTimescaleAttention
+from tasks.task_data import TaskForm
 from train_and_evaluate import ModelSettings, TransformerClassifier, random_stream
 from training.model_cost import count_parameters
 
@@ -247,9 +248,12 @@ def _value(text: str, hint: Any) -> Any:
     return value
 
 
-def build(model: Model, settings: ModelSettings, vocab_size: int, num_classes: int) -> TransformerClassifier:
+def build(
+    model: Model, settings: ModelSettings, vocab_size: int, num_classes: int, form: TaskForm | None = None
+) -> TransformerClassifier:
     """The encoder with the model's attention."""
-    return TransformerClassifier(model.attention(settings), vocab_size, num_classes, settings)
+    attention = model.attention(settings)
+    return TransformerClassifier(attention, vocab_size, num_classes, settings, form=form or TaskForm())
 
 
 def matched_settings(

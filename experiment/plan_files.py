@@ -42,6 +42,7 @@ from results_folder import (
     write_json,
     write_status,
 )
+from tasks.token_dataset import IGNORED
 from train_and_evaluate import ModelSettings, TrainingSettings
 from training.run_environment import describe_environment
 
@@ -71,9 +72,13 @@ def check_space(folder: Path, plan: RunPlan, tasks: dict[str, TaskData], cells: 
 
 
 def _task_info(task: TaskData) -> dict[str, Any]:
-    counts = np.bincount(np.asarray(task.test.labels), minlength=task.num_classes)
+    labels = task.test.labels[task.test.labels != IGNORED]
+    counts = np.bincount(labels, minlength=task.num_classes)
     return {
         "title": task.title,
+        "metric": task.form.metric,
+        "target": task.form.target,
+        "causal": task.form.causal,
         "num_classes": task.num_classes,
         "chance": 1 / task.num_classes,
         "majority": float(counts.max() / counts.sum()),

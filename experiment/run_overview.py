@@ -93,7 +93,7 @@ class TimeEstimate(NamedTuple):
 def estimate_time(model: Model, task: TaskData, settings: ModelSettings, plan: RunPlan) -> TimeEstimate:
     """Time one training step and one evaluation step on each of two batches, after one to warm up."""
     training: TrainingSettings = plan.training_settings
-    encoder = build(model, settings, task.vocab_size, task.num_classes)
+    encoder = build(model, settings, task.vocab_size, task.num_classes, task.form)
     trainer = Trainer(encoder, task, training, 0, plan.device, Progress())
     parts = [examples_at(task.train, quantile, training.batch_size) for quantile in QUARTILES]
 

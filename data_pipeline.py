@@ -88,6 +88,8 @@ MEANINGLESS = {  # settings that a task has no use for
     "imdb": ("min_length",),
     "pathfinder": ("min_length", "max_length"),
     "image": ("min_length", "max_length"),
+    "recall": ("min_length",),
+    "hold": ("min_length",),
 }
 CLASS_NAMES = ("negative", "positive")
 

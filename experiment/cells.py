@@ -213,7 +213,8 @@ def _train(job: CellJob, folder: Path, progress: Progress, check: Callable[[], N
         config = read_json(folder / "config.json") | {"training_settings": asdict(chosen)}
         write_json(folder / "config.json", config)
     if job.cell.trial is not None:
-        task = replace(task, test=task.val)  # what chooses a setting never sees the test split
+        # What chooses a setting never sees the test split.
+        task = replace(task, test=task.val, longer_tests={})
     settings = settings_by_cell(plan, {job.cell.task: task})[job.cell.task, job.cell.model]
     attention = plan.model_of(job.cell).attention(settings)
     training = chosen, job.cell.seed, folder, plan.device

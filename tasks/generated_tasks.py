@@ -63,15 +63,6 @@ def _split(draw: Draw, length: int, count: int, seed: int, *purpose: str | int) 
     return TokenDataset(flat, np.arange(count + 1) * length, labels.ravel(), token_targets=True)
 
 
-def _refuse_meaningless(name: str, settings: DataSettings) -> None:
-    for option, given in (
-        ("--min-length", settings.min_length is not None),
-        ("--tokenizer word", settings.tokenizer == "word"),
-    ):
-        if given:
-            raise InputError(f"{option} means nothing to {name}, whose examples are drawn; leave it out")
-
-
 def _made(
     name: str,
     title: str,
@@ -84,7 +75,6 @@ def _made(
     form: TaskForm,
     settings: DataSettings,
 ) -> TaskData:
-    _refuse_meaningless(name, settings)
     sizes = settings.sizes(sizes)
     seed = settings.data_seed
 

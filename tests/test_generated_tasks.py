@@ -75,7 +75,6 @@ def test_a_later_token_changes_no_earlier_logit(name: str, model: str) -> None:
     ("name", "given", "message"),
     [
         ("hold", {"min_length": 3}, "--min-length means nothing to hold"),
-        ("recall", {"tokenizer": "word"}, "--tokenizer word means nothing to recall"),
         ("recall", {"max_length": 22}, "3 times its pairs"),
     ],
 )

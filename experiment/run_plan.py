@@ -36,6 +36,7 @@ class Preset:
 
     summary: str
     tasks: tuple[str, ...] = ("imdb", "listops")
+    models: tuple[str, ...] = COMPARED
     seeds: tuple[int, ...] = (0,)
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +58,14 @@ PRESETS = {
             "listops": {"min_length": 10, "max_length": 80}
             | {"train_size": 6000, "val_size": 1000, "test_size": 2000},
         },
+    ),
+    "mechanisms": Preset(
+        "recall and hold, with two controls, eight seeds and tuned learning rates",
+        tasks=("recall", "hold"),
+        models=(*COMPARED, "per_head_decay", "adaptive"),
+        seeds=tuple(range(8)),
+        model={"embed_dim": 64, "feed_forward_dim": 128, "dropout": 0.0},
+        training={"max_epochs": 12, "patience": 12, "learning_rate": (0.003, 0.01)},
     ),
     "smoke": Preset(
         "every step of a run once, tiny and offline; its figures mean nothing",
@@ -127,7 +136,7 @@ def make_plan(arguments: argparse.Namespace) -> RunPlan:
     if preset_name == "auto":
         preset_name = "full" if device.type == "cuda" else "quick"
     preset = PRESETS[preset_name]
-    models = tuple(map(Model.parse, _each_once(arguments.models or COMPARED, "--models")))
+    models = tuple(map(Model.parse, _each_once(arguments.models or preset.models, "--models")))
     tasks = _each_once(arguments.tasks or preset.tasks, "--tasks")
     seeds = _each_once(arguments.seeds or preset.seeds, "--seeds")
     for task in tasks:

@@ -120,8 +120,8 @@ def quality_by_length(result: dict[str, Any], metric: Metric) -> dict[int, float
 
 def length_table(table: pd.DataFrame) -> pd.DataFrame:
     """Of a task's tidy table: model, seed, length, value, by ascending length."""
-    found = table["metric"].str.extract(r"_at_(\d+)$")[0]
-    lengths = table.assign(length=found)[found.notna()].astype({"length": int})
+    of_length = table[table["metric"].str.contains(r"_at_\d+$")]
+    lengths = of_length.assign(length=of_length["metric"].str.rsplit("_", n=1).str[-1].astype(int))
     return lengths.sort_values("length", kind="stable")[["model", "seed", "length", "value"]]
 
 

@@ -317,7 +317,8 @@ def run_and_compare(
     chosen = chosen_cells(plan, arguments)
     to_run = [cell for cell in chosen if is_open(root, cell)]
     side_by_side = min(resources.workers, max(1, len(to_run))) if resources.ray is None else 1
-    progress = make_progress(to_run, plan.training_settings.max_epochs, side_by_side)
+    epochs = {cell: plan.training_settings_of(cell.task).max_epochs for cell in to_run}
+    progress = make_progress(epochs, side_by_side)
     template = CellJob(
         root,
         Cell("", "", 0),

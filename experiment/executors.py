@@ -222,7 +222,7 @@ class _Messages(RunProgress):
     """In a worker: sends the lines of its cells to the process that shows them."""
 
     def __init__(self, messages: Any) -> None:
-        super().__init__([], 0)
+        super().__init__({})
         self.messages = messages
 
     def note(self, cell: Cell, text: str) -> None:
@@ -277,7 +277,9 @@ class RayExecutor(ParallelExecutor):
         super().__exit__(*error)
 
     def submit(self, job: CellJob, slot: int) -> Future[Ended]:
-        reference = self.task.remote(job, self.threads, self.stop.minutes_left)
+        reference = self.task.remote(
+            job, self.threads, self.stop.minutes_left, self.progress.epochs[job.cell]
+        )
         future: Future[Ended] = reference.future()
         self.references[future] = reference
         return future
@@ -288,12 +290,12 @@ class RayExecutor(ParallelExecutor):
             self.ray.cancel(reference)  # to a task that runs an interrupt: its cell is noted as such
 
 
-def _run_as_task(job: CellJob, threads: int, minutes: float | None) -> Ended:
+def _run_as_task(job: CellJob, threads: int, minutes: float | None, epochs: int) -> Ended:
     keep_streams()
     torch.set_num_threads(threads)
     stop = StopRequest(None if minutes is None else max(minutes, SHORTEST_MINUTES))
     try:
-        return run_cell(job, RunProgress([job.cell], 0).of(job.cell), stop.check)
+        return run_cell(job, RunProgress({job.cell: epochs}).of(job.cell), stop.check)
     except StoppedError as error:
         return Ended("interrupted", str(error))
 

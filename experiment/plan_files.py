@@ -16,7 +16,7 @@ import time
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,8 @@ def write_plan(root: Path, plan: RunPlan, tasks: dict[str, TaskData], argv: list
         "command": shlex.join(["python", PROG, *argv]),
         "settings": {
             "model": asdict(plan.model_settings),
-            "training": training_values(plan),
+            "training": training_values(plan, plan.training_settings),
+            "by_task": plan.by_task,
             "data": {name: asdict(settings) for name, settings in plan.data_settings.items()},
             "device": str(plan.device),
         },
@@ -133,7 +134,7 @@ def write_cells(root: Path, plan: RunPlan, tasks: dict[str, TaskData]) -> None:
             "model_class": model.class_name,
             "attention_arguments": model.attention(settings[cell.task, cell.model]).keywords,
             "model_settings": asdict(settings[cell.task, cell.model]),
-            "training_settings": training_values(plan),
+            "training_settings": training_values(plan, plan.training_settings_of(cell.task)),
             "data_settings": asdict(plan.data_settings[cell.task]),
             "parameters": parameters[cell.task, cell.model],
         }
@@ -164,7 +165,14 @@ def read_plan(root: Path) -> RunPlan:
             device=find_device(str(settings["device"])),
             unavailable={str(task): str(why) for task, why in config.get("unavailable", {}).items()},
             learning_rates=rates,
+            by_task=dict(settings.get("by_task", {})),
         )
+        own_settings = {one.name for kind in (ModelSettings, TrainingSettings) for one in fields(kind)}
+        for task in plan.tasks:  # what is no setting, or not its value, is refused
+            if unknown := plan.by_task.get(task, {}).keys() - own_settings - {"seeds"}:
+                raise ValueError(f"unknown settings {sorted(unknown)} of {task}")
+            _settings(ModelSettings, asdict(plan.model_settings_of(task)))
+            _settings(TrainingSettings, asdict(plan.training_settings_of(task)))
         known = [cell.named() for cell in plan.cells]
         complete = set(plan.tasks) <= set(plan.data_settings) and set(plan.tasks) <= set(TASKS)
         if known != config["cells"] or not complete:
@@ -176,9 +184,9 @@ def read_plan(root: Path) -> RunPlan:
     return plan
 
 
-def training_values(plan: RunPlan) -> dict[str, Any]:
-    """The training settings as JSON, with all learning rates where there are several to choose from."""
-    values = asdict(plan.training_settings)
+def training_values(plan: RunPlan, settings: TrainingSettings) -> dict[str, Any]:
+    """Training settings as JSON, with all learning rates where there are several to choose from."""
+    values = asdict(settings)
     return values | {"learning_rate": list(plan.learning_rates)} if plan.learning_rates else values
 
 
@@ -236,7 +244,8 @@ def refuse_changes(root: Path, plan: RunPlan, arguments: argparse.Namespace) -> 
         found.append(("--preset", plan.preset, arguments.preset))
     if arguments.device != "auto":
         found.append(("--device", plan.device.type, find_device(arguments.device).type))
-    for part in (plan.model_settings, plan.training_settings):
+    of_tasks = [of(task) for task in plan.tasks for of in (plan.model_settings_of, plan.training_settings_of)]
+    for part in of_tasks:
         for name, value in given_settings(arguments, type(part)).items():
             there = getattr(part, name)
             if name == "learning_rate":

@@ -75,7 +75,7 @@ def dry_run(plan: RunPlan, tasks: dict[str, TaskData]) -> int:
             failed = True
             print(f"{cell}  fails: {first_line(error)}", flush=True)
             continue
-        total += estimate.cell * (len(plan.seeds) + len(plan.learning_rates))
+        total += estimate.cell * (len(plan.seeds_of(task)) + len(plan.learning_rates))
         times = f"{estimate.step * 1000:8,.0f} ms{duration(estimate.epoch):>9}{duration(estimate.cell):>15}"
         print(f"{cell}{times}", flush=True)
     print(f"in all at most about {duration(total)}, one cell after the other; nothing was written")
@@ -92,7 +92,7 @@ class TimeEstimate(NamedTuple):
 
 def estimate_time(model: Model, task: TaskData, settings: ModelSettings, plan: RunPlan) -> TimeEstimate:
     """Time one training step and one evaluation step on each of two batches, after one to warm up."""
-    training: TrainingSettings = plan.training_settings
+    training: TrainingSettings = plan.training_settings_of(task.name)
     encoder = build(model, settings, task.vocab_size, task.num_classes, task.form)
     trainer = Trainer(encoder, task, training, 0, plan.device, Progress())
     parts = [examples_at(task.train, quantile, training.batch_size) for quantile in QUARTILES]

@@ -7,7 +7,7 @@ plan, tasks = load_tasks(plan)            # the tasks whose data can be had
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ LONGEST_NAME = 200  # bytes: file systems take 255 for a folder's name
 class Preset:
     """Settings that differ from the defaults, those of the data by task.
 
+    by_task: of a task, "seeds" and settings of model and training that differ from the preset's own.
     learning_rate of `training`: a number, or a tuple of those to choose from for each model and task.
     complete: whether a task whose data cannot be had ends the run before it begins; else it is left out.
     """
@@ -40,6 +41,7 @@ class Preset:
     seeds: tuple[int, ...] = (0,)
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    by_task: dict[str, dict[str, Any]] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     complete: bool = False
 
@@ -60,12 +62,14 @@ PRESETS = {
         },
     ),
     "mechanisms": Preset(
-        "recall and hold, with two controls, eight seeds and tuned learning rates",
+        "recall and hold, with two controls, eight seeds and tuned learning rates; no data needed",
         tasks=("recall", "hold"),
         models=(*COMPARED, "per_head_decay", "adaptive"),
         seeds=tuple(range(8)),
         model={"embed_dim": 64, "feed_forward_dim": 128, "dropout": 0.0},
         training={"max_epochs": 12, "patience": 12, "learning_rate": (0.003, 0.01)},
+        # One layer: in a second one softmax attention can tell positions, which hold is to be solved without.
+        by_task={"hold": {"num_layers": 1, "batch_size": 16, "max_epochs": 6, "patience": 6}},
     ),
     "smoke": Preset(
         "every step of a run once, tiny and offline; its figures mean nothing",
@@ -83,6 +87,8 @@ PRESETS = {
 @dataclass(frozen=True)
 class RunPlan:
     """A run with everything settled. data_settings: by task. unavailable: by task that was left out, why.
+    by_task: of a task, "seeds" and settings of model and training that differ from the run's: `seeds_of`,
+    `model_settings_of` and `training_settings_of` are what holds for it, `seeds` are those of any task.
     learning_rates: those to choose from, ascending, where there are several; training_settings has the
     first."""
 
@@ -96,6 +102,20 @@ class RunPlan:
     device: torch.device
     unavailable: dict[str, str] = field(default_factory=dict)
     learning_rates: tuple[float, ...] = ()
+    by_task: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def seeds_of(self, task: str) -> tuple[int, ...]:
+        return tuple(self.by_task.get(task, {}).get("seeds", self.seeds))
+
+    def model_settings_of(self, task: str) -> ModelSettings:
+        return replace(self.model_settings, **self._own(task, ModelSettings))
+
+    def training_settings_of(self, task: str) -> TrainingSettings:
+        return replace(self.training_settings, **self._own(task, TrainingSettings))
+
+    def _own(self, task: str, kind: Any) -> dict[str, Any]:
+        names = {one.name for one in fields(kind)}
+        return {name: value for name, value in self.by_task.get(task, {}).items() if name in names}
 
     @property
     def trials(self) -> list[Cell]:
@@ -119,6 +139,7 @@ class RunPlan:
             Cell(task, model.name, seed)
             for seed in self.seeds
             for task in self.tasks
+            if seed in self.seeds_of(task)
             for model in self.models
         ]
 
@@ -138,6 +159,13 @@ def make_plan(arguments: argparse.Namespace) -> RunPlan:
     preset = PRESETS[preset_name]
     models = tuple(map(Model.parse, _each_once(arguments.models or preset.models, "--models")))
     tasks = _each_once(arguments.tasks or preset.tasks, "--tasks")
+    given = given_settings(arguments, ModelSettings) | given_settings(arguments, TrainingSettings)
+    given |= {"seeds": arguments.seeds} if arguments.seeds else {}
+    by_task = {
+        task: {name: value for name, value in preset.by_task[task].items() if name not in given}
+        for task in tasks
+        if task in preset.by_task
+    }
     seeds = _each_once(arguments.seeds or preset.seeds, "--seeds")
     for task in tasks:
         choose(task, TASKS, "task")
@@ -159,6 +187,7 @@ def make_plan(arguments: argparse.Namespace) -> RunPlan:
         },
         device=device,
         learning_rates=rates,
+        by_task=by_task,
     )
     for number, model in enumerate(models):
         model.check(plan.model_settings)
@@ -253,11 +282,12 @@ def settings_by_cell(plan: RunPlan, tasks: dict[str, TaskData]) -> dict[tuple[st
     The largest is that of the models compared by default and the plan's own, so that a control that is run
     alone has the size of what it is a control for."""
     if not plan.model_settings.match_parameters:
-        return {(task, model.name): plan.model_settings for task in tasks for model in plan.models}
+        return {(task, model.name): plan.model_settings_of(task) for task in tasks for model in plan.models}
     models = (*map(Model.parse, COMPARED), *plan.models)
     found: dict[tuple[str, str], ModelSettings] = {}
     for name, task in tasks.items():
-        matched = matched_settings(models, plan.model_settings, task.vocab_size, task.num_classes)
+        own = plan.model_settings_of(name)
+        matched = matched_settings(models, own, task.vocab_size, task.num_classes)
         found |= {(name, model.name): matched[model.name] for model in plan.models}
     return found
 

@@ -1,12 +1,12 @@
 """How a run is watched: a line per epoch and cell, on a terminal with tqdm bars below them.
 
-progress = make_progress(cells, max_epochs, side_by_side=2)
+progress = make_progress({cell: 12 for cell in cells}, side_by_side=2)
 run_cell(job, progress.of(cell), check)           # a Progress for the trainer of one cell
 progress.cell_ended(cell, "done", "test accuracy 73.3%")
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -16,11 +16,11 @@ from training.training_progress import Progress
 
 
 class RunProgress:
-    """Lines on standard output. side_by_side: how many cells run at a time."""
+    """Lines on standard output. epochs: of each cell, the most. side_by_side: how many run at a time."""
 
-    def __init__(self, cells: Sequence[Cell], max_epochs: int, side_by_side: int = 1) -> None:
-        self.max_epochs, self.side_by_side = max_epochs, side_by_side
-        self.epochs_left = dict.fromkeys(cells, max_epochs)
+    def __init__(self, epochs: Mapping[Cell, int], side_by_side: int = 1) -> None:
+        self.epochs, self.side_by_side = epochs, side_by_side
+        self.epochs_left = dict(epochs)
         self.cells_ended = self.epochs_done = 0
         self.seconds = 0.0
 
@@ -45,12 +45,12 @@ class RunProgress:
         seconds = (row["train_seconds"] or 0.0) + row["eval_seconds"]
         self.seconds += seconds
         self.epochs_done += 1
-        self.epochs_left[cell] = self.max_epochs - row["epoch"]
+        self.epochs_left[cell] = self.epochs[cell] - row["epoch"]
         # If every epoch to come is run, at the mean time of those that were.
         to_come = sum(self.epochs_left.values()) * self.seconds / self.epochs_done / self.side_by_side
         self.note(
             cell,
-            f"epoch {row['epoch']}/{self.max_epochs}: "
+            f"epoch {row['epoch']}/{self.epochs[cell]}: "
             f"training loss {row['train_loss']:.3f}, accuracy {row['train_accuracy']:.1%}; "
             f"validation loss {row['val_loss']:.3f}, accuracy {row['val_accuracy']:.1%}; "
             f"{seconds:.1f} s, at most about {duration(to_come)} left",
@@ -69,9 +69,9 @@ class RunProgress:
 class TerminalProgress(RunProgress):
     """The same lines above bars: cells and, where one runs at a time, the steps of its epoch."""
 
-    def __init__(self, cells: Sequence[Cell], max_epochs: int, side_by_side: int = 1) -> None:
-        super().__init__(cells, max_epochs, side_by_side)
-        self.cell_bar = tqdm(total=len(cells), unit="cell", position=0, dynamic_ncols=True)
+    def __init__(self, epochs: Mapping[Cell, int], side_by_side: int = 1) -> None:
+        super().__init__(epochs, side_by_side)
+        self.cell_bar = tqdm(total=len(epochs), unit="cell", position=0, dynamic_ncols=True)
         self.step_bar: tqdm[Any] | None = None
 
     def say(self, line: str) -> None:
@@ -125,10 +125,10 @@ class CellProgress(Progress):
         self.run.note(self.cell, text)
 
 
-def make_progress(cells: Sequence[Cell], max_epochs: int, side_by_side: int) -> RunProgress:
+def make_progress(epochs: Mapping[Cell, int], side_by_side: int) -> RunProgress:
     """Bars where standard error, which they are drawn on, is a terminal."""
     kind = TerminalProgress if sys.stderr.isatty() else RunProgress
-    return kind(cells, max_epochs, side_by_side)
+    return kind(epochs, side_by_side)
 
 
 def duration(seconds: float) -> str:

@@ -33,14 +33,15 @@ def record_choice(root: Path, plan: RunPlan, cell: Cell, records: list[CellRecor
 
 def training_of(root: Path, plan: RunPlan, cell: Cell) -> TrainingSettings:
     """The training settings of a cell: of a trial with its own rate, of a result with the one chosen."""
+    settings = plan.training_settings_of(cell.task)
     if not plan.learning_rates:
-        return plan.training_settings
+        return settings
     if cell.trial is not None:
-        return replace(plan.training_settings, learning_rate=cell.trial)
+        return replace(settings, learning_rate=cell.trial)
     tuning = read_tuning(root, cell.task, cell.model)
     if tuning is None:
         rates = ", ".join(f"{rate:g}" for rate in plan.learning_rates)
         raise ValueError(
             f"no learning rate of {rates} could be trained with; see {cell.task}/{cell.model}/tuning"
         )
-    return replace(plan.training_settings, learning_rate=tuning.chosen)
+    return replace(settings, learning_rate=tuning.chosen)

@@ -196,12 +196,18 @@ def _facts(analysis: Analysis) -> list[tuple[str, str]]:
         "started": _by_folder(analysis, lambda source: str(source.config.get("created") or "")),
         "model settings": _settings(settings.get("model")),
         "training settings": _settings(settings.get("training")),
-    }
+    } | {f"of {task}": _settings(own) for task, own in _by_task(settings)}
     lines = [(key, _plain(value)) for key, value in facts.items()]
     if len(analysis.joined.sources) > 1:
         names = _per_folder(analysis, lambda source: f"{source.root.resolve().name} {_seeds(source)}")
         lines.insert(1, ("results folders", "; ".join(names)))
     return lines + [(f"task {task.name}", _plain(_task_line(task))) for task in analysis.facts.values()]
+
+
+def _by_task(settings: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What differs from the run's settings for a task."""
+    found = settings.get("by_task")
+    return [*found.items()] if isinstance(found, dict) else []
 
 
 def _side_by_side(analysis: Analysis) -> str:

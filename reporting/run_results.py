@@ -232,6 +232,8 @@ def _comparable(results: Results) -> Iterator[tuple[str, Any]]:
     for group in ("model", "training"):
         for name, value in _object(settings.get(group)).items():
             yield f"{group} setting {name}", value
+    for task, values in _object(settings.get("by_task")).items():
+        yield from ((f"{task} setting {name}", value) for name, value in values.items())
     for task, values in _object(settings.get("data")).items():
         yield from ((f"{task} setting {name}", value) for name, value in values.items() if name not in PLACES)
     for task, facts in _object(config.get("task_info")).items():

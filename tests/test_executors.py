@@ -174,7 +174,7 @@ def test_a_cell_that_kills_its_workers_fails_and_the_others_are_done(
 def test_a_cell_in_which_too_many_processes_died_is_failed(whole: Path) -> None:
     cell = Cell("listops", "user_models:Sleepy", 0)
     template = CellJob(whole, cell)
-    executor = ParallelExecutor(template, RunProgress([cell], 2), StopRequest(), 1)
+    executor = ParallelExecutor(template, RunProgress({cell: 2}), StopRequest(), 1)
     assert [executor.goes_on_after(cell, "Killed") for _ in range(MOST_DEATHS)] == [True, True, False]
     assert states(whole) == ["failed", "done"] and executor.gave_up
     assert not (cell.folder(whole) / LEASE).exists()

@@ -16,6 +16,7 @@ from data_pipeline import TASKS, DataUnavailableError, TaskData, load_task
 from experiment import run_plan
 from experiment.cells import CellJob, run_cell
 from experiment.models import COMPARED, MODELS
+from experiment.plan_files import read_plan
 from experiment.run_plan import PRESETS, RunPlan, load_tasks, make_plan
 from experiment.run_progress import RunProgress, TerminalProgress, duration, make_progress
 from results_folder import Cell, read_results
@@ -356,7 +357,7 @@ def test_on_a_terminal_there_are_bars_with_loss_and_accuracy(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setattr("training.training_progress.READ_EVERY_SECONDS", 0.0)
     cell = Cell("listops", "conventional", 0)
-    progress = make_progress([cell], max_epochs=2, side_by_side=1)
+    progress = make_progress({cell: 2}, side_by_side=1)
     assert isinstance(progress, TerminalProgress)
     argv = [*HERE, "--models", "conventional", "--prepare", "--output-dir", str(tmp_path)]
     assert run_experiment.main(argv) == 0
@@ -368,9 +369,45 @@ def test_on_a_terminal_there_are_bars_with_loss_and_accuracy(
     assert "listops/conventional/seed0, epoch 2" in streams.err
 
 
+def test_a_preset_has_settings_and_seeds_of_a_task_which_options_overrule_and_a_folder_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"seeds": [0], "num_layers": 2, "max_epochs": 1}
+    monkeypatch.setitem(PRESETS["smoke"].by_task, "hold", own)
+    argv = [
+        "--preset",
+        "smoke",
+        "--models",
+        "conventional",
+        "--tasks",
+        "hold",
+        "listops",
+        "--max-length",
+        "12",
+    ]
+    plan = make_plan(run_experiment.make_parser().parse_args([*argv, "--num-layers", "3"]))
+    assert plan.model_settings_of("hold").num_layers == plan.model_settings_of("listops").num_layers == 3
+    assert plan.training_settings_of("hold").max_epochs == 1 < plan.training_settings_of("listops").max_epochs
+    plan = make_plan(run_experiment.make_parser().parse_args([*argv, "--seeds", "0", "4"]))
+    assert plan.seeds_of("hold") == plan.seeds_of("listops") == (0, 4)
+    assert run_experiment.main([*argv, "--output-dir", str(tmp_path)]) == 0
+    root = only(tmp_path)
+    plan = read_plan(root)
+    assert plan.by_task == {"hold": own} and plan.model_settings_of("listops").num_layers == 1
+    rows = {task: (root / task / "conventional/seed0/metrics.jsonl").read_text() for task in plan.tasks}
+    assert rows["hold"].count("\n") == 1 < rows["listops"].count("\n")
+    assert run_experiment.main(["--resume", str(root), "--num-layers", "1"]) == 2
+    assert "--num-layers is 2 there and 1 here" in capsys.readouterr().err
+    config = json.loads((root / "config.json").read_text())
+    config["settings"]["by_task"]["hold"]["layers"] = 2
+    (root / "config.json").write_text(json.dumps(config))
+    assert run_experiment.main(["--resume", str(root)]) == 2
+    assert "unknown settings ['layers'] of hold" in capsys.readouterr().err
+
+
 def test_the_time_left_is_that_of_all_epochs_to_come_shared_out(capsys: pytest.CaptureFixture[str]) -> None:
     first, second = (Cell("listops", name, 0) for name in ("a", "b"))
-    progress = RunProgress([first, second], max_epochs=3, side_by_side=2)
+    progress = RunProgress({first: 3, second: 3}, side_by_side=2)
     numbers = dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy"), 0.5)
     progress.epoch_ended(first, {"epoch": 1, "train_seconds": 7.0, "eval_seconds": 1.0, **numbers})
     assert "8.0 s, at most about 20 s left" in capsys.readouterr().out  # 5 epochs of 8 s, two at a time

@@ -334,13 +334,13 @@ static float nearest_key(const Call& c, const Problem& problem, const Keys& keys
   return nearest;
 }
 
-// Queries first .. first + count of a problem; those up to a multiple of ROWS are zeros.
+// Queries first .. first + count of a problem; those up to a multiple of PAIR are zeros.
 struct Rows {
   int64_t rounded;
   float *q, *norm, *nearest;  // (rounded, WIDTH), |q_i|^2 / D + softening, distance of the nearest key
 
   Rows(const Call& c, const Problem& problem, const Keys& keys, int first, int count, Arena& arena, float* largest)
-      : rounded(rounded_up(count, ROWS)) {
+      : rounded(rounded_up(count, PAIR)) {
     q = arena.get(rounded * WIDTH), norm = arena.get(rounded), nearest = arena.get(rounded);
     const float factor = c.kind == DOT_PRODUCT ? c.scale * LOG2E : 1;
     pack(problem.of(c.q) + first * c.q.of_token, c.q.of_token, c.head_dim, nullptr, count, rounded, keys.centre, factor,
@@ -506,7 +506,7 @@ static float forward(const Call& c, const Problem& problem, int first, int last,
     const int end = keys.before(c.causal ? i1 : i1 + widest);
     for (int j0 = keys.before(i0 - widest) / PAIR * PAIR; j0 < end; j0 += TILE_KEYS) {
       const int count = std::min<int>(TILE_KEYS, end - j0), columns = rounded_up(count, PAIR);
-      for (int r0 = 0; r0 < rows.rounded; r0 += ROWS) {
+      for (int r0 = 0; r0 < i1 - i0; r0 += ROWS) {
         const int i = i0 + r0;
         product<KIND != DOT_PRODUCT, KIND != DOT_PRODUCT>(rows.q + r0 * WIDTH, K + j0 * WIDTH, X, columns,
                                                           rows.norm + r0, key_norm + j0);
@@ -562,15 +562,18 @@ struct OfRows {
   static int64_t size(int64_t L, int T) { return rounded_up(L * (WIDTH + T + 1) + T, 16); }
 };
 
-// upstream_i . output_i: the same sum as in `product`, in the same order. Of a row of which one key has all weight the
-// output is the value of this key, and `dweights - delta` then is 0 and not what rounding leaves.
-static void deltas(const float* upstream, const float* output, int64_t stride, int head_dim, int count, float* to) {
-  for (int i = 0; i < count; i += ROWS) {
-    float sums[ROWS] = {};
-    for (int d = 0; d < head_dim; d++)
-      UNROLL for (int r = 0; r < ROWS; r++)
-        sums[r] += upstream[(i + r) * WIDTH + d] * output[std::min(i + r, count - 1) * stride + d];
-    for (int r = 0; r < ROWS; r++) to[i + r] = -sums[r];
+// - upstream_i . output_i, of packed rows: the same sums as in `product`, in the same order. Of a row of which one key
+// has all weight the output is the value of this key, and `dweights - delta` then is 0 and not what rounding leaves.
+static void deltas(const float* upstream, const float* output, int count, float* to, Arena arena) {
+  float *left = arena.get(PAIR * WIDTH), *right = arena.get(PAIR * WIDTH);
+  for (int i = 0; i < count; i += PAIR) {
+    pack_transposed(upstream + i * WIDTH, PAIR, -1, left);
+    pack_transposed(output + i * WIDTH, PAIR, 1, right);
+    Vector sums[2] = {};
+    for (int d = 0; d < WIDTH; d++)
+      for (int half = 0; half < 2; half++)
+        sums[half] += load(left + d * PAIR + half * W) * load(right + d * PAIR + half * W);
+    store(to + i, sums[0]), store(to + i + W, sums[1]);
   }
 }
 
@@ -620,18 +623,19 @@ static void backward(const Call& c, const Problem& problem, int part, int parts,
   float *k = arena.get(TILE_KEYS * WIDTH), *K = arena.get(TILE_KEYS * WIDTH), *V = arena.get(TILE_KEYS * WIDTH);
   float *dk = arena.get(TILE_KEYS * WIDTH), *dv = arena.get(TILE_KEYS * WIDTH), *key_norm = arena.get(TILE_KEYS);
   float *of_mass = arena.get(T * TILE_KEYS), *of_key = arena.get(TILE_KEYS);
-  std::fill_n(slab, OfRows::size(L, T), 0.0f);
   for (int t = 0; t < T; t++) {
     const int64_t row = problem.row(c, t) * c.queries;
     pack(problem.of(c.upstream, t), c.upstream.of_token, c.head_dim, nullptr, c.queries, L, ZERO, 1,
          upstream + t * L * WIDTH);
-    deltas(upstream + t * L * WIDTH, problem.of(c.output, t), c.output.of_token, c.head_dim, c.queries, delta + t * L);
+    pack(problem.of(c.output, t), c.output.of_token, c.head_dim, nullptr, c.queries, L, ZERO, 1, of_rows.dq);
+    deltas(upstream + t * L * WIDTH, of_rows.dq, L, delta + t * L, arena);
     for (int i = 0; i < L; i++) {
       log_sum[t * L + i] = i < c.queries ? c.log_sum[row + i] : 0;
       strength[t * L + i] = KIND == FORCE ? log_sum[t * L + i] : 0;
       if (KIND == GRAVITY && i < c.queries) strength[t * L + i] = problem.strength(c, t, i);
     }
   }
+  std::fill_n(slab, OfRows::size(L, T), 0.0f);
   const int share = rounded_up((keys.count + parts - 1) / parts, TILE_KEYS);
   for (int j0 = part * share; j0 < std::min(keys.count, (part + 1) * share); j0 += TILE_KEYS) {
     const int count = std::min<int>(TILE_KEYS, keys.count - j0), columns = rounded_up(count, PAIR);
@@ -714,15 +718,15 @@ struct Job {
   std::atomic<float> extent{0};
 
   Job(const Call& c, bool is_backward) : c(c), is_backward(is_backward) {
-    const int64_t L = c.queries + ROWS, S = c.keys + PAIR, T = c.shared ? c.timescales : 1;
+    const int64_t L = c.queries + PAIR, S = c.keys + PAIR, T = c.shared ? c.timescales : 1;
     problems = c.batch * c.heads * (c.shared ? 1 : c.timescales);
     parts = 1;  // by the shapes alone, so that sums are the same for any number of threads
     if (0 < problems && problems < 16) parts = std::clamp((is_backward ? c.keys : c.queries) / 256, 1, (15 + problems) / problems);
     threads = std::max(1, std::min(c.threads, problems * parts));
-    slab = is_backward ? OfRows::size(rounded_up(c.queries, ROWS), T) : 0;
+    slab = is_backward ? OfRows::size(rounded_up(c.queries, PAIR), T) : 0;
     int64_t floats = S * (2 + T) + T + 3 * T * TILE_ROWS + 2 * ROWS * STRIDE + WIDTH;
     if (is_backward)
-      floats += L * (WIDTH + 2) + T * L * (WIDTH + 3) + (T + 1) * TILE_ROWS * STRIDE + TILE_KEYS * (5 * WIDTH + 2 + T);
+      floats += L * (WIDTH + 2) + T * L * (WIDTH + 3) + (T + 1) * TILE_ROWS * STRIDE + TILE_KEYS * (5 * WIDTH + 2 + T) + 2 * PAIR * WIDTH;
     else floats += 2 * S * WIDTH + TILE_ROWS * (WIDTH * (T + 1) + 2);
     room = rounded_up(4 * floats + 64 * 32, 4096);
   }

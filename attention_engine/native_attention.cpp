@@ -58,7 +58,6 @@ static_assert(TILE_ROWS % ROWS == 0 && TILE_KEYS % PAIR == 0);
 
 INLINE Vector broadcast(float x) { return x - Vector{}; }
 INLINE Vector load(const float* from) { return *(const Vector*)from; }
-INLINE Vector load_unaligned(const float* from) { return *(const Unaligned*)from; }
 INLINE void store(float* to, Vector x) { *(Vector*)to = x; }
 INLINE Vector maximum(Vector a, Vector b) { return a < b ? b : a; }  // a, where one is not a number
 INLINE Vector absolute(Vector x) { return (Vector)((Bits)x & 0x7fffffffu); }
@@ -217,16 +216,32 @@ INLINE int64_t rounded_up(int64_t count, int64_t step) { return (count + step - 
 
 alignas(64) static const float ZERO[WIDTH] = {};
 
+// A vector of a row of numbers, of which `count` are left; zeros behind them.
+INLINE Vector load_of_row(const float* from, int count) {
+  if (count >= W) return *(const Unaligned*)from;
+  Vector found = {};
+  for (int i = 0; i < count; i++) found[i] = from[i];
+  return found;
+}
+
+// A row of `count` numbers, by vectors: those that `numbers(d)` gives.
+template <class Numbers>
+INLINE void store_row(float* to, int count, Numbers numbers) {
+  UNROLL for (int d = 0; d < WIDTH; d += W) {
+    const Vector x = numbers(d);
+    if (d + W <= count) *(Unaligned*)(to + d) = x;
+    else for (int i = d; i < count; i++) to[i] = x[i - d];
+  }
+}
+
 // Rows `place[0]`, `place[1]` ... of a matrix, or where there are no places its first, each less a centre and times a
 // factor, as a matrix (padded, WIDTH) with zeros beyond D and after the last.
 static void pack(const float* x, int64_t stride, int head_dim, const float* place, int count, int padded,
                  const float* centre, float factor, float* to) {
   for (int j = 0; j < count; j++, to += WIDTH) {
     const float* from = x + (place ? (int64_t)place[j] : j) * stride;
-    int d = 0;
-    for (; d + W <= head_dim; d += W) store(to + d, (load_unaligned(from + d) - load(centre + d)) * factor);
-    for (; d < head_dim; d++) to[d] = (from[d] - centre[d]) * factor;
-    for (; d < WIDTH; d++) to[d] = 0;
+    UNROLL for (int d = 0; d < WIDTH; d += W)
+      store(to + d, (load_of_row(from + d, head_dim - d) - load(centre + d)) * factor);
   }
   memset(to, 0, sizeof(float) * WIDTH * (padded - count));
 }
@@ -291,10 +306,13 @@ struct Keys {
     for (int j = count; j < rounded(); j++) place[j] = 0;
     memset(centre, 0, sizeof(float) * WIDTH);
     if (c.kind == DOT_PRODUCT) return;
-    for (int j = 0; j < count; j++)
-      for (int d = 0; d < c.head_dim; d++) centre[d] += problem.of(c.k)[(int64_t)place[j] * c.k.of_token + d];
+    Vector sums[WIDTH / W] = {};
+    for (int j = 0; j < count; j++) {
+      const float* from = problem.of(c.k) + (int64_t)place[j] * c.k.of_token;
+      UNROLL for (int d = 0; d < WIDTH; d += W) sums[d / W] += load_of_row(from + d, c.head_dim - d);
+    }
     bool finite = true;
-    for (int d = 0; d < c.head_dim; d++) finite &= std::isfinite(centre[d] /= count);
+    for (int d = 0; d < WIDTH; d++) finite &= std::isfinite(centre[d] = sums[d / W][d % W] / count);
     if (!finite) memset(centre, 0, sizeof(float) * WIDTH);
     for (int t = 0; t < problem.timescales; t++) {
       unit[t] = c.kind == FORCE ? top_mass(c, problem, t) : 1;  // which FORCE scales
@@ -546,8 +564,9 @@ static float forward(const Call& c, const Problem& problem, int first, int last,
         const float sum = none ? NAN : total[at];
         c.log_sum[problem.row(c, t) * c.queries + i] =
             KIND == FORCE ? (no_key ? 0 : 1 / sum) : no_key ? INFINITY : top[at] + log2f(sum);
-        float* output = problem.of(c.output, t) + i * c.output.of_token;
-        for (int d = 0; d < c.head_dim; d++) output[d] = no_key ? 0 : O[at * WIDTH + d] / sum;
+        store_row(problem.of(c.output, t) + i * c.output.of_token, c.head_dim, [&](int d) {
+          return no_key ? Vector{} : load(O + at * WIDTH + d) / sum;
+        });
       }
   }
   return largest_q + largest_k;
@@ -594,10 +613,10 @@ static void finish_rows(const Call& c, const Problem& problem, const Rows& rows,
   const OfRows sums(slabs, L, T);
   const float factor = gradient_factor<KIND>(c);
   for (int64_t i = 0; i < c.queries; i++)
-    for (int d = 0; d < c.head_dim; d++) {
-      const float pull = KIND == DOT_PRODUCT ? 0 : sums.row[i] * rows.q[i * WIDTH + d];
-      problem.of(c.dq)[i * c.dq.of_token + d] = (sums.dq[i * WIDTH + d] - pull) * factor;
-    }
+    store_row(problem.of(c.dq) + i * c.dq.of_token, c.head_dim, [&](int d) {
+      const Vector sum = load(sums.dq + i * WIDTH + d);
+      return (KIND == DOT_PRODUCT ? sum : sum - load(rows.q + i * WIDTH + d) * sums.row[i]) * factor;
+    });
   for (int t = 0; t < T; t++) {
     for (int64_t i = 0; KIND == GRAVITY && i < c.queries; i++)
       c.dstrength[problem.row(c, t) * c.queries + i] = sums.strength[t * L + i] / strength[t * L + i];
@@ -691,11 +710,11 @@ static void backward(const Call& c, const Problem& problem, int part, int parts,
     const float factor = gradient_factor<KIND>(c);
     for (int j = 0; j < count; j++) {
       const int64_t at = place[j];
-      float *to_k = problem.of(c.dk) + at * c.dk.of_token, *to_v = problem.of(c.dv) + at * c.dv.of_token;
-      for (int d = 0; d < c.head_dim; d++) {
-        to_k[d] = KIND == DOT_PRODUCT ? dk[j * WIDTH + d] * LN2 : (dk[j * WIDTH + d] - of_key[j] * k[j * WIDTH + d]) * factor;
-        to_v[d] = dv[j * WIDTH + d];
-      }
+      store_row(problem.of(c.dk) + at * c.dk.of_token, c.head_dim, [&](int d) {
+        const Vector sums = load(dk + j * WIDTH + d);
+        return KIND == DOT_PRODUCT ? sums * LN2 : (sums - load(k + j * WIDTH + d) * of_key[j]) * factor;
+      });
+      store_row(problem.of(c.dv) + at * c.dv.of_token, c.head_dim, [&](int d) { return load(dv + j * WIDTH + d); });
       for (int t = 0; KIND != DOT_PRODUCT && t < T; t++)
         c.dmass[problem.row(c, t) * c.keys + at] = of_mass[t * TILE_KEYS + j] * (KIND == GRAVITY ? LN2 : 1) /
                                                    (keys.mass[t * S + j0 + j] * keys.unit[t]);

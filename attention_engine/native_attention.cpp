@@ -240,6 +240,7 @@ static void pack(const float* x, int64_t stride, int head_dim, const float* plac
                  const float* centre, float factor, float* to) {
   for (int j = 0; j < count; j++, to += WIDTH) {
     const float* from = x + (place ? (int64_t)place[j] : j) * stride;
+    UNROLL for (int d = 0; d < WIDTH; d += 16) __builtin_prefetch(from + 8 * stride + d);  // rows are far apart
     UNROLL for (int d = 0; d < WIDTH; d += W)
       store(to + d, (load_of_row(from + d, head_dim - d) - load(centre + d)) * factor);
   }

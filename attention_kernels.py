@@ -95,12 +95,12 @@ def attend(
             )
 
             return triton_attention(q, k, v, score, mask, skip_far_keys), None
+        dtype = torch.promote_types(q.dtype, torch.float32)
         if backend == "native":
             found = native_attention.native_attention(q, k, v, score, mask, skip_far_keys)
             if found is not None:
                 return found, None
-            backend = "tiled"
-        dtype = torch.promote_types(q.dtype, torch.float32)
+            backend, dtype = "tiled", torch.float64
         q_, k_, v_ = q.to(dtype), k.to(dtype), v.to(dtype)
         if backend == "tiled":
             return tiled_attention(q_, k_, v_, score, mask, dropout, skip_far_keys).to(q.dtype), None

@@ -280,8 +280,9 @@ static void pack_transposed(const float* rows, int count, float factor, float* t
       }
 }
 
-// |x_i|^2 / D + add of a packed matrix; `largest` becomes the largest |x_i|^2 that is finite, if that is larger.
-static void norms(const float* x, int count, int head_dim, float add, float* to, float* largest) {
+// |x_i|^2 / D + add of a packed matrix, infinite from `count` on: far from everything. `largest` becomes the largest
+// |x_i|^2 that is finite, if that is larger.
+static void norms(const float* x, int count, int padded, int head_dim, float add, float* to, float* largest) {
   for (int i = 0; i < count; i++, x += WIDTH) {
     Vector sums = {};
     for (int d = 0; d < WIDTH; d += W) sums += load(x + d) * load(x + d);
@@ -289,6 +290,7 @@ static void norms(const float* x, int count, int head_dim, float add, float* to,
     if (square > *largest && square < INFINITY) *largest = square;
     to[i] = square / head_dim + add;
   }
+  std::fill_n(to + count, padded - count, INFINITY);
 }
 
 // The keys of a problem that are not padding, and their centre: no distance sees what is taken off both q and k, but
@@ -364,7 +366,7 @@ struct Rows {
     const float factor = c.kind == DOT_PRODUCT ? c.scale * LOG2E : 1;
     pack(problem.of(c.q) + first * c.q.of_token, c.q.of_token, c.head_dim, nullptr, count, rounded, keys.centre, factor,
          q);
-    if (c.kind != DOT_PRODUCT) norms(q, rounded, c.head_dim, c.softening, norm, largest);
+    if (c.kind != DOT_PRODUCT) norms(q, count, rounded, c.head_dim, c.softening, norm, largest);
     for (int i = 0; i < rounded; i++) {  // FORCE has no running maximum: its weights are made relative to this
       const bool used = c.kind == FORCE && c.log_decay && i < count;
       nearest[i] = used ? nearest_key(c, problem, keys, first + i) : 0;
@@ -384,11 +386,12 @@ struct Panel {  // ROWS rows of a tile, at one timescale
 };
 
 // From X, which is q . k, or r2 + softening, or where it is not the FIRST timescale 1 / (r2 + softening), to logits,
-// or for FORCE weights, in P. X becomes 1 / (r2 + softening). In FORWARD also the maximum, or sum, of each row.
+// or for FORCE weights, in P. X becomes 1 / (r2 + softening). In FORWARD also the maximum, or sum, of each row, and
+// `closest` becomes the largest 1 / (r2 + softening), if that is larger.
 template <Kind KIND, bool DECAY, bool FIRST, bool FORWARD>
-NOINLINE void score_panel(const Panel p, float* X, float* P, float* of_row) {
+NOINLINE void score_panel(const Panel p, float* X, float* P, float* of_row, float* closest) {
   const Vector lowest = broadcast(lowest_exponent);
-  Vector found[ROWS];
+  Vector found[ROWS], nearest[ROWS] = {};
   UNROLL for (int r = 0; r < ROWS; r++) found[r] = broadcast(KIND == FORCE ? 0 : NOTHING);
   for (int j = 0; j < p.columns; j += W) {
     Vector mass = {}, place = {};
@@ -398,6 +401,7 @@ NOINLINE void score_panel(const Panel p, float* X, float* P, float* of_row) {
       Vector x = load(X + r * STRIDE + j);
       if (KIND != DOT_PRODUCT) {
         if (FIRST) store(X + r * STRIDE + j, x = 1.0f / x);
+        if (FIRST && FORWARD) nearest[r] = maximum(nearest[r], x);
         x = to_the_power(x) * (KIND == FORCE && FORWARD ? mass : p.strength[r] * mass);
       }
       if (DECAY) {
@@ -409,7 +413,10 @@ NOINLINE void score_panel(const Panel p, float* X, float* P, float* of_row) {
       if (FORWARD) found[r] = KIND == FORCE ? found[r] + x : maximum(found[r], x);
     }
   }
-  if (FORWARD) UNROLL for (int r = 0; r < ROWS; r++) of_row[r] = KIND == FORCE ? sum_of(found[r]) : largest_of(found[r]);
+  if (FORWARD) UNROLL for (int r = 0; r < ROWS; r++) {
+    of_row[r] = KIND == FORCE ? sum_of(found[r]) : largest_of(found[r]);
+    if (KIND != DOT_PRODUCT && FIRST) store(closest, maximum(load(closest), nearest[r]));
+  }
 }
 
 // P = 2^(logits - shift); adds the sums of rows.
@@ -498,18 +505,24 @@ static int widest_reach(const Call& c, const Problem& problem) {
 
 // --- forward ------------------------------------------------------------------------------------------------
 
-// Rows [first, last) of a problem. Returns the largest |q_i|^2 + |k_j|^2, less the centre.
+struct Extent {  // of the distances of a call, by which their rounding is judged
+  float largest;  // |q_i|^2 + |k_j|^2, less the centre
+  float closest;  // 1 / (r2 + softening)
+};
+
+// Rows [first, last) of a problem.
 template <Kind KIND, bool DECAY>
-static float forward(const Call& c, const Problem& problem, int first, int last, Arena arena) {
+static Extent forward(const Call& c, const Problem& problem, int first, int last, Arena arena) {
   const int T = problem.timescales, widest = widest_reach(c, problem);
   const Keys keys(c, problem, arena);
   const int64_t S = keys.rounded();
   float *K = arena.get(S * WIDTH), *V = arena.get(S * WIDTH), *key_norm = arena.get(S);
   float *X = arena.get(ROWS * STRIDE), *P = arena.get(ROWS * STRIDE), *strength = arena.get(T * TILE_ROWS);
   float *O = arena.get(T * TILE_ROWS * WIDTH), *top = arena.get(T * TILE_ROWS), *total = arena.get(T * TILE_ROWS);
-  float largest_q = 0, largest_k = 0;
+  float largest_q = 0, largest_k = 0, *closest = arena.get(W);
+  store(closest, Vector{});
   pack(problem.of(c.k), c.k.of_token, c.head_dim, keys.place, keys.count, S, keys.centre, 1, V);
-  if (KIND != DOT_PRODUCT) norms(V, S, c.head_dim, 0, key_norm, &largest_k);
+  if (KIND != DOT_PRODUCT) norms(V, keys.count, S, c.head_dim, 0, key_norm, &largest_k);
   pack_transposed(V, S, KIND == DOT_PRODUCT ? 1 : -2.0f / c.head_dim, K);
   pack(problem.of(c.v), c.v.of_token, c.head_dim, keys.place, keys.count, S, ZERO, 1, V);
   for (int i0 = first; i0 < last; i0 += TILE_ROWS) {
@@ -537,8 +550,8 @@ static float forward(const Call& c, const Problem& problem, int first, int last,
           const Panel panel{columns, (float)i, keys.place + j0, strength + at, keys.mass + t * S + j0,
                             rows.nearest + r0, problem.decay(c, t)};
           float of_row[ROWS], *logits = KIND == DOT_PRODUCT && !DECAY ? X : P;
-          if (is_first) score_panel<KIND, DECAY, true, true>(panel, X, P, of_row);
-          else score_panel<KIND, DECAY, false, true>(panel, X, P, of_row);
+          if (is_first) score_panel<KIND, DECAY, true, true>(panel, X, P, of_row, closest);
+          else score_panel<KIND, DECAY, false, true>(panel, X, P, of_row, nullptr);
           is_first = false;
           for (int r = 0; masked && r < ROWS && i + r < i1; r++)
             of_row[r] = mask_row<KIND>(c, problem, keys, i + r, j0, count, columns, KIND == FORCE ? 0 : BLOCKED,
@@ -570,7 +583,7 @@ static float forward(const Call& c, const Problem& problem, int first, int last,
         });
       }
   }
-  return largest_q + largest_k;
+  return {largest_q + largest_k, largest_of(load(closest))};
 }
 
 // --- backward -----------------------------------------------------------------------------------------------
@@ -664,7 +677,7 @@ static void backward(const Call& c, const Problem& problem, int part, int parts,
     pack_transposed(k, columns, 1, V);
     pack(problem.of(c.k), c.k.of_token, c.head_dim, place, count, columns, keys.centre, 1, k);
     pack_transposed(k, columns, KIND == DOT_PRODUCT ? 1 : -2.0f / c.head_dim, K);
-    if (KIND != DOT_PRODUCT) norms(k, columns, c.head_dim, 0, key_norm, &largest);
+    if (KIND != DOT_PRODUCT) norms(k, count, columns, c.head_dim, 0, key_norm, &largest);
     std::fill_n(dk, columns * WIDTH, 0.0f), std::fill_n(dv, columns * WIDTH, 0.0f);
     std::fill_n(of_mass, T * TILE_KEYS, 0.0f), std::fill_n(of_key, TILE_KEYS, 0.0f);
     const int begin = std::max<int>(0, c.causal ? first : first - widest) / ROWS * ROWS;
@@ -687,8 +700,8 @@ static void backward(const Call& c, const Problem& problem, int part, int parts,
                             problem.decay(c, t)};
           float *weights = P + (t * TILE_ROWS + r0) * STRIDE, *c_panel = E + r0 * STRIDE;
           const bool raw = KIND == DOT_PRODUCT && !DECAY;
-          if (!raw && t == first_t) score_panel<KIND, DECAY, true, false>(panel, X, weights, nullptr);
-          else if (!raw) score_panel<KIND, DECAY, false, false>(panel, X, weights, nullptr);
+          if (!raw && t == first_t) score_panel<KIND, DECAY, true, false>(panel, X, weights, nullptr, nullptr);
+          else if (!raw) score_panel<KIND, DECAY, false, false>(panel, X, weights, nullptr, nullptr);
           if (KIND != FORCE) exp_panel<false>(columns, raw ? X : weights, log_sum + row, weights, nullptr);
           for (int r = 0; masked && r < ROWS && i + r < c.queries; r++)
             mask_row<KIND>(c, problem, keys, i + r, j0, count, columns, 0, weights + r * STRIDE);
@@ -735,7 +748,7 @@ struct Job {
   int problems, parts, threads;
   int64_t slab, room;  // floats of what a part adds to rows, bytes of a thread
   std::atomic<int> next{0}, started{0};
-  std::atomic<float> extent{0};
+  std::atomic<float> largest{0}, closest{0};
 
   Job(const Call& c, bool is_backward) : c(c), is_backward(is_backward) {
     const int64_t L = c.queries + PAIR, S = c.keys + PAIR, T = c.shared ? c.timescales : 1;
@@ -744,7 +757,7 @@ struct Job {
     if (0 < problems && problems < 16) parts = std::clamp((is_backward ? c.keys : c.queries) / 256, 1, (15 + problems) / problems);
     threads = std::max(1, std::min(c.threads, problems * parts));
     slab = is_backward ? OfRows::size(rounded_up(c.queries, PAIR), T) : 0;
-    int64_t floats = S * (2 + T) + T + 3 * T * TILE_ROWS + 2 * ROWS * STRIDE + WIDTH;
+    int64_t floats = S * (2 + T) + T + 3 * T * TILE_ROWS + 2 * ROWS * STRIDE + WIDTH + W;
     if (is_backward)
       floats += L * (WIDTH + 2) + T * L * (WIDTH + 3) + (T + 1) * TILE_ROWS * STRIDE + TILE_KEYS * (5 * WIDTH + 2 + T) + 2 * PAIR * WIDTH;
     else floats += 2 * S * WIDTH + TILE_ROWS * (WIDTH * (T + 1) + 2);
@@ -754,6 +767,10 @@ struct Job {
   float* slabs() const { return (float*)(c.workspace + room * threads); }
   std::atomic<int>* left() const { return (std::atomic<int>*)(slabs() + slab * parts * problems); }
 };
+
+static void raise(std::atomic<float>& x, float least) {
+  for (float before = x; before < least && !x.compare_exchange_weak(before, least);) {}
+}
 
 template <Kind KIND, bool DECAY>
 static void work_on(Job& job, int number, Arena arena) {
@@ -766,8 +783,8 @@ static void work_on(Job& job, int number, Arena arena) {
   }
   const int share = rounded_up((c.queries + job.parts - 1) / job.parts, TILE_ROWS), first = part * share;
   if (first >= c.queries) return;
-  const float extent = forward<KIND, DECAY>(c, problem, first, std::min(c.queries, first + share), arena);
-  for (float before = job.extent; before < extent && !job.extent.compare_exchange_weak(before, extent);) {}
+  const Extent extent = forward<KIND, DECAY>(c, problem, first, std::min(c.queries, first + share), arena);
+  raise(job.largest, extent.largest), raise(job.closest, extent.closest);
 }
 
 // Denormal numbers are taken for 0 while this lives: arithmetic on them is a hundred times slower.
@@ -810,12 +827,11 @@ static void run(void (*function)(void*), void* argument, int threads, Parallel p
 
 extern "C" int64_t workspace_bytes(const Call* c, int is_backward) { return Job(*c, is_backward).bytes(); }
 
-// Returns, in forward, the largest |q_i|^2 + |k_j|^2 of a problem, less its centre.
-extern "C" float attention(const Call* c, int is_backward, Parallel parallel) {
+extern "C" void attention(const Call* c, int is_backward, Parallel parallel, Extent* extent) {
   Job job(*c, is_backward);
   for (int b = 0; is_backward && b < job.problems; b++) new (job.left() + b) std::atomic<int>(job.parts);
   run(work, &job, job.threads, parallel);
-  return job.extent;
+  *extent = {job.largest, job.closest};
 }
 
 // As many multiply-adds as the processor can do, on each of some threads; returns how many operations of floats.

@@ -11,9 +11,8 @@ number of them. Numbers that are too small for a float32 of full precision count
 Symbols and masks: see attention_module.py. The names are those of triton_attention.py.
 """
 
-import ctypes
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,12 +22,14 @@ from attention_engine import native_build
 from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score, split_score
 from attention_engine.dense_attention import backward_is_differentiated, dense_gradients
 from attention_engine.far_keys import reach_of_rows
-from attention_engine.native_build import Call, View
+from attention_engine.native_build import Call, Extent, View
 
 DOT_PRODUCT, GRAVITY, FORCE = 0, 1, 2
 LARGEST_HEAD_DIM = 256
 DISTANCE_POWERS = (1.0, 2.0, 4.0)
-ROUNDING = 2e-5  # the most that float32 may err in the softened distance, relative to the softening
+ROUNDING = 5e-6  # the most that float32 may err in a softened distance, relative to it
+LARGEST_UNIT_FORCE = 50.0  # (r2 + softening)^(-p/2): beyond it one key takes all, and what else there is cancels
+SHORTEST_TO_SKIP, NEGLIGIBLE = 512, 20.0  # keys; -log of a weight
 
 
 class Float64Needed(ArithmeticError):
@@ -90,7 +91,7 @@ def native_attention(
         key_mass = score.key_mass.float()
         if score.query_mass is not None and score.log_gravity is not None:
             strength = score.log_gravity.float().exp().unsqueeze(-1) * score.query_mass.float()
-    if skip_far_keys and log_decay is not None and mask.pairs is None and q.numel() and k.numel():
+    if skip_far_keys and log_decay is not None and mask.pairs is None and _may_skip(q, k, log_decay):
         reach = _reach(q, k, strength, key_mass, log_decay, mask, plan)
     tensors = [None if x is None else x.contiguous() for x in (strength, key_mass, log_decay)]
     try:
@@ -98,6 +99,12 @@ def native_attention(
     except Float64Needed:
         return None
     return output
+
+
+def _may_skip(q: Tensor, k: Tensor, log_decay: Tensor) -> bool:
+    """Whether it can pay to look for far keys: the sequence is long, and the fastest decay is soon nothing."""
+    longest = max(q.shape[-2], k.shape[-2])
+    return longest >= SHORTEST_TO_SKIP and bool(-longest * log_decay.detach().min() > 2 * NEGLIGIBLE)
 
 
 def _reach(
@@ -118,10 +125,13 @@ def _reach(
     )
 
 
-def needs_float64(largest: float, head_dim: int, softening: float) -> bool:
-    """Whether float32 is not enough for `|q|^2 - 2 q . k + |k|^2`, which cancels terms of the size of |q|^2, beside
-    the softening; largest: of |q_i|^2 + |k_j|^2, less a common centre."""
-    return largest * torch.finfo(torch.float32).eps > ROUNDING * head_dim * softening
+def needs_float64(extent: Extent, plan: Plan, head_dim: int) -> bool:
+    """Whether float32 is not enough for `r2 = |q|^2 - 2 q . k + |k|^2`, which cancels terms of the size of |q|^2: beside
+    the softening of a pair that is as near as the closest. Where no pair is near, it is enough at any softening."""
+    rounding = extent.largest / head_dim * torch.finfo(torch.float32).eps
+    if rounding > 0.1 * plan.softening:  # the closest distance may be none
+        return True
+    return extent.closest * rounding > ROUNDING or extent.closest ** (plan.power / 2) > LARGEST_UNIT_FORCE
 
 
 class NativeAttention(torch.autograd.Function):
@@ -151,8 +161,8 @@ class NativeAttention(torch.autograd.Function):
         call = Arguments(plan, q, k, v, strength, key_mass, log_decay, padding, pairs, reach)
         call.views(output=output)
         call.pointers(log_sum=log_sum)
-        largest = call.run(is_backward=False)
-        if plan.kind != DOT_PRODUCT and needs_float64(largest, q.shape[-1], plan.softening):
+        extent = call.run(is_backward=False)
+        if plan.kind != DOT_PRODUCT and needs_float64(extent, plan, q.shape[-1]):
             raise Float64Needed
         ctx.plan = plan
         ctx.save_for_backward(q, k, v, strength, key_mass, log_decay, padding, pairs, reach, output, log_sum)
@@ -246,8 +256,7 @@ class Arguments:
                 self.held.append(x)
                 setattr(self.call, name, x.data_ptr())
 
-    def run(self, is_backward: bool) -> float:
-        """Forward: the largest |q_i|^2 + |k_j|^2, less a common centre."""
+    def run(self, is_backward: bool) -> Extent:
         workspace = torch.empty(self.library.workspace_bytes(self.call, is_backward), dtype=torch.uint8)
         self.pointers(workspace=workspace)
         return self.library.attention(self.call, is_backward)

@@ -65,6 +65,12 @@ class Call(ctypes.Structure):
     ]
 
 
+class Extent(ctypes.Structure):
+    """Of the distances of a call: see the struct of the same name."""
+
+    _fields_ = [("largest", ctypes.c_float), ("closest", ctypes.c_float)]
+
+
 class Library:
     """The functions of a library that is loaded."""
 
@@ -74,14 +80,16 @@ class Library:
         functions = ctypes.CDLL(str(path))
         self._bytes, self._attention = functions.workspace_bytes, functions.attention
         self._multiply_adds = functions.multiply_adds
-        self._bytes.restype, self._attention.restype = ctypes.c_int64, ctypes.c_float
-        self._multiply_adds.restype = ctypes.c_int64
+        self._bytes.restype = self._multiply_adds.restype = ctypes.c_int64
+        self._attention.restype = None
 
     def workspace_bytes(self, call: Call, is_backward: bool) -> int:
         return int(self._bytes(ctypes.byref(call), int(is_backward)))
 
-    def attention(self, call: Call, is_backward: bool) -> float:
-        return float(self._attention(ctypes.byref(call), int(is_backward), self._parallel))
+    def attention(self, call: Call, is_backward: bool) -> Extent:
+        extent = Extent()
+        self._attention(ctypes.byref(call), int(is_backward), self._parallel, ctypes.byref(extent))
+        return extent
 
     def multiply_adds(self, rounds: int, threads: int) -> int:
         """Does as many multiply-adds as the processor can; returns the number of floating-point operations."""

@@ -16,6 +16,8 @@ from gravitational_attention import GravitationalAttention
 from gravitational_multi_timescale_attention import GravitationalMultiTimescaleAttention
 from multi_timescale_attention import MultiTimescaleAttention, default_gammas, laplace_mixing
 
+pytestmark = pytest.mark.usefixtures("each_fused_backend")
+
 N, L, S, E, H = 3, 6, 7, 20, 4  # and D = 5
 GAMMAS = {1: (0.7,), 2: (0.6, 0.95), 3: (0.5, 0.8, 0.99)}
 MASKS = ("none", "padding", "causal")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from command_line import EXIT_DONE, InputError, Parser, exit_code
+from command_line import EXIT_DONE, InputError, Parser, described, exit_code
 from reporting.analysis import Analysis, make_analysis
 from reporting.analysis_report import render_report
 from reporting.comparison_tables import TIMED_METRICS
@@ -92,8 +92,7 @@ def summary_csv(analysis: Analysis) -> str:
 
 
 def make_parser() -> Parser:
-    intro, examples, rest = (__doc__ or "").split("\n\n", 2)
-    parser = Parser(prog=PROG, description=f"{intro}\n\n{rest}", epilog=f"examples:\n{examples}")
+    parser = Parser(prog=PROG, **described(__doc__))
     parser.add_argument(
         "folders", type=Path, nargs="+", metavar="DIR", help="results folders made by run_experiment.py"
     )

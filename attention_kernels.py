@@ -56,6 +56,11 @@ def use_backend(backend: str) -> Iterator[None]:
         _chosen.pop()
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Autocast off on a device; the meta device has none."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -86,7 +91,7 @@ def attend(
     reason = cannot(backend, q, score, mask, dropout, need_weights)
     if reason:
         raise ValueError(f"backend {backend!r} {reason}")
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if backend == "sdpa":
             return sdpa_attention(q, k, v, score, mask), None
         if backend == "triton":

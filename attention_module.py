@@ -11,19 +11,23 @@ Symbols, here and wherever this file is referred to: N batch, L query length, S 
 H num_heads, D = E / H head width, T timescales, T' = T or, where the timescales share q, k and v, 1; i query
 and j key position. The horizon of a discount gamma is 1 / (1 - gamma) tokens.
 
+Meta and fake tensors, `torch.jit.trace`, `torch.export` and `torch.compile(fullgraph=True)` go by
+`use_backend("dense")` (see attention_kernels.py): faster backends look at numbers to plan by them.
+
 Masks: True means blocked, as in `nn.MultiheadAttention`. `F.scaled_dot_product_attention` and Hugging Face
 mean the opposite: pass `~mask` of theirs, or `attention_mask == 0`.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_engine.attention_scores import Mask, Score, merge_masks
+from attention_engine.attention_scores import Clock, Mask, Score, merge_masks
 from attention_engine.dense_attention import dense_weights
-from attention_kernels import attend
+from attention_kernels import attend, without_autocast
 
 
 class AttentionModule(nn.Module):
@@ -74,12 +78,25 @@ class AttentionModule(nn.Module):
         width = 3 * num_projections * embed_dim
         self.in_proj_weight = nn.Parameter(torch.empty(width, embed_dim, device=device, dtype=dtype))
         if bias:
-            self.in_proj_bias = nn.Parameter(torch.zeros(width, device=device, dtype=dtype))
+            self.in_proj_bias = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
         else:
             self.register_parameter("in_proj_bias", None)
+        self._reset_in_proj()
+
+    def _reset_in_proj(self) -> None:
         # nn.MultiheadAttention draws its three projections as one (3 E, E) matrix: its Xavier bound.
-        bound = (6 / (4 * embed_dim)) ** 0.5
+        bound = (6 / (4 * self.embed_dim)) ** 0.5
         nn.init.uniform_(self.in_proj_weight, -bound, bound)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+
+    def reset_parameters(self) -> None:
+        """Draw everything anew, that of the parts too: after `to_empty`, where it is undefined."""
+        self._reset_in_proj()
+        for part in self.children():
+            part.reset_parameters()  # type: ignore[operator]
+        if self.out_proj.bias is not None:
+            nn.init.zeros_(self.out_proj.bias)
 
     def make_out_proj(self, in_features: int, bias: bool, device: Any, dtype: Any) -> nn.Linear:
         """The output projection (in_features -> E), with its bias 0 at the start."""
@@ -91,6 +108,11 @@ class AttentionModule(nn.Module):
     def score(self, query: Tensor, key: Tensor) -> Score:
         """How a pair is weighed, from the inputs query (N, L, E) and key (N, S, E)."""
         raise NotImplementedError(f"{type(self).__name__} must define score(query, key)")
+
+    def clock(self, query: Tensor, key: Tensor, padding: Tensor | None) -> Clock | None:
+        """For a decay by time in place of distance: the time at each token. padding: (N, S), True = blocked;
+        padded tokens must not advance it. In self-attention query is the same tensor as key."""
+        return None
 
     def project_out(self, read: Tensor) -> Tensor:
         """What the timescales read, side by side, (N, L, T E) -> the output (N, L, E)."""
@@ -124,7 +146,7 @@ class AttentionModule(nn.Module):
         query, key, value, mask = self._checked(query, key, value, key_padding_mask, attn_mask, is_causal)
         heads, weights = attend(
             *self._project(query, key, value),
-            self._score(query, key),
+            self._score(query, key, mask),
             mask,
             dropout=self.dropout if self.training else 0.0,
             need_weights=need_weights,
@@ -149,9 +171,9 @@ class AttentionModule(nn.Module):
         """The weights of every timescale and head, (N, T, H, L, S), float32; arguments as in `forward`."""
         query, key, _, mask = self._checked(query, key, key, key_padding_mask, attn_mask, is_causal)
         q, k, _ = self._project(query, key, key)
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             dtype = torch.promote_types(q.dtype, torch.float32)
-            return dense_weights(q.to(dtype), k.to(dtype), self._score(query, key), mask)
+            return dense_weights(q.to(dtype), k.to(dtype), self._score(query, key, mask), mask)
 
     def _checked(
         self,
@@ -176,7 +198,10 @@ class AttentionModule(nn.Module):
                     expected, got = tuple(key.shape[:1]), tuple(key_padding_mask.shape)
                     raise ValueError(f"key_padding_mask must have shape {expected}, got {got}")
                 key_padding_mask = key_padding_mask.unsqueeze(0)
-            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+            same_key, same_value = key is query, value is key  # self-attention is told by identity
+            query = query.unsqueeze(0)
+            key = query if same_key else key.unsqueeze(0)
+            value = key if same_value else value.unsqueeze(0)
         batch, query_length, _ = query.shape
         of_keys = (batch, key.shape[1], self.embed_dim)
         for name, tensor, shape in (
@@ -205,7 +230,8 @@ class AttentionModule(nn.Module):
         shape = (self.num_projections, self.num_heads, self.head_dim)
         return x.unflatten(-1, shape).permute(0, 2, 3, 1, 4)
 
-    def _score(self, query: Tensor, key: Tensor) -> Score:
+    def _score(self, query: Tensor, key: Tensor, mask: Mask) -> Score:
         """The score with its tensors in float32 at least: masses and rates are small numbers that matter."""
-        with torch.autocast(query.device.type, enabled=False):
-            return self.score(query, key)
+        with without_autocast(query.device):
+            score, clock = self.score(query, key), self.clock(query, key, mask.padding)
+        return score if clock is None else replace(score, clock=clock)

@@ -15,19 +15,25 @@ and legal range beside its default. The options of a script are derived from the
     add_settings(parser, Training)
     training = replace(Training(), **given_settings(parser.parse_args(argv), Training))
 
+A script's work does not depend on who reads what it prints: see `KeptStream`.
+
 Needs the standard library only.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import errno
 import math
+import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 # What a results folder may hold, and so what may be asked for.
@@ -48,11 +54,13 @@ def setting(
     maximum: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
+    several: bool = False,
 ) -> Any:
     """A dataclass field with its help text and its legal values, ends included (`minimum`, `maximum`)
-    or not (`above`, `below`); for a tuple the range holds for each entry."""
+    or not (`above`, `below`); for a tuple the range holds for each entry. several: whether the option takes
+    more than one value, each of which could be the field's."""
     limits = {"minimum": minimum, "above": above, "maximum": maximum, "below": below, "choices": choices}
-    return dataclasses.field(default=default, metadata={"help": help, **limits})
+    return dataclasses.field(default=default, metadata={"help": help, "several": several, **limits})
 
 
 def option_name(field_name: str) -> str:
@@ -128,12 +136,42 @@ def choose(name: str, known: Iterable[str], what: str) -> str:
     return name
 
 
+def described(documentation: str | None) -> dict[str, str]:
+    """A Parser's texts from a script's docstring: what it does, its examples, the rest. An optimised
+    interpreter has no docstring."""
+    intro, _, more = (documentation or "").partition("\n\n")
+    examples, _, rest = more.partition("\n\n")
+    return {"description": f"{intro}\n\n{rest}", "epilog": f"examples:\n{examples}"}
+
+
+def given_path(text: str, option: str = "") -> Path:
+    """The path that a user means: `~` is home also where no shell has seen it (`--output-dir=~/x`).
+
+    InputError where nobody can tell what is there: the name is too long, a folder may not be entered."""
+    try:
+        path = Path(text).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, RuntimeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{option} '{text}' cannot be reached: {why}".strip()) from error
+    return path
+
+
+def _path_option(text: str) -> Path:
+    try:
+        return given_path(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with the nearest option for a mistyped one."""
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
+        self.register("type", Path, _path_option)
 
     def options(self) -> list[str]:
         """Every option of this parser and of its sub-commands."""
@@ -183,7 +221,8 @@ def _argument_kind(hint: Any, field: dataclasses.Field[Any]) -> dict[str, Any]:
     if typing.get_origin(hint) is tuple:
         entry = typing.get_args(hint)[0]
         return {"type": entry, "nargs": "+", "metavar": entry.__name__.upper()}
-    return {"type": hint, "metavar": metavar or hint.__name__.upper()}
+    more = {"nargs": "+"} if field.metadata["several"] else {}
+    return {"type": hint, "metavar": metavar or hint.__name__.upper()} | more
 
 
 def given_settings(namespace: argparse.Namespace, settings: type) -> dict[str, Any]:
@@ -196,8 +235,70 @@ def given_settings(namespace: argparse.Namespace, settings: type) -> dict[str, A
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
+class KeptStream:
+    """A standard stream that never fails: once its reader has left or its disk is full, what is written is
+    lost. A character that its encoding has not is written as an escape.
+
+    lost: the first error that was no reader's leaving."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.lost: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
+        with self._kept():
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with self._kept():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EPIPE:
+                self.lost = self.lost or error
+            with contextlib.suppress(OSError, ValueError):  # else the interpreter tries once more at its end
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+
+
+def keep_streams() -> None:
+    """Make the standard streams of this process such that printing never fails, also where it has none."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115 - kept, in the free descriptor
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+        if mode == "w" and not isinstance(getattr(sys, name), KeptStream):
+            setattr(sys, name, KeptStream(getattr(sys, name)))
+
+
 def exit_code(prog: str, body: Callable[[], int]) -> int:
-    """Run a script's body; a user's mistake becomes one line on stderr and exit code 2."""
+    """Run a script's body, with streams that are kept; a user's mistake becomes one line on stderr and exit
+    code 2."""
+    before = sys.stdout, sys.stderr
+    keep_streams()
+    try:
+        return _exit_code(prog, body)
+    finally:
+        sys.stdout.flush()
+        if isinstance(sys.stdout, KeptStream) and sys.stdout.lost:
+            print(f"{prog}: not all could be printed: {sys.stdout.lost.strerror}", file=sys.stderr)
+        sys.stderr.flush()
+        if None not in before:
+            sys.stdout, sys.stderr = before
+
+
+def _exit_code(prog: str, body: Callable[[], int]) -> int:
     try:
         return body()
     except InputError as error:

@@ -8,9 +8,13 @@
 |---|---|---|
 | imdb | 22,500 / 2,500 / 25,000 film reviews (tasks/imdb.py), 2 classes | bytes or words |
 | listops | 96,000 / 2,000 / 2,000 expressions (tasks/listops.py), 10 classes | 15 symbols |
+| pathfinder | 40,000 / 4,000 / 4,000 pictures (tasks/pathfinder.py), 2 classes | 1,024 pixels |
+| image | 45,000 / 5,000 / 10,000 pictures (tasks/cifar_images.py), 10 classes | 1,024 pixels |
+| recall, hold | drawn anew each epoch (tasks/generated_tasks.py), a target at marked tokens | ids |
 
-IMDb's validation split is a stratified tenth of its training set, drawn by --data-seed before any subset is
-taken; the test set is never used for it. A new task is a function from DataSettings to TaskData in TASKS.
+The validation split of IMDb and CIFAR-10 is a stratified tenth of the training set, drawn by --data-seed
+before any subset is taken; the test set is never used for it. Identical reviews stay on one side of it.
+A new task is a function from DataSettings to TaskData in TASKS.
 """
 
 import argparse
@@ -32,31 +36,37 @@ from command_line import (
     add_settings,
     choose,
     exit_code,
+    given_path,
     given_settings,
     option_name,
 )
-from tasks import imdb, listops, listops_tsv
+from tasks import cifar_images, imdb, listops, listops_tsv, pathfinder
+from tasks.archives import DataUnavailableError, download_archive, holds_data
 from tasks.array_cache import Arrays, cached_arrays
-from tasks.imdb_download import DataUnavailableError, download_archive
+from tasks.generated_tasks import load_hold, load_recall
 from tasks.task_data import DataSettings, TaskData
 from tasks.text_tokenizers import (
     WORD_VERSION,
     ByteTokenizer,
     ListOpsTokenizer,
+    PixelTokenizer,
     WordTokenizer,
     count_words,
     make_vocabulary,
 )
 from tasks.token_dataset import (
+    IGNORED,
     Batch,
     TokenDataset,
     concatenate,
+    count_identical,
     evaluation_batches,
     stratified_choice,
     training_batches,
 )
 
 __all__ = [
+    "MEANINGLESS",
     "TASKS",
     "Batch",
     "ByteTokenizer",
@@ -73,6 +83,14 @@ __all__ = [
 
 TEXT_LENGTH = 4096
 LISTOPS_SIZES = {"train": 96_000, "val": 2_000, "test": 2_000}
+PATHFINDER_SIZES = {"train": 40_000, "val": 4_000, "test": 4_000}
+MEANINGLESS = {  # settings that a task has no use for
+    "imdb": ("min_length",),
+    "pathfinder": ("min_length", "max_length"),
+    "image": ("min_length", "max_length"),
+    "recall": ("min_length",),
+    "hold": ("min_length",),
+}
 CLASS_NAMES = ("negative", "positive")
 
 PROG = "data_pipeline.py"
@@ -93,28 +111,11 @@ SHOWN_TOKENS = 200
 
 def load_imdb(settings: DataSettings) -> TaskData:
     """Film reviews of IMDb, 0 negative, 1 positive. Raises DataUnavailableError where they cannot be had."""
-    if settings.min_length is not None:
-        raise InputError("--min-length means nothing to imdb: it is for listops")
-    folder = Path(settings.data_dir).expanduser() if settings.data_dir else None
+    folder = given_path(settings.data_dir, "--data-dir") if settings.data_dir else None
     reviews = imdb.load_reviews(folder, settings.cache_folder)
-    validation = stratified_choice(
-        reviews.train.labels, round(len(reviews.train) / 10), settings.data_seed, "validation"
-    )
-    rest = np.setdiff1d(np.arange(len(reviews.train)), validation)
-    chosen = {
-        name: _subset(split, pool, size, settings.data_seed, name)
-        for (name, split, pool), size in zip(
-            [
-                ("train", reviews.train, rest),
-                ("val", reviews.train, validation),
-                ("test", reviews.test, np.arange(len(reviews.test))),
-            ],
-            (settings.train_size, settings.val_size, settings.test_size),
-            strict=True,
-        )
-    }
+    validation, rest = imdb.separate_copies(reviews.train, _validation(reviews.train, settings))
     texts = concatenate([reviews.train, reviews.test])
-    chosen["test"] += len(reviews.train)
+    chosen = _chosen(texts, rest, validation, settings)
     length = settings.max_length or TEXT_LENGTH
     tokenizer: ByteTokenizer | WordTokenizer
     if settings.tokenizer == "byte":
@@ -135,9 +136,27 @@ def load_imdb(settings: DataSettings) -> TaskData:
         "official_archive": reviews.official,
         "tokenizer": settings.tokenizer,
         "cut_at_tokens": length,
+        "identical": count_identical({split: texts.take(index) for split, index in chosen.items()}),
     }
     title = f"IMDb, {settings.tokenizer}s" + (" (LRA Text)" if settings.tokenizer == "byte" else "")
     return _task("imdb", title, CLASS_NAMES, splits, tokenizer, settings, about)
+
+
+def _validation(train: TokenDataset, settings: DataSettings) -> NDArray[np.int64]:
+    """Positions of a stratified tenth of a training set."""
+    return stratified_choice(train.labels, round(len(train) / 10), settings.data_seed, "validation")
+
+
+def _chosen(
+    examples: TokenDataset, train: NDArray[np.int64], val: NDArray[np.int64], settings: DataSettings
+) -> dict[str, NDArray[np.int64]]:
+    """Positions of each split's subset: among the training examples and, behind them, the test set."""
+    test = np.arange(len(train) + len(val), len(examples))
+    sizes = (settings.train_size, settings.val_size, settings.test_size)
+    return {
+        name: _subset(examples, pool, size, settings.data_seed, name)
+        for (name, pool), size in zip({"train": train, "val": val, "test": test}.items(), sizes, strict=True)
+    }
 
 
 def _subset(
@@ -173,7 +192,7 @@ def load_listops(settings: DataSettings) -> TaskData:
         min_length=defaults.min_length if settings.min_length is None else settings.min_length,
         max_length=settings.max_length or defaults.max_length,
     )
-    files = _listops_files(Path(settings.data_dir).expanduser()) if settings.data_dir else None
+    files = _listops_files(given_path(settings.data_dir, "--data-dir")) if settings.data_dir else None
     if files:
         source = {"source": ", ".join(path.name for path in files.values())}
         splits = {}
@@ -193,7 +212,12 @@ def load_listops(settings: DataSettings) -> TaskData:
         splits = listops.generate_splits(
             lengths, settings.sizes(LISTOPS_SIZES), settings.data_seed, show_progress=True
         )
-    about = source | {
+    identical = count_identical(splits)
+    for which, count in identical.items():
+        if count:
+            print(f"listops: {count} of the expressions of {which} too", file=sys.stderr)
+    about: dict[str, Any] = source | {
+        "identical": identical,
         "sha256": _sha256(*splits.values()),
         "tokenizer": "listops symbols",
         "longer_than": lengths.min_length,
@@ -206,15 +230,58 @@ def load_listops(settings: DataSettings) -> TaskData:
 
 
 def _listops_files(folder: Path) -> dict[str, Path] | None:
-    """LRA's files in a folder; None where it is there for IMDb alone, which is said. InputError where it
+    """LRA's files in a folder; None where it is there for another task, which is said. InputError where it
     holds neither: other data are never taken in silence."""
     files = listops_tsv.find_files(folder)
     if files is None:
         lacks = f"--data-dir {folder} holds no basic_train.tsv of ListOps"
-        if not folder.is_dir() or imdb.find_source(folder) is None:
+        if not folder.is_dir() or not (imdb.find_source(folder) or holds_data(folder)):
             raise InputError(f"{lacks}; give the folder that does, or leave it out to have expressions made")
         print(f"{lacks}: its expressions are made here", file=sys.stderr)
     return files
+
+
+def load_pathfinder(settings: DataSettings) -> TaskData:
+    """Pictures made here: are two marked ends joined by a dashed path, 1, or not, 0."""
+    sizes = settings.sizes(PATHFINDER_SIZES)
+    splits = pathfinder.cached_splits(settings.cache_folder, sizes, settings.data_seed)
+    about = {"source": "pathfinder.py", "sha256": _sha256(*splits.values()), "tokenizer": "grey pixels"}
+    return _image_task(
+        "pathfinder", "Pathfinder, 32 x 32 pixels", pathfinder.CLASS_NAMES, splits, settings, about
+    )
+
+
+def load_image(settings: DataSettings) -> TaskData:
+    """CIFAR-10 in grey. Raises DataUnavailableError where it cannot be had."""
+    folder = given_path(settings.data_dir, "--data-dir") if settings.data_dir else None
+    images = cifar_images.load_images(folder, settings.cache_folder)
+    validation = _validation(images.train, settings)
+    rest = np.setdiff1d(np.arange(len(images.train)), validation)
+    examples = concatenate([images.train, images.test])
+    chosen = _chosen(examples, rest, validation, settings)
+    splits = {split: examples.take(index) for split, index in chosen.items()}
+    about = {
+        "source": images.source,
+        "sha256": images.sha256,
+        "tokenizer": "grey pixels",
+        "identical": count_identical(splits),
+    }
+    title = "CIFAR-10 in grey (LRA Image)"
+    return _image_task("image", title, cifar_images.CLASS_NAMES, splits, settings, about)
+
+
+def _image_task(
+    name: str,
+    title: str,
+    class_names: tuple[str, ...],
+    splits: dict[str, TokenDataset],
+    settings: DataSettings,
+    about: dict[str, Any],
+) -> TaskData:
+    """A task of grey values, which get their token ids."""
+    tokenizer = PixelTokenizer()
+    coded = {split: replace(part, tokens=tokenizer.encode(part.tokens)) for split, part in splits.items()}
+    return _task(name, title, class_names, coded, tokenizer, settings, about)
 
 
 def _sha256(*splits: TokenDataset) -> str:
@@ -231,7 +298,7 @@ def _task(
     title: str,
     class_names: tuple[str, ...],
     splits: dict[str, TokenDataset],
-    tokenizer: ByteTokenizer | WordTokenizer | ListOpsTokenizer,
+    tokenizer: ByteTokenizer | WordTokenizer | ListOpsTokenizer | PixelTokenizer,
     settings: DataSettings,
     about: dict[str, Any],
 ) -> TaskData:
@@ -267,12 +334,19 @@ def _task(
 TASKS: dict[str, Callable[[DataSettings], TaskData]] = {
     "imdb": load_imdb,
     "listops": load_listops,
+    "pathfinder": load_pathfinder,
+    "image": load_image,
+    "recall": load_recall,
+    "hold": load_hold,
 }
 
 
 def load_task(name: str, settings: DataSettings) -> TaskData:
-    """A task's data. Raises InputError for an unknown task or data that cannot be used, and its subclass
-    DataUnavailableError where IMDb is not to be had."""
+    """A task's data. Raises InputError for an unknown task, a setting that means nothing to it or data that
+    cannot be used, and its subclass DataUnavailableError where an archive is not to be had."""
+    for setting in MEANINGLESS.get(name, ()):
+        if getattr(settings, setting) is not None:
+            raise InputError(f"{option_name(setting)} means nothing to {name}; leave it out")
     return TASKS[choose(name, TASKS, "task")](settings)
 
 
@@ -302,8 +376,9 @@ def make_parser() -> Parser:
 def write_listops(arguments: argparse.Namespace) -> int:
     sizes = {name: getattr(arguments, name) for name in LISTOPS_SIZES}
     for name, value in (sizes | {"seed": arguments.seed}).items():
-        if value < 0:
-            raise InputError(f"--{name} must be at least 0, got {value}")
+        least = 0 if name == "seed" else 1
+        if value < least:
+            raise InputError(f"--{name} must be at least {least}, got {value}")
     names = [field.name for field in dataclasses.fields(listops.ListOpsSettings)]
     settings = listops.ListOpsSettings(**{name: getattr(arguments, name) for name in names})
     listops_tsv.check_writable(arguments.output_dir)
@@ -317,7 +392,7 @@ def write_listops(arguments: argparse.Namespace) -> int:
 
 def fetch_imdb(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.data_dir
-    source = imdb.find_source(folder) or download_archive(folder)
+    source = imdb.find_source(folder) or download_archive(imdb.OFFICIAL, folder)
     reviews = imdb.read_source(source, None)
     kind = "the official archive" if reviews.official else "not the official archive, but complete"
     print(f"{source}: {kind}, sha256 {reviews.sha256}")
@@ -333,29 +408,36 @@ def print_stats(arguments: argparse.Namespace) -> int:
     print(
         f"{'split':8}{'examples':>10}{'mean':>9}" + "".join(f"{f'{p} %':>7}" for p in PERCENTILES) + "    max"
     )
+    for which, count in task.provenance.get("identical", {}).items():
+        print(f"identical examples, {which}: {count}")
     splits = {"train": task.train, "val": task.val, "test": task.test}
     for name, split in splits.items():
         percentiles = np.percentile(split.lengths, PERCENTILES)
         print(f"{name:8}{len(split):10,}{split.lengths.mean():9.1f}", end="")
         print("".join(f"{value:7.0f}" for value in percentiles) + f"{split.lengths.max():7}")
     for name, split in splits.items():
-        counts = np.bincount(split.labels, minlength=task.num_classes)
+        asked = split.labels[split.labels != IGNORED]
+        counts = np.bincount(asked, minlength=task.num_classes)
         shares = "  ".join(
-            f"{label} {share:.1%}" for label, share in zip(task.class_names, counts / len(split), strict=True)
+            f"{label} {share:.1%}" for label, share in zip(task.class_names, counts / len(asked), strict=True)
         )
         print(f"labels of {name}: {shares}")
-    tokens = [task.symbols(int(token)) for token in task.train.example(0)[:SHOWN_TOKENS]]
-    print(
-        f"first training example ({task.class_names[task.train.labels[0]]}), at most {SHOWN_TOKENS} tokens:"
-    )
+    shown = task.train.example(0)[:SHOWN_TOKENS]
+    tokens = ["+".join(task.symbols(int(i)) for i in np.atleast_1d(ids)) for ids in shown]
+    label = "" if task.train.token_targets else f" ({task.class_names[task.train.labels[0]]})"
+    print(f"first training example{label}, at most {SHOWN_TOKENS} tokens:")
     print(("" if task.provenance["tokenizer"] == "byte" else " ").join(tokens))
     return EXIT_DONE
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(argv: list[str] | None) -> int:
     arguments = make_parser().parse_args(argv)
     command = {"listops": write_listops, "imdb": fetch_imdb, "stats": print_stats}[arguments.command]
-    return exit_code(PROG, lambda: command(arguments))
+    return command(arguments)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(PROG, lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from command_line import EXIT_DONE, InputError, Parser, exit_code
+from command_line import EXIT_DONE, InputError, Parser, described, exit_code
 from reporting.attention_figures import attention_figure, distance_figure, shown_maps
 from reporting.attention_numbers import attention_entropy, share_within, token_masses
 from reporting.comparison_tables import CONVERGENCE, distance_table, epoch_table, learned_table, metric_table
@@ -139,8 +139,7 @@ def evaluate(folder: Path) -> None:
 
 
 def make_parser() -> Parser:
-    intro, example, rest = (__doc__ or "").split("\n\n", 2)
-    parser = Parser(prog=PROG, description=f"{intro}\n\n{rest}", epilog=f"example:\n{example}")
+    parser = Parser(prog=PROG, **described(__doc__))
     parser.add_argument("folder", type=Path, metavar="RUN", help="RESULTS/task/model/seed0: a run's folder")
     return parser
 

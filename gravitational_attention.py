@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_engine.attention_scores import Gravity
+from attention_engine.attention_scores import Clock, Gravity
 from attention_module import AttentionModule
+from timescales import Discounts
 
 NORMALIZATIONS = ("softmax", "force")
+UNIT_MASS = math.log(math.e - 1)  # softplus of it is 1
 
 
 def least_softening(distance_power: float) -> float:
@@ -30,9 +32,10 @@ def least_softening(distance_power: float) -> float:
 class GravitationalField(nn.Module):
     """Masses and G for T timescales: everything of a gravitational score but the positions q and k.
 
-    `m = softplus(W x + b) > 0` for each token, head and timescale, with separate W, b for the query and the
-    key role; b starts at log(e - 1), so that masses start around 1. `G = exp(log_gravity)`, 1 at the start,
-    for each timescale and head. With normalization "force" G and the query mass cancel and do not exist.
+    `m = softplus(W x + b + log(e - 1)) > 0` for each token, head and timescale, with separate W, b for the
+    query and the key role; b starts at 0, so that masses start around 1. `G = exp(log_gravity)` for each
+    timescale and head, (T H,), 1 at the start. With normalization "force" G and the query mass cancel and do
+    not exist.
     """
 
     log_gravity: Tensor | None
@@ -65,22 +68,32 @@ class GravitationalField(nn.Module):
         self.shape = (num_timescales, num_heads)
 
         def mass_projection() -> nn.Linear:
-            projection = nn.Linear(embed_dim, num_timescales * num_heads, device=device, dtype=dtype)
-            nn.init.constant_(projection.bias, math.log(math.e - 1))
-            return projection
+            return nn.Linear(embed_dim, num_timescales * num_heads, device=device, dtype=dtype)
 
         self.key_mass = mass_projection()
         if normalization == "softmax":
             self.query_mass = mass_projection()
-            self.log_gravity = nn.Parameter(torch.zeros(self.shape, device=device, dtype=dtype))
+            self.log_gravity = nn.Parameter(
+                torch.empty(num_timescales * num_heads, device=device, dtype=dtype)
+            )
         else:
             self.query_mass = None
             self.register_parameter("log_gravity", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for projection in (self.key_mass, self.query_mass):
+            if projection is not None:
+                projection.reset_parameters()
+                nn.init.zeros_(projection.bias)
+        if self.log_gravity is not None:
+            nn.init.zeros_(self.log_gravity)
 
     def mass(self, projection: nn.Linear, x: Tensor) -> Tensor:
         """(N, L, E) -> (N, T, H, L), above 0 also where softplus underflows."""
-        x = x.to(projection.weight.dtype)  # under autocast x may be narrower than the parameters
-        mass = F.softplus(projection(x).to(torch.promote_types(x.dtype, torch.float32)))
+        # Under autocast x may be narrower than the parameters; a quantised projection has none.
+        x = x.to(next(projection.parameters(), torch.empty(0, dtype=torch.float32)).dtype)
+        mass = F.softplus(projection(x).to(torch.promote_types(x.dtype, torch.float32)) + UNIT_MASS)
         return mass.clamp(min=1e-30).unflatten(-1, self.shape).permute(0, 2, 3, 1)
 
     def score(
@@ -93,7 +106,7 @@ class GravitationalField(nn.Module):
         return Gravity(
             key_mass=self.mass(self.key_mass, key),
             query_mass=None if self.query_mass is None else self.mass(self.query_mass, query),
-            log_gravity=self.log_gravity,
+            log_gravity=None if self.log_gravity is None else self.log_gravity.view(self.shape),
             softening=self.softening,
             distance_power=self.distance_power,
             normalization=self.normalization,
@@ -108,7 +121,9 @@ class GravitationalField(nn.Module):
             return found if self.query_mass is None else found | {"query": self.mass(self.query_mass, query)}
 
     def learned_scalars(self) -> dict[str, Tensor]:
-        return {} if self.log_gravity is None else {"gravity": self.log_gravity.detach().exp()}
+        return (
+            {} if self.log_gravity is None else {"gravity": self.log_gravity.detach().exp().view(self.shape)}
+        )
 
 
 class GravitationalAttention(AttentionModule):
@@ -118,7 +133,7 @@ class GravitationalAttention(AttentionModule):
     PyTorch, for one head::
 
         q, k, v = x @ W_q.T + b_q, x @ W_k.T + b_k, x @ W_v.T + b_v
-        m_q, m_k = F.softplus(x @ w_mq + b_mq), F.softplus(x @ w_mk + b_mk)
+        m_q, m_k = F.softplus(x @ w_mq + b_mq + c), F.softplus(x @ w_mk + b_mk + c)   # c = log(e - 1)
         r2 = (q[:, None] - k[None]).square().sum(-1) / D
         force = G * m_q[:, None] * m_k / (r2 + softening) ** (p / 2)
         weights = force.softmax(-1)                     # normalization="softmax"
@@ -136,6 +151,10 @@ class GravitationalAttention(AttentionModule):
         force.
     distance_power: p, above 0; default 2, the inverse square law.
     normalization: "softmax" (default) or "force".
+    adaptive: whether the pull fades with time, which passes at a rate of each token's own, head by head;
+        default False. The weights are then multiplied by `exp(-(time[:, None] - time).abs())` and normalised,
+        `time = F.softplus(x @ w + b).cumsum(0)`, horizons log-spaced over the heads at the start: see
+        `Discounts`.
     """
 
     def __init__(
@@ -148,6 +167,7 @@ class GravitationalAttention(AttentionModule):
         softening: float = 0.1,
         distance_power: float = 2.0,
         normalization: Literal["softmax", "force"] = "softmax",
+        adaptive: bool = False,
         batch_first: bool = True,
         device: Any = None,
         dtype: Any = None,
@@ -159,13 +179,30 @@ class GravitationalAttention(AttentionModule):
         self.field = GravitationalField(
             embed_dim, num_heads, 1, softening, distance_power, normalization, device, dtype
         )
+        self.discounts: Discounts | None = None
+        if adaptive:
+            self.discounts = Discounts(
+                1,
+                num_heads,
+                gammas=None,
+                learn_gammas=True,
+                device=device,
+                dtype=dtype,
+                over_heads=True,
+                adaptive=True,
+                embed_dim=embed_dim,
+            )
 
     def score(self, query: Tensor, key: Tensor) -> Gravity:
         return self.field.score(query, key)
+
+    def clock(self, query: Tensor, key: Tensor, padding: Tensor | None) -> Clock | None:
+        return None if self.discounts is None else self.discounts.clock(query, key, padding)
 
     def masses(self, query: Tensor, key: Tensor) -> dict[str, Tensor]:
         """Masses of the inputs query (N, L, E) and key (N, S, E), by role: each (N, 1, H, L or S)."""
         return self.field.masses(query, key)
 
     def learned_scalars(self) -> dict[str, Tensor]:
-        return self.field.learned_scalars()
+        scalars = self.field.learned_scalars()
+        return scalars if self.discounts is None else scalars | self.discounts.learned_scalars()

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from attention_engine.attention_scores import Gravity
+from attention_engine.attention_scores import Clock, Gravity
 from attention_module import AttentionModule
 from gravitational_attention import GravitationalField
-from multi_timescale_attention import Discounts, TimescaleDecoder, number_of_timescales
+from timescales import Discounts, TimescaleDecoder, number_of_timescales
 
 
 class GravitationalMultiTimescaleAttention(AttentionModule):
@@ -35,6 +35,8 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
 
     embed_dim, num_heads, dropout, bias: as in `nn.MultiheadAttention`.
     num_timescales, gammas, learn_gammas, decoder, discount: as in `MultiTimescaleAttention`.
+    adaptive: whether time passes at a rate of each token's own, as in `MultiTimescaleAttention`; default
+        False.
     softening, distance_power, normalization: as in `GravitationalAttention`.
 
     With discount="logits" the weights are `(force * gamma[t] ** distance).softmax(-1)`: far tokens pull with
@@ -57,6 +59,7 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
         distance_power: float = 2.0,
         normalization: Literal["softmax", "force"] = "softmax",
         discount: Literal["weights", "logits"] = "weights",
+        adaptive: bool = False,
         batch_first: bool = True,
         device: Any = None,
         dtype: Any = None,
@@ -76,18 +79,33 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
             raise ValueError(
                 'discount="logits" needs normalization="softmax": log(force) has no natural zero'
             )
-        self.discounts = Discounts(num_timescales, num_heads, gammas, learn_gammas, discount, device, dtype)
-        self.decoder = TimescaleDecoder(embed_dim, self.discounts.initial_gammas, decoder, device, dtype)
+        self.discounts = Discounts(
+            num_timescales,
+            num_heads,
+            gammas,
+            learn_gammas,
+            discount,
+            device,
+            dtype,
+            adaptive=adaptive,
+            embed_dim=embed_dim,
+        )
+        self.decoder = TimescaleDecoder(
+            embed_dim, self.discounts.initial_gammas, decoder, True, device, dtype
+        )
         self.out_proj = self.make_out_proj(self.decoder.out_features, bias, device, dtype)
         self.field = GravitationalField(
             embed_dim, num_heads, num_timescales, softening, distance_power, normalization, device, dtype
         )
 
     def score(self, query: Tensor, key: Tensor) -> Gravity:
-        return self.field.score(query, key, self.discounts.log_gamma(), self.discounts.discount)
+        return self.field.score(query, key, self.discounts.log_decay(), self.discounts.discount)
+
+    def clock(self, query: Tensor, key: Tensor, padding: Tensor | None) -> Clock | None:
+        return self.discounts.clock(query, key, padding)
 
     def project_out(self, read: Tensor) -> Tensor:
-        return self.decoder(read, self.out_proj)
+        return self.out_proj(self.decoder(read))
 
     def masses(self, query: Tensor, key: Tensor) -> dict[str, Tensor]:
         """Masses of the inputs query (N, L, E) and key (N, S, E), by role: each (N, T, H, L or S)."""

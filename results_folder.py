@@ -11,6 +11,8 @@
         error.txt                         of a failed cell: the traceback
         lease                             while a process works on it: which one (see experiment/cells.py)
         checkpoint_previous.pt            until it is done: the checkpoint before the last
+      <task>/<model>/tuning/lr<rate>/     a cell that tries a learning rate, with a seed that no result uses
+      <task>/<model>/learning_rate.json   what came of it, and the rate chosen (reporting/learning_rates.py)
       analysis/                           made by analyze_results.py alone
 
 JSON is strict (no NaN). Every file is written beside its place and moved into it, so a reader sees the
@@ -71,17 +73,27 @@ class WriteError(OSError):
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One model trained on one task with one seed."""
+    """One model trained on one task with one seed. trial: the learning rate that the cell tries; None where
+    it is a result."""
 
     task: str
     model: str
     seed: int
+    trial: float | None = None
+
+    @property
+    def _place(self) -> str:
+        return f"seed{self.seed}" if self.trial is None else f"tuning/lr{self.trial:g}"
 
     def __str__(self) -> str:
-        return f"{self.task}/{self.model}/seed{self.seed}"
+        return f"{self.task}/{self.model}/{self._place}"
 
     def folder(self, root: Path) -> Path:
-        return root / file_name(self.task) / file_name(self.model) / f"seed{self.seed}"
+        return root / file_name(self.task) / file_name(self.model) / self._place
+
+    def named(self) -> dict[str, Any]:
+        """As config.json has a result."""
+        return {"task": self.task, "model": self.model, "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -268,7 +280,7 @@ def _parse(text: str) -> Any:
     value = json.loads(text, parse_constant=_refuse, parse_int=_whole, parse_float=_fraction)
     if "\\ud" in text.lower():
         # Half of a pair, which no file and no terminal takes: UnicodeEncodeError, a ValueError.
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     return value
 
 

@@ -4,6 +4,7 @@
     python run_experiment.py --preset smoke       # every step once, tiny, in under a minute, offline
     python run_experiment.py --preset full --dry-run
     python run_experiment.py --models conventional gravitational,softening=0.01 --tasks listops
+    python run_experiment.py --learning-rate 0.001 0.003 0.01        # each model and task takes its best
     python run_experiment.py --models conventional my_package.my_module:MyAttention,temperature=2.0
     python run_experiment.py --preset full --max-minutes 55          # ends with exit code 75, and then:
     python run_experiment.py --resume results_20260101_120000        # until it ends with 0
@@ -38,6 +39,7 @@ from command_line import (
     InputError,
     Parser,
     add_settings,
+    described,
     exit_code,
     one_line,
     option_name,
@@ -63,6 +65,8 @@ from experiment.run_plan import PRESETS, RunPlan, check_output_folder, find_devi
 from experiment.run_progress import RunProgress, make_progress
 from experiment.stop_request import EXIT_RUN_AGAIN, StoppedError, StopRequest
 from experiment.tensorboard_log import check_tensorboard
+from experiment.tuning import record_choice
+from reporting.learning_rates import read_tuning
 from results_folder import Cell, create_results_folder, write_status
 from train_and_evaluate import ModelSettings, TrainingSettings
 
@@ -70,8 +74,7 @@ MOST_WORKERS = 1024
 
 
 def make_parser() -> Parser:
-    intro, examples, rest = (__doc__ or "").split("\n\n", 2)
-    parser = Parser(prog=PROG, description=f"{intro}\n\n{rest}", epilog=f"examples:\n{examples}")
+    parser = Parser(prog=PROG, **described(__doc__))
     run = parser.add_argument_group("Run")
     run.add_argument(
         "--preset",
@@ -207,7 +210,11 @@ def resumed(arguments: argparse.Namespace) -> tuple[Path, RunPlan, dict[str, Tas
     check_data(root, tasks)
     if changes := environment_changes(root, plan):
         print(f"this is not where {root} was begun, so bits may differ: {changes}")
-    open_cells = [cell for cell in chosen_cells(plan, arguments) if verified_cell(root, cell).state != "done"]
+    open_cells = [
+        cell
+        for cell in chosen_cells(plan, arguments)
+        if verified_cell(root, cell).state != "done" and not is_chosen(root, cell)
+    ]
     check_space(root, plan, tasks, open_cells)
     write_cells(root, plan, tasks)
     if arguments.retry_failed:
@@ -218,20 +225,32 @@ def resumed(arguments: argparse.Namespace) -> tuple[Path, RunPlan, dict[str, Tas
 
 
 def chosen_cells(plan: RunPlan, arguments: argparse.Namespace) -> list[Cell]:
-    """The cells that this process is to run: all, or the one of --cell-index."""
+    """The cells that this process is to run: all, or the one of --cell-index, with the trials of learning
+    rates that come before them."""
     index, count = arguments.cell_index, len(plan.cells)
     if index is None:
-        return plan.cells
+        return [*plan.trials, *plan.cells]
     if not 0 <= index < count:
         raise InputError(f"--cell-index must be 0 to {count - 1}, got {index}; see --list")
-    return [plan.cells[index]]
+    cell = plan.cells[index]
+    return [*plan.trials_for(cell), cell]
 
 
 # The loop, and the comparison
 
 
 def run_cells(root: Path, plan: RunPlan, chosen: Iterable[Cell], executor: Executor, fail_fast: bool) -> None:
-    """Every model on every task with every seed: each a cell in its folder, unless it is settled."""
+    """Every model on every task with every seed: each a cell in its folder, unless it is settled. Before
+    them, where there are several learning rates, the trials of each, until all that a result needs are
+    over."""
+    if plan.learning_rates:
+        run_trials(root, [cell for cell in plan.trials if cell in chosen], executor, fail_fast)
+        for cell in [cell for cell in plan.cells if cell in chosen]:
+            records = [verified_cell(root, one) for one in plan.trials_for(cell)]
+            if all(record.state in SETTLED for record in records):
+                record_choice(root, plan, cell, records)
+            else:  # a trial was stopped: --resume goes on with it
+                chosen = [one for one in chosen if one != cell]
     for seed in plan.seeds:  # outermost: a run that is cut off is still a comparison
         for task in plan.tasks:
             for model in plan.models:
@@ -246,24 +265,45 @@ def run_cells(root: Path, plan: RunPlan, chosen: Iterable[Cell], executor: Execu
     executor.join()
 
 
+def run_trials(root: Path, trials: list[Cell], executor: Executor, fail_fast: bool) -> None:
+    """The trials, those that others work on included: they are waited for, and taken over where they end."""
+    for cell in trials:
+        if is_open(root, cell) and not (fail_fast and executor.gave_up):
+            executor.run(cell)
+    executor.join()
+    for cell in freed(root, list(executor.left), executor.stop.check, to_the_end=True):
+        executor.left.pop(cell, None)
+        if is_open(root, cell) and not (fail_fast and executor.gave_up):
+            executor.run(cell)
+    executor.join()
+
+
 def is_open(root: Path, cell: Cell) -> bool:
-    """Whether a cell is neither done nor given up; one whose files are damaged is."""
+    """Whether a cell is neither done nor given up, or its files are damaged, and its trial is still of
+    use."""
+    if is_chosen(root, cell):
+        return False
     record = verified_cell(root, cell)
     return record.state not in SETTLED or record.damaged
 
 
+def is_chosen(root: Path, cell: Cell) -> bool:
+    """Whether a cell is a trial and the choice it was for is made, which stays."""
+    return cell.trial is not None and read_tuning(root, cell.task, cell.model) is not None
+
+
 def analyze_run(root: Path) -> bool:
     """Compare the cells; a failure here loses no result. Returns whether it worked."""
-    from analyze_results import analyze  # the figure libraries take seconds, in every worker that is spawned
-
     try:
+        from analyze_results import analyze  # the figure libraries take seconds, in every worker
+
         with leased(root):
             analyze(root)
     except LeasedError as error:
         print(f"analysis: left to another process ({error})")
     except Exception as error:
         print(f"{PROG}: the analysis failed: {type(error).__name__}: {error}", file=sys.stderr)
-        print(f"the results are whole: python analyze_results.py {root}", file=sys.stderr)
+        print(f"the results are whole: {analysis_command(root)}", file=sys.stderr)
         return False
     else:
         print(f"analysis: {root / 'analysis' / 'report.html'}")
@@ -297,12 +337,14 @@ def run_and_compare(
         return told_of_stop("interrupted", go_on, root, progress, stop)
     records = [verified_cell(root, cell) for cell in plan.cells]
     settled = all(record.state in SETTLED for record in records)
+    tried = [verified_cell(root, cell) for cell in plan.trials]
     own = {record.state for record in records if record.cell in chosen}
+    own |= {record.state for record in tried if record.cell in chosen and record.state == "failed"}
     code = EXIT_FAILED if own & set(GIVEN_UP) else EXIT_DONE if own <= {"done"} else EXIT_RUN_AGAIN
     if settled and not analyze_run(root):
         code = EXIT_FAILED
     print(accuracy_table(plan, records))
-    if failures := failure_table(records):
+    if failures := failure_table([*tried, *records]):
         print(failures)
     for task, why in plan.unavailable.items():
         print(f"left out: {task}: {why}")
@@ -315,8 +357,12 @@ def run_and_compare(
     return EXIT_FAILED if code == EXIT_DONE and plan.unavailable else code
 
 
+def analysis_command(root: Path) -> str:
+    return f"python analyze_results.py {shlex.quote(str(root))}"
+
+
 def told_of_stop(why: str, go_on: str, root: Path, progress: RunProgress, stop: StopRequest) -> int:
-    kept = f"what is done is kept: go on with {go_on}, or python analyze_results.py {root}"
+    kept = f"what is done is kept: go on with {go_on}, or {analysis_command(root)}"
     if not progress.epochs_done:
         kept = f"no epoch was finished, so nothing was gained: give it more time than an epoch takes: {go_on}"
     print(f"{PROG}: {why}; {kept}", file=sys.stderr)
@@ -347,7 +393,8 @@ def run(argv: list[str]) -> int:
         root, plan, _ = resumed(arguments)
     count = sum(is_open(root, cell) for cell in chosen_cells(plan, arguments))
     print(
-        f"results: {root} ({count} of {len(plan.cells)} cells to run, preset {plan.preset}, {plan.device})",
+        f"results: {root} ({count} of {len(plan.trials) + len(plan.cells)} cells to run, preset "
+        f"{plan.preset}, {plan.device})",
         flush=True,
     )
     if plan.preset == "smoke":

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from command_line import check_settings, first_line, setting
 from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches, training_batches
 from results_folder import PATTERNS, SCHEMA_VERSION, WriteError, as_json, write_arrays, write_json_lines
+from tasks.task_data import TaskForm
 from training.attention_patterns import attention_patterns
 from training.checkpoints import BEST, CheckpointError, resume, write_checkpoint, write_weights
 from training.device_memory import PeakMemory
@@ -68,7 +69,12 @@ class TrainingSettings:
     """Training"""
 
     batch_size: int = setting(32, "examples per optimizer step", minimum=1)
-    learning_rate: float = setting(1e-4, "AdamW learning rate, constant", above=0)
+    learning_rate: float = setting(
+        1e-4,
+        "AdamW learning rate, constant; of several each model and task takes the best on validation",
+        above=0,
+        several=True,
+    )
     weight_decay: float = setting(1e-5, "AdamW weight decay", minimum=0)
     max_epochs: int = setting(20, "epochs at most", minimum=1)
     patience: int = setting(10, "stop after this many epochs without a better validation accuracy", minimum=1)
@@ -134,9 +140,10 @@ class EncoderLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(settings.embed_dim)
         self.dropout = nn.Dropout(settings.dropout)
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, key_padding_mask: Tensor, causal: bool = False) -> Tensor:
         y = self.attention_norm(x)
-        y, _ = self.attention(y, y, y, key_padding_mask=key_padding_mask, need_weights=False)
+        only = {"is_causal": True} if causal else {}
+        y, _ = self.attention(y, y, y, key_padding_mask=key_padding_mask, need_weights=False, **only)
         x = x + self.dropout(y)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
@@ -151,6 +158,7 @@ class TransformerClassifier(nn.Module):
         `module(x, x, x, key_padding_mask=mask, need_weights=False)` and returns `(output, None)`.
     vocab_size: token ids are 0 (pad) to vocab_size - 1. num_classes: C.
     seed: starting weights are drawn from (seed, part), each part's apart from the others'.
+    form: whether it predicts at every token, is causal and adds positions.
     """
 
     def __init__(
@@ -160,9 +168,11 @@ class TransformerClassifier(nn.Module):
         num_classes: int,
         settings: ModelSettings,
         seed: int = 0,
+        form: TaskForm | None = None,
     ) -> None:
         super().__init__()
         cpu = torch.device("cpu")
+        self.form = form or TaskForm()
         self.embed_dim = settings.embed_dim
         with random_stream(cpu, seed, "embedding"):
             self.embedding = nn.Embedding(vocab_size, settings.embed_dim)
@@ -181,12 +191,20 @@ class TransformerClassifier(nn.Module):
         return [layer.get_submodule("attention") for layer in self.layers]
 
     def forward(self, tokens: Tensor, key_padding_mask: Tensor) -> Tensor:
-        """tokens (N, L) int64, key_padding_mask (N, L) bool, True = pad -> logits (N, C) in float32."""
-        positions = sinusoidal_positions(tokens.shape[1], self.embed_dim, tokens.device)
-        x = self.dropout(self.embedding(tokens) + positions)
+        """tokens (N, L) or (N, L, I) int64, key_padding_mask (N, L) bool, True = pad -> logits in float32:
+        (N, C), or (N, L, C) for token targets."""
+        x = self.embedding(tokens)
+        if tokens.dim() == 3:
+            x = x.sum(2)  # (N, L, I, E) -> (N, L, E)
+        if self.form.positions:
+            x = x + sinusoidal_positions(tokens.shape[1], self.embed_dim, tokens.device)
+        x = self.dropout(x)
         for layer in self.layers:
-            x = layer(x, key_padding_mask)
+            x = layer(x, key_padding_mask, self.form.causal)
         x = self.final_norm(x).float().masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
+        if self.form.target == "token":
+            with torch.autocast(tokens.device.type, enabled=False):
+                return self.classifier(x)  # (N, L, E) -> (N, L, C)
         true_tokens = (~key_padding_mask).sum(1, keepdim=True).clamp(min=1)
         # In float32: in bf16 the logits of two classes are often equal.
         with torch.autocast(tokens.device.type, enabled=False):
@@ -203,7 +221,9 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 
 def loss_and_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits (N, C) and labels (N,): the summed cross-entropy, and how many answers are right."""
+    """Of logits (..., C) and labels (...): the summed cross-entropy where a label counts, and the right
+    answers."""
+    logits, labels = logits.flatten(0, -2), labels.flatten()
     return F.cross_entropy(logits.float(), labels, reduction="sum"), (logits.argmax(-1) == labels).sum()
 
 
@@ -238,14 +258,18 @@ class Trainer:
         self.device, self.progress, self.check, self.fingerprint = device, progress, check, fingerprint
         self.forward = torch.compile(model, dynamic=True) if settings.compile else model
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Weights decay, biases, norms, horizons and other single numbers do not.
+        matrices = [parameter for parameter in self.parameters if parameter.dim() > 1]
+        others = [parameter for parameter in self.parameters if parameter.dim() <= 1]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
+            groups,
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
         self.bf16 = use_bf16(settings.precision, device)
-        splits = (task.train, task.val, task.test)
+        splits = (task.train, task.val, task.test, *task.longer_tests.values())
         longest = max(int(np.max(split.lengths, initial=1)) for split in splits)
         self.pad_to: Any = longest if settings.pad_to == "max" else "longest"
         self.warm = False
@@ -259,14 +283,14 @@ class Trainer:
         with self.autocast():
             logits = self.forward(batch.tokens, batch.key_padding_mask)
         loss, correct = loss_and_correct(logits, batch.labels)
-        (loss / len(batch.labels)).backward()
+        (loss / batch.predictions).backward()
         nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_clip)
         self.optimizer.step()
         return torch.stack([loss.detach(), correct])
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
         """Train on every example once. Returns what metrics.jsonl says of it."""
-        train, batch_size = self.task.train, self.settings.batch_size
+        train, batch_size = self.task.train_of(self.seed, epoch), self.settings.batch_size
         order = {"seed": self.seed, "epoch": epoch, "pad_to": self.pad_to, "device": self.device}
         batches = training_batches(train, batch_size, **order)
         self.model.train()
@@ -274,7 +298,7 @@ class Trainer:
         meter = StepMeter(epoch, int(train.lengths.sum()), self.progress, self.settings.divergence_steps)
         with random_stream(self.device, self.seed, "dropout", epoch):
             for batch in self._checked(batches):
-                meter.add(self.step(batch), len(batch.labels))
+                meter.add(self.step(batch), batch.predictions)
                 if not self.warm:  # a process's first step compiles, allocates and tunes
                     meter.start_clock(without=batch)
                     self.warm = True
@@ -285,14 +309,15 @@ class Trainer:
         """Evaluate `self.model`, or `self.forward`, which may be compiled; sums are over examples."""
         self.model.eval()
         batches = evaluation_batches(split, self.settings.batch_size, pad_to=self.pad_to, device=self.device)
-        sums = []
+        sums, predictions = [], 0
         with random_stream(self.device, self.seed, "evaluation", len(self.rows)):
             for batch in self._checked(batches):
                 with self.autocast():
                     logits = model(batch.tokens, batch.key_padding_mask)
+                predictions += batch.predictions
                 sums.append(torch.stack(loss_and_correct(logits, batch.labels)))
         loss, correct = torch.stack(sums).cpu().double().sum(0).tolist()
-        return Evaluation(loss / len(split), correct / len(split))
+        return Evaluation(loss / predictions, correct / predictions)
 
     def validate(self, epoch: int) -> dict[str, Any]:
         started = time.perf_counter()
@@ -309,6 +334,7 @@ class Trainer:
         while not self.finished:
             epoch = len(self.rows) + 1
             row = {"epoch": epoch, **self.train_epoch(epoch), **self.validate(epoch)}
+            row |= {"steps": self.steps_of(epoch)}
             row |= {"learning_rate": self.settings.learning_rate, "peak_memory_bytes": self.peak_memory}
             self.rows.append(row | {"learned": learned_scalars(self.model)})
             improved = self.best_epoch == epoch
@@ -325,8 +351,14 @@ class Trainer:
 
     @property
     def best_epoch(self) -> int:
-        """The first of those with the highest validation accuracy; 0 before the first."""
-        return int(np.argmax([row["val_accuracy"] for row in self.rows])) + 1 if self.rows else 0
+        """The first of those that are best by the task's metric on validation; 0 before the first."""
+        by_loss = self.task.form.metric == "bits_per_byte"
+        scores = [-row["val_loss"] if by_loss else row["val_accuracy"] for row in self.rows]
+        return int(np.argmax(scores)) + 1 if scores else 0
+
+    def steps_of(self, epochs: int) -> int:
+        """Optimizer steps in so many epochs."""
+        return epochs * math.ceil(len(self.task.train) / self.settings.batch_size)
 
     @property
     def finished(self) -> bool:
@@ -424,7 +456,8 @@ def train_and_evaluate(
     fingerprint = repr([seed, task.name, asdict(training), asdict(model_settings), own])
 
     def make_trainer() -> Trainer:
-        model = TransformerClassifier(make_attention, task.vocab_size, task.num_classes, model_settings, seed)
+        sizes = task.vocab_size, task.num_classes
+        model = TransformerClassifier(make_attention, *sizes, model_settings, seed, task.form)
         return Trainer(model, task, training, seed, device, progress, check, fingerprint)
 
     def resumed_trainer(state: dict[str, Any]) -> Trainer:
@@ -443,6 +476,10 @@ def train_and_evaluate(
         return PATTERNS
 
     result = summary(trainer, best, last)
+    if task.longer_tests:
+        longer = {length: trainer.evaluate(model, split) for length, split in task.longer_tests.items()}
+        own = str(int(task.test.lengths.max()))
+        result["test_by_length"] = {own: best._asdict(), **{k: e._asdict() for k, e in longer.items()}}
     # A trained cell is not lost to what comes after training: a user's model may not be countable or shown.
     result |= _if_possible("forward_flops", lambda: forward_flops(model, model.attentions, task.test.lengths))
     result |= _if_possible("attention_patterns", patterns)
@@ -466,6 +503,7 @@ def summary(trainer: Trainer, best: Evaluation, last: Evaluation) -> dict[str, A
     rates = [row["tokens_per_second"] for row in rows if row["tokens_per_second"] is not None]
     return {
         "schema_version": SCHEMA_VERSION,
+        "metric": trainer.task.form.metric,
         "test_accuracy_best": best.accuracy,
         "test_accuracy_last": last.accuracy,
         "test_loss_best": best.loss,

@@ -64,11 +64,13 @@ def dense_gradients(
     """The gradients of dense attention by those of the tensors that are needed, in this order; each can be
     differentiated again where gradients are enabled. tensors: q, k, v, those that `split_score` took out of
     the score, padding, pairs."""
-    q, k, v, *of_score, padding, pairs = tensors
-    assert q is not None and k is not None and v is not None
     again = torch.is_grad_enabled()
-    inputs = [x for x, need in zip(tensors, needed, strict=True) if x is not None and need]
     with torch.enable_grad():
+        # Each a tensor of its own: one may come twice, and its gradient is asked for by each place.
+        tensors = [None if x is None else x.view_as(x) for x in tensors]
+        inputs = [x for x, need in zip(tensors, needed, strict=True) if x is not None and need]
+        q, k, v, *of_score, padding, pairs = tensors
+        assert q is not None and k is not None and v is not None
         dtype = torch.promote_types(q.dtype, torch.float32)
         mask = Mask(padding, pairs, causal)
         weights = dense_weights(q.to(dtype), k.to(dtype), join_score(score, of_score), mask)

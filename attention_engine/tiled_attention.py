@@ -13,8 +13,8 @@ A tile of scores is made, used and forgotten (online softmax, Milakov and Gimels
 
 The softened distance of gravity is one product of vectors that carry their squared norm, less a centre that
 no distance sees: `r2 + softening = [-2 q / D, |q|^2 / D + softening, 1] . [k, 1, |k|^2 / D]`. Where float32
-is not enough for it the call is computed in float64, see `needs_float64`. Far keys are skipped where a fixed
-decay makes them negligible (far_keys.py).
+is not enough for it the call is computed in float64, see `needs_float64`. Far keys are skipped where decay
+makes them negligible (far_keys.py).
 
 Symbols and masks: see attention_module.py. B problems are (example, head).
 """
@@ -185,10 +185,10 @@ def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
         b = torch.cat([k, torch.ones_like(norm_k), norm_k], -1)
         constants = (1.0, score.softening, score.distance_power / 2)
     reach = [[max(q.shape[3], k.shape[3])] * len(ends)]
-    fixed = log_decay is not None and not log_decay.requires_grad and query_clock is None
-    if log_decay is not None and fixed and pairs is None and call.skip_far_keys:
+    given_decay = of_pairs[6]  # which tells whether it is learned
+    if call.skip_far_keys and given_decay is not None and pairs is None and query_clock is None:
         mask = Mask(padding, causal=call.causal)
-        found = reach_of_rows(q, k, strength, key_mass, log_decay, mask, *constants)
+        found = reach_of_rows(q, k, strength, key_mass, given_decay, mask, *constants)
         reach = found.transpose(0, 1).flatten(1).tolist()
     log_decay = None if log_decay is None else log_decay.expand(len(q), -1, -1)
 

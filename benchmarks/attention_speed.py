@@ -45,6 +45,7 @@ from command_line import (
     add_settings,
     check_settings,
     choose,
+    described,
     exit_code,
     given_settings,
     setting,
@@ -332,8 +333,7 @@ def save_speed_figure(rows: Sequence[dict[str, Any]], stem: Path, settings: Spee
 
 
 def main(argv: list[str] | None = None) -> int:
-    intro, examples, rest = (__doc__ or "").split("\n\n", 2)
-    parser = Parser(description=f"{intro}\n\n{rest}", epilog=f"examples:\n{examples}")
+    parser = Parser(**described(__doc__))
     add_settings(parser, SpeedSettings)
     arguments = parser.parse_args(argv)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from command_line import InputError
+from command_line import InputError, given_path
 from experiment.run_plan import find_device
 from results_folder import write_json
 from training.run_environment import describe_environment
@@ -85,12 +85,13 @@ def _here(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def results_stem(folder: str, benchmark: str, device: torch.device) -> Path:
     """`<folder>/<date>_<device>_<benchmark>`, without suffix; InputError where the folder cannot be made."""
+    place = given_path(folder, "--output-dir")
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output-dir {folder} cannot be made: {error.strerror}") from error
-    place = f"cpu-{torch.get_num_threads()}-threads" if device.type == "cpu" else device.type
-    return Path(folder) / f"{datetime.date.today().isoformat()}_{place}_{benchmark}"
+    where = f"cpu-{torch.get_num_threads()}-threads" if device.type == "cpu" else device.type
+    return place / f"{datetime.date.today().isoformat()}_{where}_{benchmark}"
 
 
 def write_results(stem: Path, device: torch.device, settings: dict[str, Any], rows: Any) -> None:

@@ -21,7 +21,7 @@ if __name__ == "__main__":  # run as a file: Python looks for modules in this fo
 
 import numpy as np
 
-from command_line import EXIT_DONE, InputError, Parser, exit_code
+from command_line import EXIT_DONE, InputError, Parser, described, exit_code
 from results_folder import write_json
 from tasks.listops import ListOpsSettings, generate_splits
 from tasks.listops_tsv import write_files
@@ -58,8 +58,7 @@ def measure(expressions: int, seed: int, write: bool) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    intro, examples, rest = (__doc__ or "").split("\n\n", 2)
-    parser = Parser(description=f"{intro}\n\n{rest}", epilog=f"examples:\n{examples}")
+    parser = Parser(**described(__doc__))
     parser.add_argument("--expressions", type=int, default=LRA_EXPRESSIONS, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--write", action="store_true", help="also time writing the three .tsv files")

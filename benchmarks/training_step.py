@@ -40,6 +40,7 @@ from command_line import (
     add_settings,
     check_settings,
     choose,
+    described,
     exit_code,
     given_settings,
     setting,
@@ -168,8 +169,7 @@ def table_of(rows: Sequence[dict[str, Any]], settings: StepSettings, device: tor
 
 
 def main(argv: list[str] | None = None) -> int:
-    intro, examples, rest = (__doc__ or "").split("\n\n", 2)
-    parser = Parser(description=f"{intro}\n\n{rest}", epilog=f"examples:\n{examples}")
+    parser = Parser(**described(__doc__))
     add_settings(parser, StepSettings)
     add_settings(parser, ModelSettings)
     arguments = parser.parse_args(argv)

@@ -16,7 +16,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,8 @@ from experiment.plan_files import check_data, placed, read_plan
 from experiment.run_plan import RunPlan, load_once, settings_by_cell
 from experiment.stop_request import StoppedError
 from experiment.tensorboard_log import TensorboardProgress
+from experiment.tuning import training_of
+from reporting.run_results import metric_of
 from results_folder import (
     SCHEMA_VERSION,
     Cell,
@@ -35,6 +37,7 @@ from results_folder import (
     as_json,
     note_sharing,
     read_cell,
+    read_json,
     remove_unfinished,
     write_json,
     write_status,
@@ -103,11 +106,13 @@ def _lease(folder: Path) -> filelock.SoftFileLease:
     )
 
 
-def freed(root: Path, cells: Iterable[Cell], check: Callable[[], None]) -> Iterator[Cell]:
-    """Of cells whose leases other machines hold, those that are released, or not renewed for LEASE_SECONDS;
-    all are watched for that long."""
+def freed(
+    root: Path, cells: Iterable[Cell], check: Callable[[], None], *, to_the_end: bool = False
+) -> Iterator[Cell]:
+    """Of cells whose leases others hold, those that are released, or not renewed for LEASE_SECONDS; all are
+    watched for that long, or `to_the_end`: until none is held."""
     leases = {cell: _lease(cell.folder(root)) for cell in cells}
-    end = time.monotonic() + LEASE_SECONDS + HEARTBEAT_SECONDS
+    end = math.inf if to_the_end else time.monotonic() + LEASE_SECONDS + HEARTBEAT_SECONDS
     while leases and time.monotonic() < end:
         check()
         for cell, lease in list(leases.items()):
@@ -203,9 +208,16 @@ def _train(job: CellJob, folder: Path, progress: Progress, check: Callable[[], N
     task = load_once(job.cell.task, plan.data_settings[job.cell.task])
     check_data(job.root, {job.cell.task: task})
     note_sharing(folder, job.sharing)
+    chosen = training_of(job.root, plan, job.cell)
+    if plan.learning_rates:
+        config = read_json(folder / "config.json") | {"training_settings": asdict(chosen)}
+        write_json(folder / "config.json", config)
+    if job.cell.trial is not None:
+        # What chooses a setting never sees the test split.
+        task = replace(task, test=task.val, longer_tests={})
     settings = settings_by_cell(plan, {job.cell.task: task})[job.cell.task, job.cell.model]
     attention = plan.model_of(job.cell).attention(settings)
-    training = plan.training_settings, job.cell.seed, folder, plan.device
+    training = chosen, job.cell.seed, folder, plan.device
     if not job.tensorboard:
         return train_and_evaluate(attention, task, settings, *training, progress, check)
     with TensorboardProgress(progress, folder) as told:
@@ -234,8 +246,11 @@ def _encodable(text: str) -> str:
 def _result(record: CellRecord) -> str:
     if record.result is None:
         return record.reason
-    accuracy, epoch = record.result["test_accuracy_best"], record.result["best_epoch"]
-    return f"test accuracy {accuracy:.1%} (of epoch {epoch})"
+    metric = metric_of(record)
+    value = metric.read(record.result, "test_{}_best")
+    split = "test" if record.cell.trial is None else "validation"
+    shown = "not known" if value is None else metric.shown(value)
+    return f"{split} {metric.title} {shown} (of epoch {record.result['best_epoch']})"
 
 
 def verified_cell(root: Path, cell: Cell) -> CellRecord:

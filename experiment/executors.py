@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from command_line import InputError, first_line
+from command_line import InputError, first_line, given_path, keep_streams
 from experiment.cells import (
     GIVEN_UP,
     HEARTBEAT_SECONDS,
@@ -92,7 +92,8 @@ class Executor:
             self.left[cell] = outcome
         else:
             self.left.pop(cell, None)
-        self.gave_up |= outcome.state in GIVEN_UP
+        # A trial may diverge: that is what a grid of learning rates is to find out.
+        self.gave_up |= outcome.state in GIVEN_UP and (cell.trial is None or outcome.state == "failed")
         self.progress.cell_ended(cell, *outcome)
 
 
@@ -235,6 +236,7 @@ _worker: dict[str, Any] = {}  # of a worker process: what it was begun with
 
 
 def _begin_worker(messages: Any, stopped: Any, threads: int, parent: int) -> None:
+    keep_streams()
     torch.set_num_threads(threads)
     _worker.update(progress=_Messages(messages), stop=StopRequest(parent=parent, also=stopped.is_set))
 
@@ -263,7 +265,7 @@ class RayExecutor(ParallelExecutor):
 
         self.ray, self.deaths = ray, (ray.exceptions.RayError,)
         sharing = cells_on_a_device(resources.cpus, resources.gpus, _largest("CPU"), cells)
-        places = {name: str(Path(path).expanduser().resolve()) for name, path in template.places.items()}
+        places = {name: str(given_path(path).resolve()) for name, path in template.places.items()}
         self.template = replace(template, root=template.root.resolve(), places=places, sharing=sharing)
         options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": 0}
         self.task: Any = ray.remote(**options)(_run_as_task)
@@ -287,6 +289,7 @@ class RayExecutor(ParallelExecutor):
 
 
 def _run_as_task(job: CellJob, threads: int, minutes: float | None) -> Ended:
+    keep_streams()
     torch.set_num_threads(threads)
     stop = StopRequest(None if minutes is None else max(minutes, SHORTEST_MINUTES))
     try:

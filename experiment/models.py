@@ -30,6 +30,7 @@ from conventional_attention import ConventionalAttention
 from gravitational_attention import GravitationalAttention
 from gravitational_multi_timescale_attention import GravitationalMultiTimescaleAttention
 from multi_timescale_attention import MultiTimescaleAttention
+from tasks.task_data import TaskForm
 from train_and_evaluate import ModelSettings, TransformerClassifier, random_stream
 from training.model_cost import count_parameters
 
@@ -40,6 +41,19 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "gravitational_multi_timescale": GravitationalMultiTimescaleAttention,
     # A control, on request: is it the several timescales, or would any relative position do?
     "discounted": functools.partial(MultiTimescaleAttention, num_timescales=1, gammas=None, decoder="linear"),
+    # A control: does a horizon for each head, log-spaced as ALiBi's slopes are, do as well as timescales?
+    "per_head_decay": functools.partial(
+        MultiTimescaleAttention, timescales="heads", num_timescales=None, decoder="linear", adaptive=False
+    ),
+    "adaptive": functools.partial(
+        MultiTimescaleAttention,
+        timescales="heads",
+        num_timescales=None,
+        decoder="linear",
+        adaptive=True,
+        learn_gammas=True,
+        discount="weights",
+    ),
 }
 COMPARED = ("conventional", "gravitational", "multi_timescale", "gravitational_multi_timescale")
 SYNTAX = "MODEL,setting=value,..."
@@ -120,7 +134,10 @@ class Model:
         padding = torch.tensor([[False, False, True], [False, False, False]])
         try:
             with random_stream(torch.device("cpu"), "check"), torch.no_grad():
-                output, _ = self.attention(settings)()(x, x, x, key_padding_mask=padding, need_weights=False)
+                attention = self.attention(settings)()
+                if any(map(nn.parameter.is_lazy, attention.parameters())):
+                    raise TypeError("its lazy layers have no parameters to count and train: give their sizes")
+                output, _ = attention(x, x, x, key_padding_mask=padding, need_weights=False)
                 shape = tuple(output.shape)
         except Exception as error:
             raise InputError(f"model {self.name}: {first_line(error)}") from error
@@ -231,9 +248,12 @@ def _value(text: str, hint: Any) -> Any:
     return value
 
 
-def build(model: Model, settings: ModelSettings, vocab_size: int, num_classes: int) -> TransformerClassifier:
+def build(
+    model: Model, settings: ModelSettings, vocab_size: int, num_classes: int, form: TaskForm | None = None
+) -> TransformerClassifier:
     """The encoder with the model's attention."""
-    return TransformerClassifier(model.attention(settings), vocab_size, num_classes, settings)
+    attention = model.attention(settings)
+    return TransformerClassifier(attention, vocab_size, num_classes, settings, form=form or TaskForm())
 
 
 def matched_settings(

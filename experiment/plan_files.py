@@ -25,7 +25,13 @@ import numpy as np
 from command_line import InputError, given_settings, option_name
 from data_pipeline import TASKS, DataSettings, TaskData
 from experiment.models import Model
-from experiment.run_plan import RunPlan, find_device, parameter_counts, settings_by_cell
+from experiment.run_plan import (
+    RunPlan,
+    find_device,
+    parameter_counts,
+    settings_by_cell,
+    training_and_rates,
+)
 from results_folder import (
     SCHEMA_VERSION,
     Cell,
@@ -36,6 +42,7 @@ from results_folder import (
     write_json,
     write_status,
 )
+from tasks.token_dataset import IGNORED
 from train_and_evaluate import ModelSettings, TrainingSettings
 from training.run_environment import describe_environment
 
@@ -65,9 +72,13 @@ def check_space(folder: Path, plan: RunPlan, tasks: dict[str, TaskData], cells: 
 
 
 def _task_info(task: TaskData) -> dict[str, Any]:
-    counts = np.bincount(np.asarray(task.test.labels), minlength=task.num_classes)
+    labels = task.test.labels[task.test.labels != IGNORED]
+    counts = np.bincount(labels, minlength=task.num_classes)
     return {
         "title": task.title,
+        "metric": task.form.metric,
+        "target": task.form.target,
+        "causal": task.form.causal,
         "num_classes": task.num_classes,
         "chance": 1 / task.num_classes,
         "majority": float(counts.max() / counts.sum()),
@@ -86,7 +97,7 @@ def write_plan(root: Path, plan: RunPlan, tasks: dict[str, TaskData], argv: list
         "command": shlex.join(["python", PROG, *argv]),
         "settings": {
             "model": asdict(plan.model_settings),
-            "training": asdict(plan.training_settings),
+            "training": training_values(plan),
             "data": {name: asdict(settings) for name, settings in plan.data_settings.items()},
             "device": str(plan.device),
         },
@@ -96,7 +107,7 @@ def write_plan(root: Path, plan: RunPlan, tasks: dict[str, TaskData], argv: list
         "seeds": list(plan.seeds),
         "workers": workers,
         "task_info": {name: _task_info(task) for name, task in tasks.items()},
-        "cells": [asdict(cell) for cell in plan.cells],
+        "cells": [cell.named() for cell in plan.cells],
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     sums = {name: task.provenance.get("sha256") for name, task in tasks.items()}
@@ -110,7 +121,7 @@ def write_cells(root: Path, plan: RunPlan, tasks: dict[str, TaskData]) -> None:
 
     Raises InputError where a cell's folder is a link that leads out of the results folder."""
     parameters, settings = parameter_counts(plan, tasks), settings_by_cell(plan, tasks)
-    for cell in plan.cells:
+    for cell in [*plan.trials, *plan.cells]:
         folder = cell.folder(root)
         if not inside(folder, root):
             raise InputError(f"{folder} is a link that leads out of {root}; nothing is written through it")
@@ -118,11 +129,11 @@ def write_cells(root: Path, plan: RunPlan, tasks: dict[str, TaskData]) -> None:
         model = plan.model_of(cell)
         cell_config = {
             "schema_version": SCHEMA_VERSION,
-            **asdict(cell),
+            **cell.named(),
             "model_class": model.class_name,
             "attention_arguments": model.attention(settings[cell.task, cell.model]).keywords,
             "model_settings": asdict(settings[cell.task, cell.model]),
-            "training_settings": asdict(plan.training_settings),
+            "training_settings": training_values(plan),
             "data_settings": asdict(plan.data_settings[cell.task]),
             "parameters": parameters[cell.task, cell.model],
         }
@@ -139,20 +150,22 @@ def read_plan(root: Path) -> RunPlan:
     config = read_results(root).config
     try:
         settings = config["settings"]
+        training, rates = _training(settings["training"])
         plan = RunPlan(
             preset=str(config["preset"]),
             models=tuple(Model.parse(str(name)) for name in config["models"]),
             tasks=tuple(map(str, config["tasks"])),
             seeds=tuple(map(int, config["seeds"])),
             model_settings=_settings(ModelSettings, settings["model"]),
-            training_settings=_settings(TrainingSettings, settings["training"]),
+            training_settings=training,
             data_settings={
                 str(task): _settings(DataSettings, data) for task, data in settings["data"].items()
             },
             device=find_device(str(settings["device"])),
             unavailable={str(task): str(why) for task, why in config.get("unavailable", {}).items()},
+            learning_rates=rates,
         )
-        known = [asdict(cell) for cell in plan.cells]
+        known = [cell.named() for cell in plan.cells]
         complete = set(plan.tasks) <= set(plan.data_settings) and set(plan.tasks) <= set(TASKS)
         if known != config["cells"] or not complete:
             raise ValueError("its cells are not those of its tasks, models and seeds")
@@ -161,6 +174,22 @@ def read_plan(root: Path) -> RunPlan:
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise InputError(f"{root} cannot be resumed: its config.json is another's ({error})") from error
     return plan
+
+
+def training_values(plan: RunPlan) -> dict[str, Any]:
+    """The training settings as JSON, with all learning rates where there are several to choose from."""
+    values = asdict(plan.training_settings)
+    return values | {"learning_rate": list(plan.learning_rates)} if plan.learning_rates else values
+
+
+def _training(values: dict[str, Any]) -> tuple[TrainingSettings, tuple[float, ...]]:
+    """The inverse of `training_values`."""
+    rates = values.get("learning_rate")
+    if not isinstance(rates, list):
+        return _settings(TrainingSettings, values), ()
+    for rate in rates:
+        _settings(TrainingSettings, values | {"learning_rate": rate})
+    return training_and_rates(values | {"learning_rate": tuple(rates)})
 
 
 def _settings(kind: type, values: dict[str, Any]) -> Any:
@@ -209,7 +238,10 @@ def refuse_changes(root: Path, plan: RunPlan, arguments: argparse.Namespace) -> 
         found.append(("--device", plan.device.type, find_device(arguments.device).type))
     for part in (plan.model_settings, plan.training_settings):
         for name, value in given_settings(arguments, type(part)).items():
-            found.append((option_name(name), getattr(part, name), value))
+            there = getattr(part, name)
+            if name == "learning_rate":
+                there, value = plan.learning_rates or (there,), tuple(sorted(value))
+            found.append((option_name(name), there, value))
     for name, value in given_settings(arguments, DataSettings).items():
         for task in plan.tasks:
             if name not in PLACES and (name != "min_length" or task == "listops"):

@@ -41,6 +41,9 @@ def listing(plan: RunPlan, root: Path | None) -> str:
     lines += ["tasks:"]
     for task, load in TASKS.items():
         lines.append(f"  {task:32}{' '.join((load.__doc__ or '').split('.')[0].split())}")
+    if plan.learning_rates:
+        rates = " ".join(f"{rate:g}" for rate in plan.learning_rates)
+        lines += [f"learning rates that each model and task first tries, {len(plan.trials)} cells: {rates}"]
     lines += [f"cells of {root or f'preset {plan.preset}'}, by the number that --cell-index takes:"]
     for index, cell in enumerate(plan.cells):
         lines.append(f"{index:6}  {cell}" + (f"  {verified_cell(root, cell).state}" if root else ""))
@@ -59,6 +62,8 @@ def dry_run(plan: RunPlan, tasks: dict[str, TaskData]) -> int:
     parameters, settings = parameter_counts(plan, tasks), settings_by_cell(plan, tasks)
     models = {model.name: model for model in plan.models}
     print(f"preset {plan.preset} on {plan.device}: {len(plan.cells)} cells, seeds {plan.seeds}")
+    if plan.learning_rates:
+        print(f"and before them {len(plan.trials)} cells that try the learning rates {plan.learning_rates}")
     width = max(48, *(len(f"{task}/{name}") + 2 for task, name in parameters))
     print(f"{'task/model':{width}}{'parameters':>12}{'step':>11}{'epoch':>9}{'cell, at most':>15}")
     total, failed = 0.0, False
@@ -70,7 +75,7 @@ def dry_run(plan: RunPlan, tasks: dict[str, TaskData]) -> int:
             failed = True
             print(f"{cell}  fails: {first_line(error)}", flush=True)
             continue
-        total += estimate.cell * len(plan.seeds)
+        total += estimate.cell * (len(plan.seeds) + len(plan.learning_rates))
         times = f"{estimate.step * 1000:8,.0f} ms{duration(estimate.epoch):>9}{duration(estimate.cell):>15}"
         print(f"{cell}{times}", flush=True)
     print(f"in all at most about {duration(total)}, one cell after the other; nothing was written")
@@ -88,7 +93,7 @@ class TimeEstimate(NamedTuple):
 def estimate_time(model: Model, task: TaskData, settings: ModelSettings, plan: RunPlan) -> TimeEstimate:
     """Time one training step and one evaluation step on each of two batches, after one to warm up."""
     training: TrainingSettings = plan.training_settings
-    encoder = build(model, settings, task.vocab_size, task.num_classes)
+    encoder = build(model, settings, task.vocab_size, task.num_classes, task.form)
     trainer = Trainer(encoder, task, training, 0, plan.device, Progress())
     parts = [examples_at(task.train, quantile, training.batch_size) for quantile in QUARTILES]
 

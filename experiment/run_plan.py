@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from command_line import InputError, choose, given_settings, refuse_too_large
-from data_pipeline import TASKS, DataSettings, DataUnavailableError, TaskData, load_task
+from data_pipeline import MEANINGLESS, TASKS, DataSettings, DataUnavailableError, TaskData, load_task
 from experiment.models import COMPARED, Model, build, matched_settings
 from results_folder import Cell, file_name
 from train_and_evaluate import ModelSettings, TrainingSettings
 from training.model_cost import count_parameters
 
 DEVICE_TYPES = ("cpu", "cuda", "mps")
+TUNING_SEED = 1_000_000  # with which learning rates are tried: no result may use it
 LONGEST_NAME = 200  # bytes: file systems take 255 for a folder's name
 
 
@@ -29,11 +30,13 @@ LONGEST_NAME = 200  # bytes: file systems take 255 for a folder's name
 class Preset:
     """Settings that differ from the defaults, those of the data by task.
 
+    learning_rate of `training`: a number, or a tuple of those to choose from for each model and task.
     complete: whether a task whose data cannot be had ends the run before it begins; else it is left out.
     """
 
     summary: str
     tasks: tuple[str, ...] = ("imdb", "listops")
+    models: tuple[str, ...] = COMPARED
     seeds: tuple[int, ...] = (0,)
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -56,6 +59,14 @@ PRESETS = {
             | {"train_size": 6000, "val_size": 1000, "test_size": 2000},
         },
     ),
+    "mechanisms": Preset(
+        "recall and hold, with two controls, eight seeds and tuned learning rates",
+        tasks=("recall", "hold"),
+        models=(*COMPARED, "per_head_decay", "adaptive"),
+        seeds=tuple(range(8)),
+        model={"embed_dim": 64, "feed_forward_dim": 128, "dropout": 0.0},
+        training={"max_epochs": 12, "patience": 12, "learning_rate": (0.003, 0.01)},
+    ),
     "smoke": Preset(
         "every step of a run once, tiny and offline; its figures mean nothing",
         tasks=("listops",),
@@ -71,7 +82,9 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run with everything settled. data_settings: by task. unavailable: by task that was left out, why."""
+    """A run with everything settled. data_settings: by task. unavailable: by task that was left out, why.
+    learning_rates: those to choose from, ascending, where there are several; training_settings has the
+    first."""
 
     preset: str
     models: tuple[Model, ...]
@@ -82,6 +95,22 @@ class RunPlan:
     data_settings: dict[str, DataSettings]
     device: torch.device
     unavailable: dict[str, str] = field(default_factory=dict)
+    learning_rates: tuple[float, ...] = ()
+
+    @property
+    def trials(self) -> list[Cell]:
+        """The cells that try the learning rates, all for each task and model: the same budget for every
+        model."""
+        return [
+            Cell(task, model.name, TUNING_SEED, rate)
+            for task in self.tasks
+            for model in self.models
+            for rate in self.learning_rates
+        ]
+
+    def trials_for(self, cell: Cell) -> list[Cell]:
+        """The trials that settle the learning rate of a result."""
+        return [one for one in self.trials if (one.task, one.model) == (cell.task, cell.model)]
 
     @property
     def cells(self) -> list[Cell]:
@@ -107,7 +136,7 @@ def make_plan(arguments: argparse.Namespace) -> RunPlan:
     if preset_name == "auto":
         preset_name = "full" if device.type == "cuda" else "quick"
     preset = PRESETS[preset_name]
-    models = tuple(map(Model.parse, _each_once(arguments.models or COMPARED, "--models")))
+    models = tuple(map(Model.parse, _each_once(arguments.models or preset.models, "--models")))
     tasks = _each_once(arguments.tasks or preset.tasks, "--tasks")
     seeds = _each_once(arguments.seeds or preset.seeds, "--seeds")
     for task in tasks:
@@ -115,17 +144,21 @@ def make_plan(arguments: argparse.Namespace) -> RunPlan:
     if min(seeds) < 0:
         raise InputError(f"--seeds must be at least 0, got {min(seeds)}")
     refuse_too_large(max(seeds), "--seeds")
+    if TUNING_SEED in seeds:
+        raise InputError(f"--seeds must not name {TUNING_SEED}: it is kept for choosing learning rates")
+    training, rates = training_and_rates(preset.training | given_settings(arguments, TrainingSettings))
     plan = RunPlan(
         preset=preset_name,
         models=models,
         tasks=tasks,
         seeds=seeds,
         model_settings=ModelSettings(**preset.model | given_settings(arguments, ModelSettings)),
-        training_settings=TrainingSettings(**preset.training | given_settings(arguments, TrainingSettings)),
+        training_settings=training,
         data_settings={
             task: _data_settings(preset, task, given_settings(arguments, DataSettings)) for task in tasks
         },
         device=device,
+        learning_rates=rates,
     )
     for number, model in enumerate(models):
         model.check(plan.model_settings)
@@ -135,6 +168,16 @@ def make_plan(arguments: argparse.Namespace) -> RunPlan:
                     f"--models names one model twice: {other.name} and {model.name} have equal settings"
                 )
     return plan
+
+
+def training_and_rates(values: dict[str, Any]) -> tuple[TrainingSettings, tuple[float, ...]]:
+    """The settings of values whose learning_rate may be several, and these in ascending order; of one value
+    there is nothing to choose. InputError where one is not legal or comes twice."""
+    given = values.get("learning_rate", TrainingSettings().learning_rate)
+    several = given if isinstance(given, tuple) else (given,)
+    settings = [TrainingSettings(**values | {"learning_rate": rate}) for rate in sorted(several)]
+    _each_once([f"{rate:g}" for rate in several], "--learning-rate")  # the names of the trials' folders
+    return settings[0], tuple(one.learning_rate for one in settings) if len(settings) > 1 else ()
 
 
 def _each_once(entries: Sequence[Any], option: str) -> tuple[Any, ...]:
@@ -153,9 +196,9 @@ def _each_once(entries: Sequence[Any], option: str) -> tuple[Any, ...]:
 def _data_settings(preset: Preset, task: str, given: dict[str, Any]) -> DataSettings:
     """A task's data settings; an option that means nothing to the task is left out."""
     values = preset.data.get(task, {}) | given
-    if task != "listops":
-        values.pop("min_length", None)
-    return DataSettings(**values)
+    return DataSettings(
+        **{name: value for name, value in values.items() if name not in MEANINGLESS.get(task, ())}
+    )
 
 
 def find_device(name: str) -> torch.device:

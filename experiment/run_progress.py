@@ -5,7 +5,6 @@ run_cell(job, progress.of(cell), check)           # a Progress for the trainer o
 progress.cell_ended(cell, "done", "test accuracy 73.3%")
 """
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -30,9 +29,7 @@ class RunProgress:
         return CellProgress(self, cell)
 
     def say(self, line: str) -> None:
-        # A pipe that was closed, or a log on a full disk, is no failure of the cell in training.
-        with contextlib.suppress(OSError):
-            print(line, flush=True)
+        print(line, flush=True)
 
     def note(self, cell: Cell, text: str) -> None:
         self.say(f"{cell}: {text}")

@@ -1,7 +1,7 @@
 """All numbers of a comparison, made once and handed to the tables, findings, figures and the report.
 
 analysis = make_analysis(read_joined([folder]))
-analysis.mean("listops", "gravitational", ACCURACY)         # Estimate(n=3, mean=0.43, low=0.41, high=0.45)
+analysis.quality("listops", "gravitational")                # Estimate(n=3, mean=0.43, low=0.41, high=0.45)
 """
 
 import math
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from command_line import choose
-from reporting.accuracy_against_cost import progress_metrics, progress_table, target_accuracies
+from command_line import InputError, choose
+from reporting.accuracy_against_cost import progress_metrics, progress_table, target_qualities
 from reporting.comparison_tables import (
-    Difference,
-    compare,
     epoch_table,
     learned_table,
     metric_table,
     summarize,
 )
 from reporting.figure_style import ModelStyle, model_styles
+from reporting.learning_rates import Tuning, read_tuning
+from reporting.metrics import Metric
 from reporting.run_results import (
     JoinedResults,
     TaskFacts,
@@ -32,6 +32,7 @@ from reporting.run_results import (
     tasks_of,
 )
 from reporting.seed_statistics import Estimate
+from reporting.verdicts import Difference, Speed, compare, compare_speed
 from results_folder import AttentionPatterns, Cell, CellRecord, Results
 
 SMOKE = "smoke test: its numbers mean nothing"
@@ -40,7 +41,8 @@ SMOKE = "smoke test: its numbers mean nothing"
 @dataclass(frozen=True)
 class Analysis:
     """All that a report is made from. styles: name, colour and marker by model, in order; baseline: the model
-    that the others are compared with; facts, targets: by task; no_patterns: why a cell has none.
+    that the others are compared with; facts, targets: by task; no_patterns: why a cell has none; tunings: by
+    task and model, the first folder's that has one; bad_tunings: why one cannot be read.
 
     See comparison_tables.py and accuracy_against_cost.py for the tables."""
 
@@ -51,12 +53,15 @@ class Analysis:
     table: pd.DataFrame
     summary: pd.DataFrame
     differences: list[Difference]
+    speeds: list[Speed]
     epochs: pd.DataFrame
     learned: pd.DataFrame
     progress: pd.DataFrame
     targets: dict[str, float]
     patterns: dict[Cell, AttentionPatterns]
     no_patterns: dict[Cell, str]
+    tunings: dict[tuple[str, str], Tuning]
+    bad_tunings: list[str]
 
     @property
     def results(self) -> Results:
@@ -81,6 +86,13 @@ class Analysis:
             return Estimate(0, math.nan, math.nan, math.nan)
         n, mean, low, high = (float(rows[column].iloc[0]) for column in Estimate._fields)
         return Estimate(int(n), mean, low, high)
+
+    def quality(self, task: str, model: str) -> Estimate:
+        """The mean of the task's own metric on the test split."""
+        return self.mean(task, model, self.metric(task).best)
+
+    def metric(self, task: str) -> Metric:
+        return self.facts[task].metric
 
     def notice(self, task: str, *, timed: bool = False) -> str:
         """What must be said wherever numbers of the task are shown; mostly nothing.
@@ -117,8 +129,9 @@ def make_analysis(joined: JoinedResults, baseline: str | None = None) -> Analysi
     facts = {task: task_facts(results, task) for task in tasks_of(results)}
     patterns, no_patterns = read_patterns(results)
     progress = progress_table(results)
-    targets = target_accuracies(progress, {task: one.chance for task, one in facts.items()}, baseline)
-    measured, more = metric_table(results, patterns), progress_metrics(progress, targets)
+    targets = target_qualities(progress, facts)
+    tunings, bad_tunings = _tunings(joined)
+    measured, more = metric_table(results, patterns), progress_metrics(progress, targets, facts)
     table = pd.concat([measured, more], ignore_index=True) if len(more) else measured
     return Analysis(
         joined=joined,
@@ -127,11 +140,29 @@ def make_analysis(joined: JoinedResults, baseline: str | None = None) -> Analysi
         baseline=baseline,
         table=table,
         summary=summarize(table),
-        differences=compare(table, baseline),
+        differences=compare(table, baseline, {task: one.level for task, one in facts.items()}),
+        speeds=compare_speed(progress, targets, {task: one.metric for task, one in facts.items()}, baseline),
         epochs=epoch_table(results),
         learned=learned_table(results),
         progress=progress,
         targets=targets,
         patterns=patterns,
         no_patterns=no_patterns,
+        tunings=tunings,
+        bad_tunings=bad_tunings,
     )
+
+
+def _tunings(joined: JoinedResults) -> tuple[dict[tuple[str, str], Tuning], list[str]]:
+    found: dict[tuple[str, str], Tuning] = {}
+    unreadable = []
+    for source in joined.sources:
+        for task, model in dict.fromkeys((record.cell.task, record.cell.model) for record in source.cells):
+            try:
+                tuning = read_tuning(source.root, task, model)
+            except InputError as error:
+                unreadable.append(str(error))
+                continue
+            if tuning is not None:
+                found.setdefault((task, model), tuning)
+    return found, unreadable

@@ -20,6 +20,7 @@ import jinja2
 from reporting.accuracy_against_cost import TARGET_SHARE
 from reporting.analysis import Analysis
 from reporting.comparison_tables import NEAR
+from reporting.metrics import METRICS
 from reporting.report_findings import findings
 from reporting.run_results import (
     BASELINE,
@@ -33,22 +34,32 @@ from reporting.run_results import (
 from reporting.summary_tables import tables
 from reporting.task_figures import DrawnFigure
 from reporting.text_tables import code_block, markdown, markdown_table, single_line
+from reporting.verdicts import LEARNED_GAP, LEARNED_SHARE, SIGNIFICANCE
 from results_folder import Results
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 FIGURE_DPI, CSS_DPI = 150, 96  # of the PNG files (figure_style.py), and of a page
+_RELEVANT = " or ".join(one.margin for one in METRICS.values())
 DEFINITIONS = (
-    "Test accuracy is that of the weights of the best validation accuracy; the test set is read once.",
+    "The test metric is that of the weights of the best validation accuracy; the test set is read once.",
     "Epochs to 90 % of best: the first epoch whose validation accuracy reaches 90 % of its maximum; "
     "above chance: the first with (accuracy - chance) / (maximum - chance) of at least 0.9.",
     "Time per epoch is that of the training steps, without evaluation and without the first step.",
     "FLOPs are those of the matrix products (2 for a multiplication and an addition) of one forward pass by "
     "the dense formula, mean over the test examples; exponentials and divisions are not counted.",
-    f"Target accuracy: a validation accuracy {TARGET_SHARE:.0%} of the way from chance to the best of the "
-    "baseline (mean over its seeds), one for all models; a run that does not reach it is in no "
-    "mean of the time to it.",
-    "Interval: 95 % t interval of the mean over seeds. p: exact two-sided sign-flip test, paired by seed; "
-    "with n seeds it is 2 / 2^n at the least.",
+    f"Target: a validation metric {TARGET_SHARE:.0%} of the way from chance to the reachable, the best "
+    "epoch of the best model (mean over its seeds); one for all models. A run that ended without it is "
+    "censored there.",
+    "Interval: 95 % t interval of the mean over seeds. A family of comparisons is each model with the "
+    "baseline on one task; Holm's correction is over it. A paired t test decides; where all differences "
+    "are equal, the sign-flip test. The latter, exact, assumes nothing and is 2 / 2^n at the least with n "
+    "seeds.",
+    f"A difference has a direction where the corrected p is at most {SIGNIFICANCE}, is not relevant where "
+    f"its interval holds none of {_RELEVANT}, and is else open: more seeds would tell.",
+    f"A seed has learned where its test metric is at least {LEARNED_SHARE:.0%} of the way from chance to the "
+    "task's best cell. Seeds either learn or do not where a model has both kinds, "
+    f"{LEARNED_GAP:.0%} of that way or more apart: then the shares are compared, by Fisher's exact test.",
+    "Bits per byte: the loss in nats over ln 2; fewer are a gain.",
     "Peak memory is the CUDA allocator's on a GPU, the resident set of the process on a CPU.",
     f"Weight within {NEAR} tokens: the share of a query's weight at |i - j| < {NEAR}, in long examples.",
     "Entropy of a row: of a query's weights over the log of the number of tokens, mean over examples, "
@@ -117,6 +128,8 @@ def _notices(analysis: Analysis) -> list[Notice]:
         notices.append(Notice("Smoke test.", text))
     for task, why in unavailable_tasks(analysis.results).items():
         notices.append(Notice(f"Left out: {task}.", f"Its data were unavailable: {why}"))
+    for why in analysis.bad_tunings:
+        notices.append(Notice("Learning rates unknown.", why))
     if analysis.joined.differences:
         unlike = "; ".join(analysis.joined.differences)
         notices.append(Notice("Unlike runs in one table.", f"{MIXED} was given, and {unlike}."))
@@ -238,9 +251,10 @@ def _task_line(facts: TaskFacts) -> str:
         parts.append(f"{facts.test_size:,} test examples")
     if facts.num_classes:
         parts.append(f"{facts.num_classes} classes")
-    for name, level in (("chance", facts.chance), ("largest class", facts.majority)):
+    majority = facts.majority if facts.metric.more_is_better else None
+    for name, level in (("chance", facts.level), ("largest class", majority)):
         if level is not None:
-            parts.append(f"{name} {100 * level:.1f} %")
+            parts.append(f"{name} {facts.metric.shown(level)}")
     said = ("task",)  # in the line's name
     parts += [f"{key} {_said(value)}" for key, value in facts.provenance.items() if key not in said]
     return "; ".join(parts)

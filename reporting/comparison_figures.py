@@ -14,15 +14,18 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.projections.polar import PolarAxes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from reporting.figure_style import ModelStyle, model_legend, new_figure, no_data
 from reporting.lra_literature import Published
+from reporting.metrics import PERCENT, Metric
+from reporting.run_results import TaskFacts
 from reporting.seed_statistics import Estimate, estimate
 
 BAR_ROOM = 0.42  # inches per bar
-Level = tuple[str, float, Any]  # a reference line: label, accuracy from 0 to 1, line style
+Level = tuple[str, float, Any]  # a reference line: label, the metric's value, line style
 
 
 class Panel(NamedTuple):
@@ -93,15 +96,15 @@ def _two_to_a_row(panels: int, models: int) -> tuple[Figure, np.ndarray]:
     return new_figure(rows, 2, width=9.6, height=_row_height(models, rows) - 0.45, sharey=True)
 
 
-def reference_levels(
-    chance: float | None, majority: float | None, published: Sequence[Published] = ()
-) -> list[Level]:
-    """The lines that accuracies are held against."""
+def reference_levels(facts: TaskFacts, published: Sequence[Published] = ()) -> list[Level]:
+    """The lines that qualities are held against; the largest class and published figures are accuracies."""
+    metric, chance = facts.metric, facts.level
+    majority = facts.majority if metric.more_is_better else None
     levels = [("chance", chance, ":"), ("largest class", majority, "--")]
     if chance is not None and majority is not None and abs(chance - majority) < 5e-4:
         levels = [("chance = largest class", chance, "--")]
     found: list[Level] = [
-        (f"{name}: {100 * level:.1f} %", level, line) for name, level, line in levels if level is not None
+        (f"{name}: {metric.shown(level)}", level, line) for name, level, line in levels if level is not None
     ]
     lines = itertools.cycle(((0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2, 1, 2))))
     drawn = [one for one in published if one.drawn]
@@ -110,40 +113,42 @@ def reference_levels(
     return found
 
 
-def plot_accuracy(
+def plot_quality(
     values: pd.DataFrame,
     styles: dict[str, ModelStyle],
     ax: Axes,
     levels: Sequence[Level] = (),
     absent: Mapping[str, str] | None = None,
+    metric: Metric = PERCENT,
 ) -> Axes:
-    """Test accuracy in percent: each model's mean with its interval, a mark per seed, the levels as lines.
+    """The test metric: each model's mean with its interval, a mark per seed, the levels as lines.
 
     The axis does not start at 0: points have no length to compare. absent: see `_rows`."""
     for label, level, line in levels:
-        ax.axvline(100 * level, color="#555555", ls=line, lw=1.2, label=label, zorder=1)
-    for row, style, numbers, mean in _rows(values, styles, ax, 100, absent or {}):
+        ax.axvline(metric.scale * level, color="#555555", ls=line, lw=1.2, label=label, zorder=1)
+    for row, style, numbers, mean in _rows(values, styles, ax, metric.scale, absent or {}):
         _draw_seeds(ax, numbers, row + 0.28, style, reach=0.08)  # below the mean, which is not to hide them
         ax.plot(mean.mean, row, style.marker, color=style.color, ms=8, mec="white", zorder=3)
         _draw_interval(ax, mean, row)
         end = max(*numbers, mean.high) if mean.n > 1 else numbers[0]
-        _label(ax, f"{mean.mean:.1f} %" + ("" if mean.n > 1 else " (n = 1)"), end, row)
+        _label(ax, metric.shown(mean.mean / metric.scale) + ("" if mean.n > 1 else " (n = 1)"), end, row)
     ax.margins(x=0.14)
     ax.xaxis.set_major_locator(MaxNLocator(7))
     ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
-    ax.set_xlabel("test accuracy (%)")
+    ax.set_xlabel(f"test {metric.label}")
     return ax
 
 
-def accuracy_figure(
+def quality_figure(
     values: pd.DataFrame,
     styles: dict[str, ModelStyle],
     title: str,
     levels: Sequence[Level] = (),
     absent: Mapping[str, str] | None = None,
+    metric: Metric = PERCENT,
 ) -> Figure:
     figure, axes = new_figure(1, 1, width=7, height=_row_height(len(styles)) + 0.12 * len(levels))
-    ax = plot_accuracy(values, styles, axes[0, 0], levels, absent)
+    ax = plot_quality(values, styles, axes[0, 0], levels, absent, metric)
     model_legend(figure, [], [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")])
     figure.suptitle(title)
     return figure
@@ -170,7 +175,7 @@ def plot_bars(
         room = max(room, 1.2 if mean.n > 1 else 1.35)
         reach = max(reach, end)
     ax.set_xlim(0, reach * room or 1)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=panel.whole))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=panel.whole, min_n_ticks=1))
     ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
     ax.set_xlabel(panel.label)
     return ax
@@ -214,6 +219,39 @@ def improvement_figure(
     figure, axes = _two_to_a_row(len(panels), len(styles))
     for ax, (metric, label) in zip(axes.flat, panels, strict=True):
         plot_improvement(improvements[improvements["metric"] == metric], styles, ax).set_xlabel(label)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_lengths(lengths: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes, metric: Metric) -> Axes:
+    """The test metric by the length of the examples, on a logarithmic axis: thick: mean over seeds with its
+    interval; thin: each seed. Dotted: the shortest length, which was trained on. `lengths`: model, seed,
+    length, value."""
+    trained = lengths["length"].min()
+    ax.axvline(trained, color="#555555", ls=":", lw=1.2)
+    for model, style in styles.items():
+        mine = lengths[lengths["model"] == model]
+        for _, seed in mine.groupby("seed"):
+            ax.plot(seed["length"], metric.scale * seed["value"], color=style.color, lw=0.7, alpha=0.45)
+        means = {at: estimate((metric.scale * part["value"]).tolist()) for at, part in mine.groupby("length")}
+        half = [mean.mean - mean.low if mean.n > 1 else 0.0 for mean in means.values()]
+        middle = [mean.mean for mean in means.values()]
+        ax.errorbar(np.array([*means]), middle, yerr=half, color=style.color, marker=style.marker, capsize=3)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sorted(lengths["length"].unique()))
+    ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    ax.set_xlabel("tokens of a test example")
+    ax.set_ylabel(f"test {metric.label}")
+    ax.grid(axis="y")
+    return ax
+
+
+def length_figure(lengths: pd.DataFrame, styles: dict[str, ModelStyle], title: str, metric: Metric) -> Figure:
+    figure, axes = new_figure(1, 1, width=7, height=4)
+    plot_lengths(lengths, styles, axes[0, 0], metric)
+    trained = Line2D([], [], color="#555555", ls=":", lw=1.2, label="length trained on")
+    present = [style for model, style in styles.items() if model in set(lengths["model"])]
+    model_legend(figure, present, [trained])
     figure.suptitle(title)
     return figure
 

@@ -3,35 +3,27 @@
     results = usable(read_results(folder))      # run_results.py
     table = metric_table(results, patterns)     # task, model, seed, metric, value: everything measured
     summary = summarize(table)                  # task, model, metric, n, mean, low, high
-    compare(table)                              # differences in accuracy, paired by seed, with p values
 
-The seed is the unit; `low` and `high` are the ends of the 95 % t interval, NaN for n = 1.
+Accuracies, or bits per byte, are under the name of their task's metric (metrics.py). The seed is the unit;
+`low` and `high` are the ends of the 95 % t interval, NaN for n = 1.
 """
 
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from reporting.attention_numbers import attention_entropy, share_within
-from reporting.run_results import ACCURACY, BASELINE, done_cells, number, task_facts
-from reporting.seed_statistics import (
-    Estimate,
-    estimate,
-    holm,
-    paired_differences,
-    sign_flip_p,
-    smallest_sign_flip_p,
-)
+from reporting.metrics import METRICS, PERCENT, Metric, number
+from reporting.run_results import BASELINE, done_cells, task_facts
+from reporting.seed_statistics import estimate, paired_differences
 from results_folder import AttentionPatterns, Cell, Results
 
 CONVERGENCE = "convergence_epoch_above_chance"
 NEAR = 16  # tokens: what counts as near in `attention_share_near`
 RESULT_METRICS = (
-    ACCURACY,
-    "test_accuracy_last",
     "test_loss_best",
     "test_loss_last",
     "best_val_accuracy",
@@ -55,28 +47,31 @@ TIMED_METRICS = (
     "seconds_to_target",
 )
 EPOCH_COLUMNS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
-# Metric, and whether more of it is better.
-IMPROVEMENTS = {ACCURACY: True, CONVERGENCE: False, "seconds_per_epoch": False, "peak_memory_bytes": False}
-RADAR_AXES = {
-    "accuracy /\nhighest": (ACCURACY, True),
-    "fewest epochs to\nconverge / epochs": (CONVERGENCE, False),
-    "shortest time\nper epoch / time": ("seconds_per_epoch", False),
-    "smallest peak\nmemory / memory": ("peak_memory_bytes", False),
+# What less of is better, and how a radar names it.
+COSTS = {
+    CONVERGENCE: "fewest epochs to\nconverge / epochs",
+    "seconds_per_epoch": "shortest time\nper epoch / time",
+    "peak_memory_bytes": "smallest peak\nmemory / memory",
 }
-SIGNIFICANCE = 0.05
 
 
-def convergence_epoch(accuracies: Sequence[float], chance: float = 0.0) -> int | None:
-    """The first epoch, counted from 1, with (accuracy - chance) / (best - chance) >= 0.9.
+def metric_in(table: pd.DataFrame) -> Metric:
+    """The metric that the tidy table of a task has results of; accuracy where it has none."""
+    found = set(table["metric"])
+    return next((metric for metric in METRICS.values() if metric.best in found), PERCENT)
+
+
+def convergence_epoch(values: Sequence[float], chance: float = 0.0, metric: Metric = PERCENT) -> int | None:
+    """The first epoch, counted from 1, with (value - chance) / (best - chance) >= 0.9.
 
     With chance = 0 this is 90 % of the best, a rule that guessing meets on two classes. None where no epoch
-    is above chance. The tolerance of 1e-9 is for rounding: accuracies are shares of far fewer examples.
+    is better than chance. The tolerance of 1e-9 is for rounding: accuracies are shares of far fewer examples.
     """
-    best = max(accuracies, default=0.0)
-    if not best > chance:
-        return None
-    reached = chance + 0.9 * (best - chance) - 1e-9
-    return next(epoch for epoch, accuracy in enumerate(accuracies, 1) if accuracy >= reached)
+    gains = [metric.gain(value - chance) for value in values]
+    best = max(gains, default=0.0)
+    return (
+        next(epoch for epoch, gain in enumerate(gains, 1) if gain >= 0.9 * best - 1e-9) if best > 0 else None
+    )
 
 
 def metric_table(results: Results, patterns: dict[Cell, AttentionPatterns]) -> pd.DataFrame:
@@ -87,10 +82,21 @@ def metric_table(results: Results, patterns: dict[Cell, AttentionPatterns]) -> p
         if record.state == "done":
             result = record.result or {}
             values |= {metric: number(result.get(metric)) for metric in RESULT_METRICS}
-            accuracies = [number(row.get("val_accuracy")) or 0.0 for row in record.metrics]
-            chance = task_facts(results, record.cell.task).chance
-            values["convergence_epoch"] = number(convergence_epoch(accuracies))
-            values[CONVERGENCE] = None if chance is None else number(convergence_epoch(accuracies, chance))
+            facts = task_facts(results, record.cell.task)
+            metric, level = facts.metric, facts.level
+            values |= {
+                f"test_{metric.name}_{which}": metric.read(result, f"test_{{}}_{which}")
+                for which in ("best", "last")
+            }
+            values |= {
+                metric.at_length(length): value for length, value in quality_by_length(result, metric).items()
+            }
+            read = [metric.read(row, "val_{}") for row in record.metrics]
+            worst = 0.0 if metric.more_is_better else math.inf
+            curve = [worst if value is None else value for value in read]
+            if metric.more_is_better:
+                values["convergence_epoch"] = number(convergence_epoch(curve))
+            values[CONVERGENCE] = None if level is None else number(convergence_epoch(curve, level, metric))
         if record.cell in patterns:
             one = patterns[record.cell]
             values["attention_entropy"] = number(float(attention_entropy(one).mean()))
@@ -98,6 +104,25 @@ def metric_table(results: Results, patterns: dict[Cell, AttentionPatterns]) -> p
         cell = (record.cell.task, record.cell.model, record.cell.seed)
         rows += [(*cell, metric, value) for metric, value in values.items() if value is not None]
     return pd.DataFrame(rows, columns=["task", "model", "seed", "metric", "value"])
+
+
+def quality_by_length(result: dict[str, Any], metric: Metric) -> dict[int, float]:
+    """The test metric by the length of the examples, ascending, where result.json has `test_by_length`."""
+    by_length = result.get("test_by_length")
+    found = {
+        int(length): value
+        for length, row in (by_length.items() if isinstance(by_length, dict) else ())
+        if re.fullmatch(r"[1-9]\d{0,8}", length) and isinstance(row, dict)
+        if (value := metric.read(row, "{}")) is not None
+    }
+    return dict(sorted(found.items()))
+
+
+def length_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Of a task's tidy table: model, seed, length, value, by ascending length."""
+    of_length = table[table["metric"].str.contains(r"_at_\d+$")]
+    lengths = of_length.assign(length=of_length["metric"].str.rsplit("_", n=1).str[-1].astype(int))
+    return lengths.sort_values("length", kind="stable")[["model", "seed", "length", "value"]]
 
 
 def epoch_table(results: Results) -> pd.DataFrame:
@@ -170,81 +195,37 @@ def by_seed(table: pd.DataFrame, task: str, model: str, metric: str) -> dict[int
     return dict(zip(mine["seed"].tolist(), mine["value"].tolist(), strict=True))
 
 
-class Difference(NamedTuple):
-    """A model's accuracy minus the baseline's on one task, paired by seed; see `compare`."""
-
-    task: str
-    model: str
-    mean: Estimate
-    p: float
-    smallest_p: float
-    p_holm: float
-    smallest_p_holm: float
-
-    @property
-    def verdict(self) -> str:
-        """ "higher" or "lower" (p_holm <= 0.05), "not shown" (it could have been, and was not), "too few
-        seeds" (no data could have shown it), "no pair" (n = 0)."""
-        if self.mean.n == 0:
-            return "no pair"
-        if self.smallest_p_holm > SIGNIFICANCE:
-            return "too few seeds"
-        if self.p_holm > SIGNIFICANCE:
-            return "not shown"
-        return "higher" if self.mean.mean > 0 else "lower"
-
-
-def compare(table: pd.DataFrame, baseline: str = BASELINE, metric: str = ACCURACY) -> list[Difference]:
-    """Each model minus the baseline, one entry per task and model.
-
-    p is exact (sign flips). Holm's correction is over all entries that have a pair. smallest_*: what the p
-    values would be if all seeds of all entries pointed one way.
-    """
-    pairs: list[tuple[str, str, list[float]]] = []
-    for task in table["task"].unique():
-        of_task = table[table["task"] == task]
-        base = by_seed(of_task, task, baseline, metric)
-        for model in of_task["model"].unique():
-            if model != baseline:
-                values = by_seed(of_task, task, model, metric)
-                pairs.append((task, model, list(paired_differences(values, base).values())))
-    tested = [differences for *_, differences in pairs if differences]
-    p_values = [sign_flip_p(differences) for differences in tested]
-    smallest = [smallest_sign_flip_p(len(differences)) for differences in tested]
-    tests = zip(p_values, smallest, holm(p_values), holm(smallest), strict=True)
-    return [
-        Difference(task, model, estimate(values), *(next(tests) if values else (math.nan,) * 4))
-        for task, model, values in pairs
-    ]
-
-
 def improvements(table: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
     """Percent by which a model improves on the baseline with the same seed: task, model, metric, seed, value.
 
-    For accuracy 100 (x - b) / b; for epochs, time and memory 100 (b - x) / b: less is better."""
+    For accuracy 100 (x - b) / b; for bits, epochs, time and memory 100 (b - x) / b: less is better."""
     rows = []
     for task in table["task"].unique():
         of_task = table[table["task"] == task]
-        for metric, more_is_better in IMPROVEMENTS.items():
+        quality = metric_in(of_task)
+        for metric in (quality.best, *COSTS):
+            sign = quality.gain(1.0) if metric == quality.best else -1.0
             base = by_seed(of_task, task, baseline, metric)
             for model in of_task["model"].unique():
                 values = by_seed(of_task, task, model, metric)
                 for seed, difference in paired_differences(values, base).items():
                     if model != baseline and base[seed] > 0:
-                        gain = difference if more_is_better else -difference
-                        rows.append((task, model, metric, seed, 100 * gain / base[seed]))
+                        rows.append((task, model, metric, seed, 100 * sign * difference / base[seed]))
     return pd.DataFrame(rows, columns=["task", "model", "metric", "seed", "value"])
 
 
 def radar_scores(summary: pd.DataFrame, task: str) -> pd.DataFrame:
     """Scores in 0..1, a row per model, a column per axis: 1 is the best model of the task on that axis.
 
-    Accuracy: mean / largest mean. Epochs to converge, time per epoch, peak memory: smallest mean / mean."""
+    Where more is better: mean / largest mean; where less is: smallest mean / mean."""
     of_task = summary[summary["task"] == task]
+    quality = metric_in(of_task)
     means = of_task.pivot(index="model", columns="metric", values="mean").reindex(of_task["model"].unique())
     scores = pd.DataFrame(index=means.index)
-    for axis, (metric, more_is_better) in RADAR_AXES.items():
+    words = "accuracy /\nhighest" if quality.more_is_better else f"lowest /\n{quality.title}"
+    for metric, axis in {quality.best: words, **COSTS}.items():
         column = means[metric] if metric in means else pd.Series(math.nan, index=means.index)
         column = column.where(column > 0)
-        scores[axis] = column / column.max() if more_is_better else column.min() / column
+        more = metric == quality.best and quality.more_is_better
+        scores[axis] = column / column.max() if more else column.min() / column
     return scores[scores.notna().any(axis=1)]

@@ -77,11 +77,13 @@ MODEL_STYLES = {
     "multi_timescale": ModelStyle("Multi-timescale", BLUE, "^"),
     "gravitational_multi_timescale": ModelStyle("Gravitational multi-timescale", GREEN, "D"),
     "discounted": ModelStyle("Discounted, one timescale", PURPLE, "v"),
+    "per_head_decay": ModelStyle("Per-head decay", ORANGE, "P"),
+    "adaptive": ModelStyle("Adaptive timescales", SKY, "X"),
 }
 # Five are of Paul Tol's muted scheme; yellow, pale on white, comes last.
 _FURTHER = (
-    (ORANGE, SKY, "#999999", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", YELLOW),
-    ("P", "X", "<", ">", "p", "h", "*", "d"),
+    ("#999999", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", YELLOW),
+    ("<", ">", "p", "h", "*", "d"),
 )
 
 

@@ -3,20 +3,22 @@
     for task in findings(analysis):
         print(task.title, task.sentences)
 
-How strongly a sentence is worded follows from the numbers: with one seed there is no interval and no
-verdict, with too few seeds the smallest p value they can give is named, and only a difference that passes
-Holm's correction is called better or worse.
+How strongly a sentence is worded follows from the numbers: with one seed there is no interval, with less than
+three no verdict, and only a difference that passes Holm's correction is called better or worse. Of another
+it is said what its interval allows, and how many seeds would tell.
 """
 
 import math
 from typing import NamedTuple
 
 from reporting.analysis import Analysis
-from reporting.comparison_tables import SIGNIFICANCE, TIMED_METRICS, Difference, by_seed
+from reporting.comparison_tables import TIMED_METRICS, by_seed, length_table
 from reporting.lra_literature import comparable
-from reporting.run_results import ACCURACY, BASELINE, TaskFacts
+from reporting.metrics import Metric
+from reporting.run_results import BASELINE, TaskFacts
 from reporting.seed_statistics import Estimate
 from reporting.text_tables import short, short_p
+from reporting.verdicts import LEAST_SEEDS, SIGNIFICANCE, Difference
 
 
 class TaskFindings(NamedTuple):
@@ -31,27 +33,33 @@ def findings(analysis: Analysis) -> list[TaskFindings]:
     for task, facts in analysis.facts.items():
         notice = analysis.notice(task)
         sentences = [
-            *_accuracy_findings(analysis, facts),
+            *_quality_findings(analysis, facts),
             *_published_findings(analysis, task),
             *_difference_findings(analysis, task),
             *_cost_findings(analysis, task),
-            *_target_findings(analysis, task),
+            *_speed_findings(analysis, task),
+            *_length_findings(analysis, task),
+            *_tuning_findings(analysis, task),
             *_learned_findings(analysis, task),
         ]
-        if not any(analysis.mean(task, model, ACCURACY).n for model in analysis.names):
+        if not any(analysis.quality(task, model).n for model in analysis.names):
             sentences = ["No cell of this task is done: nothing can be said."]
         found.append(TaskFindings(f"{task} ({facts.title})" + (f": {notice}" if notice else ""), sentences))
     return found
 
 
-def _accuracy_findings(analysis: Analysis, facts: TaskFacts) -> list[str]:
-    means = {model: analysis.mean(facts.name, model, ACCURACY) for model in analysis.names}
+def _quality_findings(analysis: Analysis, facts: TaskFacts) -> list[str]:
+    metric = facts.metric
+    means = {model: analysis.quality(facts.name, model) for model in analysis.names}
     means = {model: mean for model, mean in means.items() if mean.n}
     shown = "; ".join(
-        f"{analysis.names[model]} {_percent(mean)}"
-        for model, mean in sorted(means.items(), key=lambda item: -item[1].mean)
+        f"{analysis.names[model]} {_shown(metric, mean)}"
+        for model, mean in sorted(means.items(), key=lambda item: -metric.gain(item[1].mean))
     )
-    sentences = [f"Test accuracy, from the highest: {shown}."]
+    first = "highest" if metric.more_is_better else "lowest, which is the best"
+    sentences = [f"Test {metric.title}, from the {first}: {shown}."]
+    if not metric.more_is_better:
+        return sentences
     if facts.test_size and facts.majority is not None:
         error = math.sqrt(facts.majority * (1 - facts.majority) / facts.test_size)
         near = [analysis.names[model] for model in means if means[model].mean <= facts.majority + 2 * error]
@@ -70,12 +78,11 @@ def _accuracy_findings(analysis: Analysis, facts: TaskFacts) -> list[str]:
     return sentences
 
 
-def _percent(mean: Estimate) -> str:
+def _shown(metric: Metric, mean: Estimate) -> str:
     if mean.n < 2:
-        return f"{100 * mean.mean:.1f} % (n = {mean.n}, no interval)"
-    return (
-        f"{100 * mean.mean:.1f} % (n = {mean.n}, 95 % interval {100 * mean.low:.1f} to {100 * mean.high:.1f})"
-    )
+        return f"{metric.shown(mean.mean)} (n = {mean.n}, no interval)"
+    low, high = (f"{metric.scale * end:.{metric.digits}f}" for end in (mean.low, mean.high))
+    return f"{metric.shown(mean.mean)} (n = {mean.n}, 95 % interval {low} to {high})"
 
 
 def _difference_findings(analysis: Analysis, task: str) -> list[str]:
@@ -84,7 +91,7 @@ def _difference_findings(analysis: Analysis, task: str) -> list[str]:
         if row.task != task:
             continue
         name = f"{analysis.names[row.model]} against {analysis.baseline_name}"
-        points = f"{100 * row.mean.mean:+.1f} points of test accuracy"
+        points = f"{row.metric.difference(row.mean.mean)} {row.metric.step} of test {row.metric.title}"
         if row.mean.n == 0:
             sentences.append(f"{name}: no seed finished with both, so there is no comparison.")
         elif row.mean.n == 1:
@@ -99,31 +106,45 @@ def _difference_findings(analysis: Analysis, task: str) -> list[str]:
 
 def _evidence(row: Difference) -> str:
     n, _, low, high = row.mean
+    metric = row.metric
     numbers = (
-        f"(n = {n}, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, p = {short_p(row.p)}, "
-        f"after Holm's correction {short_p(row.p_holm)})"
+        f"(n = {n}, 95 % interval {metric.difference(low)} to {metric.difference(high)}, d_z = "
+        f"{short(row.dz)}; paired t test p = {short_p(row.p_t)}, sign flips p = {short_p(row.p_sign_flip)}"
     )
+    if row.shares is not None:
+        numbers += f"; seeds that learned: {row.shares}, Fisher's exact p = {short_p(row.p_shares)}"
+    numbers += f"; after Holm's correction p = {short_p(row.p_holm)})" if n >= LEAST_SEEDS else ")"
     if row.verdict == "too few seeds":
-        return (
-            f"{numbers}. The smallest p value that {n} seeds can give is {short_p(row.smallest_p)}, "
-            f"{short_p(row.smallest_p_holm)} after the correction: too few seeds to tell."
-        )
-    if row.verdict == "not shown":
-        return f"{numbers}: a difference is not shown at the {SIGNIFICANCE} level."
-    word = {"higher": "better", "lower": "worse"}[row.verdict]
-    return f"{numbers}: {word} at the {SIGNIFICANCE} level, for these settings and this data."
+        return f"{numbers}: too few seeds to tell; {LEAST_SEEDS} are the least for a verdict."
+    if row.verdict in ("better", "worse"):
+        by_shares = "by the share of seeds that learn, " if row.shares is not None else ""
+        level = f"at the {SIGNIFICANCE} level, for these settings and this data."
+        alone = row.shares is None and row.p_sign_flip > SIGNIFICANCE
+        caveat = f" Sign flips, which assume nothing, do not show it with {n} seeds." if alone else ""
+        return f"{numbers}: {by_shares}{row.verdict} {level}{caveat}"
+    if row.verdict == "no relevant difference":
+        return f"{numbers}: no difference of more than {metric.margin}."
+    if row.shares is not None:
+        return f"{numbers}: a difference in the share of seeds that learn is not shown."
+    gain, loss = max(metric.gain(low), metric.gain(high)), min(metric.gain(low), metric.gain(high))
+    ends = [f"a {word} of {metric.scale * abs(end):.{metric.digits}f}" for word, end in
+            (("gain", max(gain, 0.0)), ("loss", min(loss, 0.0))) if end]  # fmt: skip
+    return (
+        f"{numbers}: not told apart. The interval allows {' and '.join(ends)} {metric.step}; a difference of "
+        f"{metric.margin} would need about {row.pairs_needed:,} seeds at this spread."
+    )
 
 
 def _published_findings(analysis: Analysis, task: str) -> list[str]:
     """Whether softmax attention is where published softmax attention is: the check of the whole pipeline."""
     transformers = [one for one in comparable(analysis.results, task) if one.name.startswith("Transformer")]
-    mean = analysis.mean(task, BASELINE, ACCURACY)
+    mean = analysis.quality(task, BASELINE)
     if not transformers or not mean.n:
         return []
     low, high = (100 * pick(one.accuracy for one in transformers) for pick in (min, max))
     return [
         f"Published Transformers of the Long Range Arena reach {low:.1f} to {high:.1f} % on this task; "
-        f"{analysis.names[BASELINE]} here {_percent(mean)}."
+        f"{analysis.names[BASELINE]} here {_shown(analysis.metric(task), mean)}."
     ]
 
 
@@ -149,7 +170,7 @@ def _cost_findings(analysis: Analysis, task: str) -> list[str]:
             mean = " (mean of the seeds' ratios)" if len(base) > 1 and measured else ""
             if metric in TIMED_METRICS and (sharing := analysis.sharing(task)):
                 mean += f" ({sharing})"
-            caveat = " A difference in accuracy may also come from a difference in size."
+            caveat = " A difference in quality may also come from a difference in size."
             sentences.append(
                 f"{what} as a multiple of {analysis.baseline_name}'s{mean}: {'; '.join(ratios)}."
                 + (caveat if metric == "parameters" else "")
@@ -157,26 +178,57 @@ def _cost_findings(analysis: Analysis, task: str) -> list[str]:
     return sentences
 
 
-def _target_findings(analysis: Analysis, task: str) -> list[str]:
-    """What the target accuracy took each model, and who never reached it."""
-    if task not in analysis.targets:
+def _speed_findings(analysis: Analysis, task: str) -> list[str]:
+    """What the target took each model, who never reached it, and who was told apart from the baseline."""
+    speeds = [speed for speed in analysis.speeds if speed.task == task]
+    if not speeds:
         return []
-    parts = []
+    parts, verdicts = [], []
+    for speed in speeds:
+        name = analysis.names[speed.model]
+        some = f" ({speed.reached} of {speed.n} seeds)" if speed.reached < speed.n else ""
+        if not speed.reached:
+            parts.append(f"{name} never in {short(speed.budget)} {speed.unit}")
+            continue
+        reach = f"more than {short(speed.budget)}" if math.isinf(speed.median) else short(speed.median)
+        parts.append(f"{name} {reach} {speed.unit}{some}")
+    for speed in speeds:
+        if speed.p_holm <= SIGNIFICANCE:
+            word = "sooner" if speed.wins > speed.losses else "later"
+            verdicts.append(
+                f"{analysis.names[speed.model]} is there {word} than {analysis.baseline_name} in "
+                f"{max(speed.wins, speed.losses)} of {speed.wins + speed.losses + speed.ties} pairs (sign "
+                f"test, after Holm's correction p = {short_p(speed.p_holm)})."
+            )
+    metric = analysis.metric(task)
+    target = f"a validation {metric.title} of {metric.shown(analysis.targets[task])}"
+    return [f"To {target}, median over seeds: {'; '.join(parts)}.", *verdicts]
+
+
+def _length_findings(analysis: Analysis, task: str) -> list[str]:
+    """Quality at the longest examples beside that at the trained length."""
+    lengths = length_table(analysis.table[analysis.table["task"] == task])["length"].unique().tolist()
+    if len(lengths) < 2:
+        return []
+    metric, parts = analysis.metric(task), []
     for model, name in analysis.names.items():
-        n = analysis.mean(task, model, ACCURACY).n
-        seconds = analysis.mean(task, model, "seconds_to_target")
-        epochs = analysis.mean(task, model, "epochs_to_target")
-        if not n:
-            continue
-        if not epochs.n:
-            parts.append(f"{name} never")
-            continue
-        spent = f"{short(seconds.mean)} s of training" if seconds.n else "an unrecorded time"
-        some = f" ({epochs.n} of {n} seeds)" if epochs.n < n else ""
-        word = "epoch" if epochs.mean == 1 else "epochs"
-        parts.append(f"{name} {spent}, {short(epochs.mean)} {word}{some}")
-    target = f"{100 * analysis.targets[task]:.1f} %"
-    return [f"To a validation accuracy of {target}: {'; '.join(parts)}."]
+        short_, long = (
+            analysis.mean(task, model, metric.at_length(length)) for length in (lengths[0], lengths[-1])
+        )
+        if short_.n and long.n:
+            parts.append(f"{name} {metric.shown(short_.mean)} to {metric.shown(long.mean)}")
+    return [f"From {lengths[0]:,} tokens, the length trained on, to {lengths[-1]:,}: {'; '.join(parts)}."]
+
+
+def _tuning_findings(analysis: Analysis, task: str) -> list[str]:
+    """Whose best learning rate lies at an end of the grid."""
+    ends = [
+        f"{analysis.names[model]} {tuning.chosen:g}"
+        for (of, model), tuning in analysis.tunings.items()
+        if of == task and tuning.at_an_end
+    ]
+    warning = "The best learning rate lies at an end of the grid, so that one beyond it may be better still"
+    return [f"{warning}: {'; '.join(ends)}."] if ends else []
 
 
 def _learned_findings(analysis: Analysis, task: str) -> list[str]:

@@ -9,13 +9,13 @@ preset, other settings of model, training or data, other data, other arithmetic 
 that is done in two folders. Machines, commits, models and seeds may differ: the report names them.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from command_line import InputError
+from reporting.metrics import PERCENT, Metric, metric_named, number
 from results_folder import (
     PATTERNS,
     SHARED_BY,
@@ -28,7 +28,6 @@ from results_folder import (
 )
 
 BASELINE = "conventional"
-ACCURACY = "test_accuracy_best"
 PLACES = ("data_dir", "cache_dir")  # where the data lay: not what they are
 MIXED = "--allow-differences"
 
@@ -47,13 +46,12 @@ class TaskFacts:
     test_size: int | None
     num_classes: int | None
     provenance: dict[str, Any]
+    metric: Metric = PERCENT
 
-
-def number(value: Any) -> float | None:
-    """The value if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    @property
+    def level(self) -> float | None:
+        """The metric of guessing evenly."""
+        return self.metric.chance_level(self.chance)
 
 
 def _share(value: Any) -> float | None:
@@ -67,14 +65,26 @@ def _count(value: Any) -> int | None:
 
 
 def usable(results: Results) -> Results:
-    """The results with each cell once, and with a "done" cell that has no test accuracy named as failed."""
+    """The results with each cell once, and with a "done" cell that lacks its task's metric named as failed.
+
+    Raises InputError where a task's metric is not known."""
+    metrics = {task: task_facts(results, task).metric for task in tasks_of(results)}
     cells = []
     for record in {record.cell: record for record in results.cells}.values():
-        accuracy = _share((record.result or {}).get(ACCURACY))
-        if record.state == "done" and accuracy is None:
-            record = replace(record, state="failed", reason=f"unusable: result.json has no {ACCURACY}")
+        metric, result = metrics[record.cell.task], record.result or {}
+        said = result.get("metric", metric.name)
+        lacks = (
+            f"is of the metric {said!s:.40}" if said != metric.name else f"has no test_{metric.source}_best"
+        )
+        if record.state == "done" and (said != metric.name or metric.read(result, "test_{}_best") is None):
+            record = replace(record, state="failed", reason=f"unusable: result.json {lacks}")
         cells.append(record)
     return replace(results, cells=cells)
+
+
+def metric_of(record: CellRecord) -> Metric:
+    """What a cell's result is measured by: accuracy where it does not say."""
+    return metric_named((record.result or {}).get("metric", PERCENT.name))
 
 
 def task_facts(results: Results, task: str) -> TaskFacts:
@@ -82,6 +92,10 @@ def task_facts(results: Results, task: str) -> TaskFacts:
     facts = info.get(task) if isinstance(info, dict) else None
     facts = facts if isinstance(facts, dict) else {}
     provenance = facts.get("provenance")
+    try:
+        metric = metric_named(facts.get("metric", PERCENT.name))
+    except InputError as error:
+        raise InputError(f"{results.root}: task {task}: {error}; it needs a newer version") from error
     return TaskFacts(
         name=task,
         title=str(facts.get("title") or task),
@@ -90,6 +104,7 @@ def task_facts(results: Results, task: str) -> TaskFacts:
         test_size=_count(facts.get("test_size")),
         num_classes=_count(facts.get("num_classes")),
         provenance=provenance if isinstance(provenance, dict) else {},
+        metric=metric,
     )
 
 
@@ -220,7 +235,7 @@ def _comparable(results: Results) -> Iterator[tuple[str, Any]]:
     for task, values in _object(settings.get("data")).items():
         yield from ((f"{task} setting {name}", value) for name, value in values.items() if name not in PLACES)
     for task, facts in _object(config.get("task_info")).items():
-        for name in ("num_classes", "test_size"):
+        for name in ("num_classes", "test_size", "metric"):
             yield f"{task} {name}", _object(facts).get(name)
         yield f"{task} data sha256", _object(_object(facts).get("provenance")).get("sha256")
     arithmetic = sorted(

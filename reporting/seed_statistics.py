@@ -1,14 +1,17 @@
-"""What a handful of seeds allow one to say: intervals of means, paired differences, exact p values.
+"""What a handful of seeds allow one to say: intervals of means, paired differences, p values.
 
     estimate([0.61, 0.64, 0.62])                       # Estimate(n=3, mean=0.6233, low=0.5854, high=0.6613)
+    paired_t_p([0.02, 0.01, 0.03])                     # 0.0742
     sign_flip_p([0.02, 0.01, 0.03])                    # 0.25, the smallest that three seeds can give
+    fisher_p(8, 8, 3, 8)                               # 0.0256: of 8 seeds 8 learned, of 8 others 3
     holm([0.01, 0.04, 0.03])                           # [0.03, 0.06, 0.06]
 
 The seed is the unit: every function takes one number per seed. Two models that were trained
 with the same seeds are compared by the differences within seeds. Needs numpy only.
 
 Sources: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4 (Student's t for whole degrees of freedom);
-Fisher 1935, The Design of Experiments, section 21 (sign flips); Holm 1979.
+Fisher 1935, The Design of Experiments, section 21 (sign flips) and Statistical Methods, 21.02 (shares);
+Cohen 1988, 2.3.5 (d_z); Guenther 1981 (number of pairs); Holm 1979.
 """
 
 import functools
@@ -58,6 +61,16 @@ def t_quantile(confidence: float, freedom: int) -> float:
     return math.sqrt(freedom) * math.tan(low)
 
 
+def deviation(values: Sequence[float]) -> float:
+    """The standard deviation of a sample, NaN for less than two values; 0 where they are equal up to
+    rounding."""
+    if len(values) < 2:
+        return math.nan
+    mean = math.fsum(values) / len(values)
+    found = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return found if found > 1e-12 * max(map(abs, values)) else 0.0
+
+
 def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
     """The mean of the values and its t interval, which takes them as independent draws from a normal."""
     n = len(values)
@@ -66,14 +79,53 @@ def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimat
     mean = math.fsum(values) / n
     if n == 1:
         return Estimate(1, mean, math.nan, math.nan)
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    half = t_quantile(confidence, n - 1) * deviation / math.sqrt(n)
+    half = t_quantile(confidence, n - 1) * deviation(values) / math.sqrt(n)
     return Estimate(n, mean, mean - half, mean + half)
 
 
 def paired_differences(values: dict[int, float], baseline: dict[int, float]) -> dict[int, float]:
     """value - baseline by seed, for the seeds that both have, in ascending order."""
     return {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())}
+
+
+def paired_t_p(differences: Sequence[float]) -> float:
+    """The two-sided p value of Student's t test of "their mean is 0", for n >= 2, else NaN.
+
+    Equal differences have no spread to test against: theirs is the p value of the sign-flip test."""
+    spread, n = deviation(differences), len(differences)
+    if math.isnan(spread):
+        return math.nan
+    if spread == 0:
+        return sign_flip_p(differences)
+    t = abs(math.fsum(differences) / n) / (spread / math.sqrt(n))
+    return max(0.0, 1 - t_probability(math.atan(t / math.sqrt(n - 1)), n - 1))
+
+
+def standardised(differences: Sequence[float]) -> float:
+    """Cohen's d_z: the mean difference over the standard deviation of the differences; NaN without a
+    spread."""
+    spread = deviation(differences)
+    return math.fsum(differences) / len(differences) / spread if spread > 0 else math.nan
+
+
+def pairs_needed(spread: float, difference: float) -> int:
+    """About how many pairs show a difference at the 0.05 level with a power of 80 %, from the standard
+    deviation of the differences."""
+    return max(3, math.ceil((1.96 + 0.84) ** 2 * (spread / difference) ** 2 + 1.96**2 / 2))
+
+
+def fisher_p(successes: int, n: int, others: int, m: int) -> float:
+    """Fisher's exact two-sided p value of "both shares are the same": `successes` of n against `others` of
+    m."""
+    total = successes + others
+    ways = {k: math.comb(n, k) * math.comb(m, total - k) for k in range(max(0, total - m), min(n, total) + 1)}
+    return sum(way for way in ways.values() if way <= ways[successes]) / sum(ways.values())
+
+
+def sign_test_p(wins: int, losses: int) -> float:
+    """The exact two-sided p value of "a win is a coin toss"; 1 where there is neither."""
+    n, least = wins + losses, min(wins, losses)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
@@ -102,11 +154,6 @@ def _signed_sums(values: Sequence[float]) -> np.ndarray:
     for value in values:
         sums = np.concatenate([sums + value, sums - value])
     return sums
-
-
-def smallest_sign_flip_p(n: int) -> float:
-    """The smallest p value that n differences can give: 2 / 2^n, and 1 for a single one. NaN for none."""
-    return 2.0 ** (1 - n) if n else math.nan
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

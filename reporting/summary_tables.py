@@ -7,30 +7,23 @@ Every table of a smoke run says so in its title, and one with times also where c
 comparison_tables.py for the numbers.
 """
 
+import math
 from collections.abc import Sequence
 
 from reporting.analysis import Analysis
-from reporting.comparison_tables import CONVERGENCE, NEAR
+from reporting.comparison_tables import CONVERGENCE, NEAR, length_table
 from reporting.lra_literature import comparable
-from reporting.run_results import ACCURACY, TaskFacts
+from reporting.metrics import Metric, metric_named
+from reporting.run_results import TaskFacts
 from reporting.seed_statistics import Estimate
 from reporting.text_tables import NONE, TextTable, short, short_p
+from reporting.verdicts import Speed
 
 MIB = 2.0**20
 INTERVAL = "Mean over n seeds [95 % t interval]; n = 1: one run, no interval"
 # (metric, heading, scale)
 Column = tuple[str, str, float]
 TABLES: tuple[tuple[str, tuple[Column, ...]], ...] = (
-    (
-        "accuracy and convergence",
-        (
-            (ACCURACY, "test accuracy (%)", 100.0),
-            ("test_accuracy_last", "after the last epoch (%)", 100.0),
-            ("best_epoch", "best epoch", 1.0),
-            ("convergence_epoch", "epochs to 90 % of best", 1.0),
-            (CONVERGENCE, "the same above chance", 1.0),
-        ),
-    ),
     (
         "cost",
         (
@@ -51,7 +44,6 @@ TABLES: tuple[tuple[str, tuple[Column, ...]], ...] = (
     ),
 )
 TARGET_COLUMNS: tuple[Column, ...] = (
-    ("epochs_to_target", "epochs to it", 1.0),
     ("seconds_to_target", "training s to it", 1.0),
     ("tokens_to_target", "million tokens to it", 1e-6),
     ("seconds_to_best", "training s to the best epoch", 1.0),
@@ -68,18 +60,34 @@ def shown_mean(mean: Estimate, scale: float = 1.0, *, of: int = 0) -> str:
     return f"{text} (n = {mean.n})" if 0 < mean.n < of else text
 
 
+def _quality_columns(metric: Metric) -> tuple[Column, ...]:
+    found: list[Column] = [
+        (metric.best, f"test {metric.label}", metric.scale),
+        (metric.last, f"after the last epoch{' (%)' if metric.unit == '%' else ''}", metric.scale),
+        ("best_epoch", "best epoch", 1.0),
+    ]
+    if metric.more_is_better:
+        found.append(("convergence_epoch", "epochs to 90 % of best", 1.0))
+    above = "the same above chance" if metric.more_is_better else "epochs to 90 % of the way from chance"
+    return (*found, (CONVERGENCE, above, 1.0))
+
+
 def tables(analysis: Analysis) -> list[TextTable]:
     found = []
     for facts in analysis.facts.values():
+        columns = _quality_columns(facts.metric)
+        found.append(_task_table(analysis, facts, f"{facts.metric.title} and convergence", columns))
         for kind, columns in TABLES:
             if kind != "attention" or (analysis.table["metric"] == columns[0][0]).any():
                 found.append(_task_table(analysis, facts, kind, columns))
         if facts.name in analysis.targets:
             found.append(_target_table(analysis, facts))
+        found += _length_table(analysis, facts)
         if comparable(analysis.results, facts.name):
             found.append(_published_table(analysis, facts))
     if analysis.differences:
         found.append(_difference_table(analysis))
+    found += _tuning_table(analysis)
     if analysis.unfinished():
         rows = [[str(record.cell), record.state, record.reason or NONE] for record in analysis.unfinished()]
         found.append(TextTable("Cells that are not done", ["cell", "state", "reason"], rows, names=3))
@@ -90,7 +98,7 @@ def _rows(analysis: Analysis, task: str, columns: Sequence[Column]) -> list[list
     """A row per model: its name, its number of finished seeds, its means."""
     rows = []
     for model, name in analysis.names.items():
-        n = analysis.mean(task, model, ACCURACY).n
+        n = analysis.quality(task, model).n
         means = (shown_mean(analysis.mean(task, model, metric), scale, of=n) for metric, _, scale in columns)
         rows.append([name, str(n), *means])
     return rows
@@ -108,18 +116,78 @@ def _title(analysis: Analysis, facts: TaskFacts, kind: str, *, timed: bool = Fal
 
 
 def _target_table(analysis: Analysis, facts: TaskFacts) -> TextTable:
-    target = f"{100 * analysis.targets[facts.name]:.1f} %"
+    target = facts.metric.shown(analysis.targets[facts.name])
+    speeds = {speed.model: speed for speed in analysis.speeds if speed.task == facts.name}
+    unit = next((speed.unit for speed in speeds.values()), "steps")
     rows = _rows(analysis, facts.name, TARGET_COLUMNS)
     for row, model in zip(rows, analysis.names, strict=True):
-        reached = analysis.mean(facts.name, model, "epochs_to_target").n
-        row.insert(2, f"{reached} of {row[1]}" if row[1] != "0" else NONE)
-    header = ["model", "n", "seeds at the target", *(heading for _, heading, _ in TARGET_COLUMNS)]
+        row[2:2] = _speed_cells(speeds.get(model))
+    header = [
+        "model",
+        "n",
+        "seeds at the target",
+        f"median {unit} to it",
+        "sooner, later, tied",
+        "p",
+        "p (Holm)",
+    ]
+    header += [heading for _, heading, _ in TARGET_COLUMNS]
     note = (
-        f"{INTERVAL}. Target: a validation accuracy of {target}. To the target: mean over the seeds that "
-        "reached it. Time is training time alone"
+        f"{INTERVAL}. Target: a validation {facts.metric.title} of {target}. Median over all seeds, those "
+        "that did not reach it counted as slower than any that did. Sooner, later, tied: pairs with "
+        f"{analysis.baseline_name}, where training that ended before the target can lose or tie alone; p: "
+        "exact, two-sided sign test; Holm's correction over the models of the task. Seconds and tokens to "
+        "it: mean over the seeds that reached it, of training alone"
     )
-    title = _title(analysis, facts, f"time to an accuracy of {target}", timed=True)
+    title = _title(analysis, facts, f"time to {_article(facts.metric)} of {target}", timed=True)
     return TextTable(title, header, rows, note)
+
+
+def _article(metric: Metric) -> str:
+    return "an accuracy" if metric.more_is_better else metric.title
+
+
+def _speed_cells(speed: Speed | None) -> list[str]:
+    if speed is None:
+        return [NONE] * 5
+    median = f"more than {short(speed.budget)}" if math.isinf(speed.median) else short(speed.median)
+    pairs = NONE if math.isnan(speed.p) else f"{speed.wins}, {speed.losses}, {speed.ties}"
+    return [f"{speed.reached} of {speed.n}", median, pairs, short_p(speed.p), short_p(speed.p_holm)]
+
+
+def _length_table(analysis: Analysis, facts: TaskFacts) -> list[TextTable]:
+    """The test metric at each length of its examples, where some are longer than those trained on."""
+    lengths = length_table(analysis.table[analysis.table["task"] == facts.name])["length"].unique().tolist()
+    if not lengths:
+        return []
+    metric = facts.metric
+    columns = [(metric.at_length(length), f"{length:,} tokens", metric.scale) for length in lengths]
+    return [
+        _task_table(analysis, facts, f"test {metric.label} by length, trained at {lengths[0]:,}", columns)
+    ]
+
+
+def _tuning_table(analysis: Analysis) -> list[TextTable]:
+    """What each learning rate came to on validation."""
+    rates = sorted({one.learning_rate for tuning in analysis.tunings.values() for one in tuning.trials})
+    rows = []
+    for (task, model), tuning in analysis.tunings.items():
+        metric = metric_named(tuning.metric)
+        tried = {
+            one.learning_rate: one.state if one.value is None else metric.shown(one.value)
+            for one in tuning.trials
+        }
+        chosen = f"{tuning.chosen:g}" + (" (an end of the grid)" if tuning.at_an_end else "")
+        rows.append([analysis.names[model], task, *(tried.get(rate, NONE) for rate in rates), chosen])
+    if not rows:
+        return []
+    seeds = ", ".join(sorted({str(tuning.seed) for tuning in analysis.tunings.values()}))
+    note = (
+        f"Best validation value with seed {seeds}, which no result uses; results are trained with the "
+        f"chosen rate"
+    )
+    header = ["model", "task", *(f"{rate:g}" for rate in rates), "chosen"]
+    return [TextTable("Learning rates", header, rows, note, names=2)]
 
 
 def _published_table(analysis: Analysis, facts: TaskFacts) -> TextTable:
@@ -134,16 +202,21 @@ def _difference_table(analysis: Analysis) -> TextTable:
     for row in analysis.differences:
         notice = analysis.notice(row.task)
         task = row.task + (f" ({notice})" if notice else "")
+        difference = shown_mean(row.mean, row.metric.scale)
         numbers = (
             str(row.mean.n),
-            shown_mean(row.mean, 100),
-            *map(short_p, (row.p, row.smallest_p, row.p_holm)),
+            f"{difference} {row.metric.step}" if row.mean.n else NONE,
+            short(row.dz),
+            NONE if row.shares is None else str(row.shares),
+            *map(short_p, (row.p_t, row.p_sign_flip, row.p_shares, row.p_holm)),
         )
         rows.append([analysis.names[row.model], task, *numbers, row.verdict])
-    header = ["model", "task", "n", "difference (points)", "p", "smallest p at this n", "p (Holm)", "verdict"]
-    tested = sum(row.mean.n > 0 for row in analysis.differences)
+    header = ["model", "task", "n", "difference", "d_z", "seeds that learned"]
+    header += ["p (t)", "p (sign flip)", "p (shares)", "p (Holm)", "verdict"]
     note = (
-        f"Test accuracy minus that of {analysis.baseline_name}, paired by seed: mean [95 % t interval]; p: "
-        f"exact, two-sided sign-flip test; Holm's correction over the {tested} comparisons"
+        f"Test metric minus that of {analysis.baseline_name}, paired by seed: mean [95 % t interval]; d_z: "
+        "mean over standard deviation of the differences. What decides is the paired t test, or Fisher's "
+        "exact test of the shares where seeds either learn or do not, with Holm's correction over the "
+        "models of a task"
     )
     return TextTable(f"Differences to {analysis.baseline_name}", header, rows, note, names=2)

@@ -22,17 +22,23 @@ from reporting.attention_figures import attention_figure, distance_figure, shown
 from reporting.attention_numbers import relative_masses, token_masses
 from reporting.comparison_figures import (
     Panel,
-    accuracy_figure,
     bars_figure,
     improvement_figure,
+    length_figure,
+    quality_figure,
     radar_figure,
     reference_levels,
 )
-from reporting.comparison_tables import CONVERGENCE, distance_table, improvements, radar_scores
+from reporting.comparison_tables import (
+    CONVERGENCE,
+    distance_table,
+    improvements,
+    length_table,
+    radar_scores,
+)
 from reporting.figure_style import ModelStyle, drawable
 from reporting.lra_literature import PUBLISHED, comparable
 from reporting.mass_figures import mass_figure, shaded_figure
-from reporting.run_results import ACCURACY
 from reporting.summary_tables import MIB
 from reporting.text_tables import short
 from reporting.training_figures import curves_figure, learned_figure, progress_figure
@@ -140,6 +146,7 @@ def task_figures(view: TaskView) -> Drawn:
     if some_done:
         yield from _progress(view)
         yield from _comparisons(view)
+        yield from _lengths(view)
     yield from _attention(view)
     learned = view.of_task(view.analysis.learned)
     if len(learned):
@@ -156,9 +163,10 @@ def task_figures(view: TaskView) -> Drawn:
 
 def _accuracy(view: TaskView) -> Drawn:
     facts = view.analysis.facts[view.task]
+    metric = facts.metric
     published = comparable(view.analysis.results, view.task)
-    values = view.table[view.table["metric"] == ACCURACY]
-    levels = reference_levels(facts.chance, facts.majority, published)
+    values = view.table[view.table["metric"] == metric.best]
+    levels = reference_levels(facts, published)
     said = ", and published test accuracies of the Long Range Arena" if published else ""
     if not published and view.task in PUBLISHED:
         said = (
@@ -167,25 +175,40 @@ def _accuracy(view: TaskView) -> Drawn:
         )
     return view.figure(
         "accuracy",
-        "Test accuracy",
-        lambda title: accuracy_figure(values, view.styles, title, levels, view.absent),
+        f"Test {metric.title}",
+        lambda title: quality_figure(values, view.styles, title, levels, view.absent, metric),
         "Large: mean over seeds, black: its 95 % t interval, where n is at least 2; small, below: each seed. "
-        f"Lines: guessing, always naming the largest class{said}. The axis does not start at 0.",
+        f"Lines: guessing, and for an accuracy always naming the largest class{said}. The axis does not "
+        "start at 0." + ("" if metric.more_is_better else " Further left is better."),
     )
+
+
+def _lengths(view: TaskView) -> Drawn:
+    lengths, metric = length_table(view.table), view.analysis.metric(view.task)
+    if len(lengths):
+        yield from view.figure(
+            "lengths",
+            f"Test {metric.title} at longer lengths",
+            lambda title: length_figure(lengths, view.styles, title, metric),
+            "Of the best validation epoch's weights on examples of each length. Dotted: the length trained "
+            "on; thick: mean over seeds, with its 95 % t interval where n is at least 2; thin: each seed.",
+        )
 
 
 def _progress(view: TaskView) -> Drawn:
     target = view.analysis.targets.get(view.task)
     progress, points = view.of_task(view.analysis.progress), trade_offs(view.table)
+    metric = view.analysis.metric(view.task)
     return view.figure(
         "accuracy_time",
-        "Accuracy against time and tokens",
-        lambda title: progress_figure(progress, points, view.styles, title, target=target),
-        "Left and middle: validation accuracy against the training time and the tokens spent so far, a point "
-        "per epoch; thick: mean over the finished seeds, as far as all of them ran; thin: each seed. Further "
-        "left is cheaper. Right: test accuracy against the training time to the best epoch; large: means, "
-        "with the 95 % t interval of accuracy where n is at least 2; small: seeds; up and left: more for "
-        "less; no model on the dashed line is beaten in both. Times hold for this machine and leave out "
+        f"{metric.title.capitalize()} against time and tokens",
+        lambda title: progress_figure(progress, points, view.styles, title, target=target, metric=metric),
+        f"Left and middle: validation {metric.title} against the training time and the tokens spent so "
+        "far, a point per epoch; thick: mean over the finished seeds, as far as all of them ran; thin: "
+        f"each seed. Further left is cheaper. Right: test {metric.title} against the training time to the "
+        f"best epoch; large: means, with the 95 % t interval of {metric.title} where n is at least 2; "
+        f"small: seeds; {'up' if metric.more_is_better else 'down'} and left: more for less; no model on "
+        "the dashed line is beaten in both. Times hold for this machine and leave out "
         "evaluation; their axes are logarithmic where they span much.",
     )
 
@@ -209,8 +232,9 @@ def _comparisons(view: TaskView) -> Drawn:
     gains = improvements(view.table, baseline)
     others = {model: style for model, style in view.styles.items() if model != baseline}
     if len(gains) and others:
+        quality = view.analysis.metric(view.task)
         metrics = (
-            (ACCURACY, "test accuracy: gain (%)"),
+            (quality.best, f"test {quality.title}: {'gain' if quality.more_is_better else 'saving'} (%)"),
             (CONVERGENCE, "epochs to converge, above chance: saving (%)"),
             ("seconds_per_epoch", "time per epoch: saving (%)"),
             ("peak_memory_bytes", "peak memory: saving (%)"),
@@ -221,18 +245,19 @@ def _comparisons(view: TaskView) -> Drawn:
             f"Relative improvement over {name}",
             lambda title: improvement_figure(gains, others, metrics, title),
             f"In percent of {name}'s value with the same seed: right of 0 the model gains accuracy or saves "
-            "epochs, time or memory. Marks: one per seed; black: mean and 95 % t interval, where n is at "
-            "least 2. An interval that holds 0 is no sign of a difference.",
+            "bits, epochs, time or memory. Marks: one per seed; black: mean and 95 % t interval, where n "
+            "is at least 2. An interval that holds 0 is no sign of a difference.",
         )
     scores = radar_scores(view.analysis.summary, view.task)
     yield from view.figure(
         "radar",
-        "Accuracy and efficiency, 1 = best of these models",
+        "Quality and efficiency, 1 = best of these models",
         lambda title: radar_figure(scores, view.styles, title),
         "Each axis is scaled to the best model of this task, from means over seeds: accuracy / the highest "
-        "accuracy; the fewest epochs to converge (above chance) / epochs; the shortest time per epoch / "
-        "time; the smallest peak memory / memory. 0.5 is half as good as the best. An open line: a model "
-        "without that number. The area has no meaning, and the radar shows no uncertainty.",
+        "accuracy, or the fewest bits / bits; the fewest epochs to converge (above chance) / epochs; the "
+        "shortest time per epoch / time; the smallest peak memory / memory. 0.5 is half as good as the "
+        "best. An open line: a model without that number. The area has no meaning, and the radar shows no "
+        "uncertainty.",
     )
 
 

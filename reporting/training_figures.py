@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from reporting.accuracy_against_cost import pareto_front
 from reporting.figure_style import LINE_STYLES, ModelStyle, model_legend, new_figure, no_data
+from reporting.metrics import PERCENT, Metric
 from reporting.seed_statistics import estimate
 
 CURVES = (
@@ -48,7 +49,7 @@ def plot_curves(
         look: dict[str, Any] = {"color": style.color, "marker": style.marker, "markevery": every}
         look |= {"mec": style.color, "errorbar": ("pi", 100), "err_kws": {"alpha": 0.12, "lw": 0}}
         sns.lineplot(shared, x="epoch", y="shown", label=style.name, legend=False, ax=ax, **look)
-    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     ax.set_xlabel("epoch")
     ax.grid(axis="y")
     for label in (ax.xaxis.label, ax.yaxis.label):
@@ -102,7 +103,7 @@ def plot_learned(learned: pd.DataFrame, style: ModelStyle, ax: Axes) -> Axes:
     ax.set_xlabel("epoch")
     ax.set_title(style.label)
     first, last = int(learned["epoch"].min()), int(learned["epoch"].max())
-    ticks = MaxNLocator(8, integer=True).tick_values(first, last)
+    ticks = MaxNLocator(8, integer=True, min_n_ticks=1).tick_values(first, last)
     ax.set_xticks([tick for tick in ticks if first <= tick <= last])
     ax.set_xlim(first - 0.05 * max(1, last - first), last + (0.3 if horizon else 0.05) * max(1, last - first))
     ax.grid(axis="y")
@@ -138,31 +139,32 @@ def plot_progress(
     column: str,
     *,
     target: float | None = None,
+    metric: Metric = PERCENT,
 ) -> Axes:
-    """Validation accuracy in percent by `column` ("seconds" or "tokens"), which is added up over the epochs.
+    """The validation metric by `column` ("seconds" or "tokens"), which is added up over the epochs.
 
     Thick: mean over the finished seeds, epoch by epoch, as long as all of them ran; thin: each seed."""
-    done = progress[(progress["state"] == "done") & (progress[column] > 0) & progress["val_accuracy"].notna()]
+    done = progress[(progress["state"] == "done") & (progress[column] > 0) & progress["quality"].notna()]
     if done.empty:
         return no_data(ax, f"no {column} on record")
     for model, style in styles.items():
         mine = done[done["model"] == model]
         for _, cell in mine.groupby("seed"):
-            ax.plot(cell[column], 100 * cell["val_accuracy"], color=style.color, lw=0.7, alpha=0.45)
-        by_epoch = mine.groupby("epoch").agg(
-            x=(column, "mean"), y=("val_accuracy", "mean"), n=("val_accuracy", "size")
-        )
+            ax.plot(cell[column], metric.scale * cell["quality"], color=style.color, lw=0.7, alpha=0.45)
+        by_epoch = mine.groupby("epoch").agg(x=(column, "mean"), y=("quality", "mean"), n=("quality", "size"))
         shared = by_epoch[by_epoch["n"] == mine["seed"].nunique()]
         every = max(1, len(shared) // 10)
-        ax.plot(shared["x"], 100 * shared["y"], color=style.color, marker=style.marker, markevery=every)
+        ax.plot(
+            shared["x"], metric.scale * shared["y"], color=style.color, marker=style.marker, markevery=every
+        )
     if target is not None:
-        ax.axhline(100 * target, color="#555555", ls="-.", lw=1.0)
+        ax.axhline(metric.scale * target, color="#555555", ls="-.", lw=1.0)
     ax.xaxis.set_major_locator(MaxNLocator(5))
     if column == "seconds":
         _time_axis(ax)
     ax.xaxis.set_major_formatter(FuncFormatter(_short_number))
     ax.grid(axis="both")
-    ax.set_ylabel("validation accuracy (%)")
+    ax.set_ylabel(f"validation {metric.label}")
     return ax
 
 
@@ -184,10 +186,12 @@ def _short_number(value: float, _: object = None) -> str:
     return f"{value:.10g}"
 
 
-def plot_trade_off(points: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes) -> Axes:
-    """Test accuracy in percent by the training time it took. `points`: model, seed, seconds, accuracy.
+def plot_trade_off(
+    points: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes, metric: Metric = PERCENT
+) -> Axes:
+    """The test metric by the training time it took. `points`: model, seed, seconds, quality.
 
-    Large: means, with the 95 % t interval of accuracy; small: seeds. Dashed: the front of models
+    Large: means, with the 95 % t interval of the metric; small: seeds. Dashed: the front of models
     that no other beats in both."""
     means = []
     if points.empty:
@@ -196,20 +200,28 @@ def plot_trade_off(points: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes
         mine = points[points["model"] == model].sort_values("seed")
         if mine.empty:
             continue
-        seconds, accuracy = estimate(mine["seconds"].tolist()), estimate((100 * mine["accuracy"]).tolist())
-        ax.plot(mine["seconds"], 100 * mine["accuracy"], style.marker, color=style.color, ms=3.5, alpha=0.55)
-        if accuracy.n > 1:
-            half = accuracy.mean - accuracy.low
-            ax.errorbar(seconds.mean, accuracy.mean, yerr=half, color=style.color, lw=1, capsize=3)
-        ax.plot(seconds.mean, accuracy.mean, style.marker, color=style.color, ms=9, mec="white", zorder=4)
-        means.append((seconds.mean, accuracy.mean))
-    front = [means[index] for index in pareto_front(means)]
+        seconds = estimate(mine["seconds"].tolist())
+        quality = estimate((metric.scale * mine["quality"]).tolist())
+        ax.plot(
+            mine["seconds"],
+            metric.scale * mine["quality"],
+            style.marker,
+            color=style.color,
+            ms=3.5,
+            alpha=0.55,
+        )
+        if quality.n > 1:
+            half = quality.mean - quality.low
+            ax.errorbar(seconds.mean, quality.mean, yerr=half, color=style.color, lw=1, capsize=3)
+        ax.plot(seconds.mean, quality.mean, style.marker, color=style.color, ms=9, mec="white", zorder=4)
+        means.append((seconds.mean, quality.mean))
+    front = [means[index] for index in pareto_front([(cost, metric.gain(value)) for cost, value in means])]
     ax.plot(*zip(*front, strict=True), color="#777777", ls="--", lw=1.0, drawstyle="steps-post", zorder=1)
     _time_axis(ax)
     ax.xaxis.set_major_formatter(FuncFormatter(_short_number))
     ax.grid(axis="both")
     ax.set_xlabel("training time to the best epoch (s)")
-    ax.set_ylabel("test accuracy (%)")
+    ax.set_ylabel(f"test {metric.label}")
     return ax
 
 
@@ -220,15 +232,17 @@ def progress_figure(
     title: str,
     *,
     target: float | None = None,
+    metric: Metric = PERCENT,
 ) -> Figure:
     figure, axes = new_figure(1, 3, width=10.5, height=3.8)
     by_time, by_tokens, trade_off = axes[0]
-    plot_progress(progress, styles, by_time, "seconds", target=target).set_xlabel("training time (s)")
-    plot_progress(progress, styles, by_tokens, "tokens", target=target).set_xlabel("training tokens seen")
-    plot_trade_off(points, styles, trade_off)
+    shown: dict[str, Any] = {"target": target, "metric": metric}
+    plot_progress(progress, styles, by_time, "seconds", **shown).set_xlabel("training time (s)")
+    plot_progress(progress, styles, by_tokens, "tokens", **shown).set_xlabel("training tokens seen")
+    plot_trade_off(points, styles, trade_off, metric)
     extra: Sequence[Line2D] = [Line2D([], [], color="#777777", ls="--", lw=1.0, label="best trade-offs")]
     if target is not None:
-        line = Line2D([], [], color="#555555", ls="-.", lw=1.0, label=f"target: {100 * target:.1f} %")
+        line = Line2D([], [], color="#555555", ls="-.", lw=1.0, label=f"target: {metric.shown(target)}")
         extra = [line, *extra]
     present = [style for model, style in styles.items() if model in set(progress["model"])]
     model_legend(figure, present, extra)

@@ -7,17 +7,14 @@ aclImdb*.tar.gz such as one of the labelled half, or with the unpacked tree aclI
 then in the cache, then downloaded into the cache. What was read is kept in the cache as bytes in one array,
 under the sha256 of its source.
 
-An archive is never extracted: it is streamed, and only the reviews in it are read. One that holds a path
-outside aclImdb/, a link or a device is refused. Reviews are taken in the order of their names, raw.
-Labels: 0 negative, 1 positive.
+Archives are streamed, never extracted (archives.py). Reviews are taken in the order of their names, raw.
+Labels: 0 negative, 1 positive. Some reviews come twice, also in both halves: `separate_copies`.
 """
 
-import gzip
 import hashlib
 import json
 import sys
-import tarfile
-import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,17 +25,20 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from command_line import InputError
+from tasks.archives import Archive, download_archive, holds_data, read_members, sha256_of_file
 from tasks.array_cache import Arrays, cached_arrays, read_cached
-from tasks.imdb_download import ARCHIVE, SHA256, download_archive
-from tasks.listops_tsv import find_files
 from tasks.token_dataset import TokenDataset, offsets_of
 
+OFFICIAL = Archive(
+    title="IMDb",
+    name="aclImdb_v1.tar.gz",
+    url="http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
+    sha256="c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
+)
 TREE = "aclImdb"
 SPLITS = ("train", "test")
 FOLDERS = ("neg", "pos")  # their positions are the labels
 REVIEWS_PER_FOLDER = 12_500
-MOST_MEMBERS = 1_000_000  # of an archive; the official one has 100,000
-LARGEST_UNPACKED = 1 << 32  # bytes; the official one has 0.5 GB
 LONGEST_REVIEW = 1 << 20  # bytes; the longest of the real ones has 13,704
 CACHE_VERSION = 1
 
@@ -61,7 +61,7 @@ def find_source(folder: Path) -> Path | None:
     """The archive or the tree in a folder; `folder` may also be the archive or the tree itself."""
     if folder.is_file():
         return folder
-    archives = [folder / ARCHIVE, *sorted(folder.glob("aclImdb*.tar.gz"))]
+    archives = [folder / OFFICIAL.name, *sorted(folder.glob("aclImdb*.tar.gz"))]
     trees = [folder / TREE] + [folder] * (folder / SPLITS[0] / FOLDERS[0]).is_dir()
     found = [path for path in archives if path.is_file()] + [path for path in trees if path.is_dir()]
     return found[0] if found else None
@@ -73,20 +73,22 @@ def load_reviews(data_dir: Path | None, cache_dir: Path) -> Reviews:
     Raises InputError where `data_dir` does not exist or what is found cannot be used, and its subclass
     DataUnavailableError where nothing is found and the download fails."""
     if data_dir is not None and not data_dir.exists():
-        raise InputError(f"--data-dir {data_dir} does not exist; give the folder that holds {ARCHIVE}")
+        raise InputError(f"--data-dir {data_dir} does not exist; give the folder that holds {OFFICIAL.name}")
     source = find_source(data_dir) if data_dir else None
     if source is None:
         if data_dir is not None:
-            lacks = f"--data-dir {data_dir} holds no IMDb ({ARCHIVE}, another aclImdb*.tar.gz or {TREE}/)"
-            if find_files(data_dir) is None:
+            lacks = (
+                f"--data-dir {data_dir} holds no IMDb ({OFFICIAL.name}, another aclImdb*.tar.gz or {TREE}/)"
+            )
+            if not holds_data(data_dir):
                 raise InputError(f"{lacks}; give the folder that does, or leave it out to have it downloaded")
             print(f"{lacks}: it is taken from the cache, or downloaded", file=sys.stderr)
-        kept = read_cached(cache_dir, _entry(SHA256))
+        kept = read_cached(cache_dir, _entry(OFFICIAL.sha256))
         if kept is not None:
-            return _from_arrays(kept, f"cache of {ARCHIVE}")
-        source = cache_dir / ARCHIVE
+            return _from_arrays(kept, f"cache of {OFFICIAL.name}")
+        source = cache_dir / OFFICIAL.name
         if not source.is_file():
-            download_archive(cache_dir, looked_in=data_dir)
+            download_archive(OFFICIAL, cache_dir, looked_in=data_dir)
     return read_source(source, cache_dir)
 
 
@@ -94,7 +96,7 @@ def read_source(source: Path, cache_dir: Path | None) -> Reviews:
     """The reviews of an archive or a tree, or what the cache has of it; with no cache they are read anew."""
     is_archive = source.is_file()
     try:
-        key = _sha256_of_file(source) if is_archive else _state_of_tree(source)
+        key = sha256_of_file(source) if is_archive else _state_of_tree(source)
     except OSError as error:
         raise InputError(f"{source} cannot be read: {error.strerror}") from error
 
@@ -111,52 +113,19 @@ def _entry(key: str) -> str:
 
 
 def read_archive(path: Path) -> Texts:
-    """The reviews of a gzipped tar file by (split, sentiment) and file name.
-
-    Raises InputError for a damaged or truncated file and for members that have no business in it."""
+    """The reviews of an archive by (split, sentiment) and file name."""
     texts: Texts = {(split, sentiment): {} for split in SPLITS for sentiment in FOLDERS}
-    try:
-        with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as archive:
-            files = tqdm(archive, desc=path.name, unit=" files", disable=None, leave=False)
-            for number, member in enumerate(files, 1):
-                _check_amount(path, number, member)
-                folder = _folder_of(member, path)
-                archive.members = []  # type: ignore[attr-defined] # else all of them are kept
-                if folder is None:
-                    continue
-                name = PurePosixPath(member.name).name
-                content = archive.extractfile(member)
-                if content is None or member.size > LONGEST_REVIEW or name in texts[folder]:
-                    raise InputError(f"{path}: {member.name!r} is no review, or comes twice; refused")
-                texts[folder][name] = content.read()
-            while unzipped.read(1 << 20):  # to the end, where the checksum is compared
-                if unzipped.tell() > LARGEST_UNPACKED:
-                    raise InputError(f"{path} unpacks to more than {LARGEST_UNPACKED:,} bytes: refused")
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path} is damaged or truncated ({error}); download it again") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    for place, content in read_members(path, TREE, _is_review_of_a_split, LONGEST_REVIEW):
+        _, split, sentiment, name = place.parts
+        if name in texts[split, sentiment]:
+            raise InputError(f"{path}: {str(place)!r} comes twice; refused")
+        texts[split, sentiment][name] = content
     return texts
 
 
-def _check_amount(path: Path, number: int, member: tarfile.TarInfo) -> None:
-    """InputError where an archive unpacks to a senseless amount: also what is passed over costs time."""
-    if number > MOST_MEMBERS:
-        raise InputError(f"{path} has more than {MOST_MEMBERS:,} members: refused")
-    if member.offset_data + member.size > LARGEST_UNPACKED:
-        raise InputError(f"{path} unpacks to more than {LARGEST_UNPACKED:,} bytes: refused")
-
-
-def _folder_of(member: tarfile.TarInfo, path: Path) -> tuple[str, str] | None:
-    """The (split, sentiment) of a review, None for anything else; InputError for what is not harmless."""
-    parts = PurePosixPath(member.name).parts
-    inside = not parts or (parts[0] == TREE and ".." not in parts)  # no parts: the folder "./" itself
-    if not inside or not (member.isreg() or member.isdir()):
-        kind = "a link or a device" if inside else "a path outside aclImdb/"
-        raise InputError(f"{path} holds {kind} ({member.name!r}): refused")
-    if not member.isreg() or len(parts) != 4 or not _is_review(parts[3]):
-        return None
-    return (parts[1], parts[2]) if parts[1] in SPLITS and parts[2] in FOLDERS else None
+def _is_review_of_a_split(place: PurePosixPath) -> bool:
+    parts = place.parts
+    return len(parts) == 4 and parts[1] in SPLITS and parts[2] in FOLDERS and _is_review(parts[3])
 
 
 def _is_review(name: str) -> bool:
@@ -195,18 +164,14 @@ def check_reviews(texts: Texts, source: Path, per_folder: int) -> None:
         if len(reviews) != per_folder:
             raise InputError(
                 f"{source}: {TREE}/{split}/{sentiment} has {len(reviews)} reviews instead of {per_folder}; "
-                f"get {ARCHIVE} again"
+                f"get {OFFICIAL.name} again"
             )
         for name in sorted(reviews):
             if not reviews[name].strip():
                 raise InputError(
-                    f"{source}: the review {TREE}/{split}/{sentiment}/{name} is empty; get {ARCHIVE} again"
+                    f"{source}: the review {TREE}/{split}/{sentiment}/{name} is empty; "
+                    f"get {OFFICIAL.name} again"
                 )
-
-
-def _sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256_of_texts(texts: Texts) -> str:
@@ -228,7 +193,7 @@ def _state_of_tree(tree: Path) -> str:
 
 
 def _to_arrays(texts: Texts, sha256: str) -> Arrays:
-    arrays: Arrays = {"about": _json_array({"sha256": sha256, "official": sha256 == SHA256})}
+    arrays: Arrays = {"about": _json_array({"sha256": sha256, "official": sha256 == OFFICIAL.sha256})}
     for split in SPLITS:
         reviews = [texts[split, sentiment] for sentiment in FOLDERS]
         contents = [part[name] for part in reviews for name in sorted(part)]
@@ -239,7 +204,7 @@ def _to_arrays(texts: Texts, sha256: str) -> Arrays:
 
 
 def _json_array(value: dict[str, Any]) -> NDArray[np.uint8]:
-    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+    return np.frombuffer(json.dumps(value, allow_nan=False).encode(), np.uint8)
 
 
 def _from_arrays(arrays: Arrays, source: str) -> Reviews:
@@ -249,3 +214,26 @@ def _from_arrays(arrays: Arrays, source: str) -> Reviews:
         for split in SPLITS
     )
     return Reviews(train, test, source, about["sha256"], about["official"])
+
+
+def separate_copies(
+    train: TokenDataset, validation: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The positions of a drawn validation sample and of the rest, with identical texts on one side of them.
+
+    A text of the sample that has a copy in the rest goes there, and the next text of its class that has no
+    copy comes in its place: all others, and the order of both, stay as drawn."""
+    rest = np.setdiff1d(np.arange(len(train)), validation)
+    validation = validation.copy()
+    texts = [text.tobytes() for text in map(train.example, range(len(train)))]
+    place_of = {texts[position]: place for place, position in enumerate(rest.tolist())}
+    counts = Counter(texts)
+    alone = np.array([counts[texts[position]] == 1 for position in rest.tolist()], np.bool_)
+    for place, position in enumerate(validation.tolist()):
+        if texts[position] in place_of:
+            free = np.flatnonzero(alone & (train.labels[rest] == train.labels[position]))
+            if not len(free):
+                raise InputError("IMDb has too few different reviews to keep identical ones on one side")
+            other = free[np.searchsorted(rest[free], position) % len(free)]
+            validation[place], rest[other], alone[other] = rest[other], position, False
+    return validation, rest

@@ -221,13 +221,15 @@ def evaluate(
         value, size = symbol.copy(), np.ones(len(symbol), np.int64)
         if len(level.arity):
             size[level.is_operator] = 2 + np.add.reduceat(sizes[0], offsets_of(level.arity)[:-1])
-            value[level.is_operator] = _apply(symbol[level.is_operator], level.arity, values[0])
+            value[level.is_operator] = apply_operators(symbol[level.is_operator], level.arity, values[0])
         values.insert(0, value)
         sizes.insert(0, size)
     return values, sizes
 
 
-def _apply(operators: NDArray[np.uint8], arity: Array, arguments: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def apply_operators(
+    operators: NDArray[np.uint8], arity: Array, arguments: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
     """(operators,) the value of each operator of its arguments, which lie one after the other."""
     starts = offsets_of(arity)[:-1]
     value = np.empty(len(operators), np.uint8)

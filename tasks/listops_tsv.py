@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from command_line import InputError
-from tasks.listops import CLOSE, DIGIT_0, FIRST_OPERATOR, NUM_CLASSES, SYMBOLS
+from tasks.listops import CLOSE, DIGIT_0, FIRST_OPERATOR, NUM_CLASSES, SYMBOLS, apply_operators
 from tasks.token_dataset import TokenDataset, offsets_of
 
 HEADER = b"Source\tTarget"
@@ -124,6 +124,21 @@ def count_arguments(tokens: NDArray[np.uint8]) -> NDArray[np.int64]:
     return arguments[operator]
 
 
+def values_of(tokens: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(expressions,) the values of expressions laid end to end, computed from the deepest level up."""
+    operator = is_operator(tokens)
+    arity = np.zeros(len(tokens), np.int64)
+    arity[operator] = count_arguments(tokens)
+    depth = _open_operators(tokens) - operator  # of a node, the root having 0
+    depth[tokens == CLOSE] = -1
+    value = tokens - np.uint8(DIGIT_0)
+    for level in range(int(depth.max(initial=0)), 0, -1):
+        above = np.flatnonzero((depth == level - 1) & operator)
+        symbols = tokens[above] - np.uint8(FIRST_OPERATOR)
+        value[above] = apply_operators(symbols, arity[above], value[depth == level])
+    return value[depth == 0]
+
+
 def _open_operators(tokens: NDArray[np.uint8]) -> NDArray[np.int16]:
     """(total,) how many operators are open behind each token."""
     return np.cumsum(is_operator(tokens).astype(np.int16) - (tokens == CLOSE), dtype=np.int16)
@@ -132,7 +147,8 @@ def _open_operators(tokens: NDArray[np.uint8]) -> NDArray[np.int16]:
 def read_tsv(path: Path) -> TokenDataset:
     """The expressions of a file and their values; parentheses are left out.
 
-    Raises InputError, naming file and line, for anything that is not as the Long Range Arena writes it."""
+    Raises InputError, naming file and line, for anything that is not as the Long Range Arena writes it, and
+    for a value that is not the expression's."""
     try:
         with path.open("rb") as file:
             return _read_lines(path, file)
@@ -156,9 +172,19 @@ def _read_lines(path: Path, lines: Iterable[bytes]) -> TokenDataset:
         labels.append(label)
     if not labels:
         raise InputError(f"{path} has no expressions")
-    return TokenDataset(
+    dataset = TokenDataset(
         np.frombuffer(b"".join(parts), np.uint8), offsets_of(lengths), np.array(labels, np.int64)
     )
+    for start in range(0, len(dataset), EXPRESSIONS_AT_ONCE):
+        part = dataset.take(np.arange(start, min(start + EXPRESSIONS_AT_ONCE, len(dataset))))
+        values = values_of(part.tokens)
+        wrong = np.flatnonzero(values != part.labels)
+        if len(wrong):
+            raise InputError(
+                f"{path}, line {start + wrong[0] + 2}: the expression's value is {values[wrong[0]]}, "
+                f"and the file says {part.labels[wrong[0]]}"
+            )
+    return dataset
 
 
 def _parse(line: bytes) -> tuple[bytes, int]:

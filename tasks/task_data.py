@@ -4,13 +4,16 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from command_line import check_settings, setting
+from command_line import check_settings, given_path, setting
 from tasks.array_cache import default_cache_folder
 from tasks.token_dataset import TokenDataset
+
+TARGETS = ("sequence", "token")
+METRICS = ("accuracy", "bits_per_byte")
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class DataSettings:
     None stands for the task's own default. Raises InputError for values outside their ranges."""
 
     data_dir: str | None = setting(
-        None, "folder with the IMDb archive or its unpacked tree, or with basic_train.tsv, ... of ListOps"
+        None,
+        "folder with the archive of IMDb (or its tree), that of CIFAR-10, or basic_train.tsv, ... of ListOps",
     )
     cache_dir: str | None = setting(
         None, "where downloads and read texts are kept; not set: ~/.cache/attention-comparison"
@@ -48,7 +52,26 @@ class DataSettings:
 
     @property
     def cache_folder(self) -> Path:
-        return Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_folder()
+        return given_path(self.cache_dir, "--cache-dir") if self.cache_dir else default_cache_folder()
+
+
+@dataclass(frozen=True)
+class TaskForm:
+    """What a task asks of the encoder.
+
+    target: one label for a "sequence", or at every marked "token". causal: no token sees a later one.
+    positions: whether they are added. metric: what selects the best epoch, "accuracy" or "bits_per_byte".
+    """
+
+    target: str = "sequence"
+    causal: bool = False
+    positions: bool = True
+    metric: str = "accuracy"
+
+    def __post_init__(self) -> None:
+        for value, known in ((self.target, TARGETS), (self.metric, METRICS)):
+            if value not in known:
+                raise ValueError(f"expected one of {', '.join(known)}, got '{value}'")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +80,8 @@ class TaskData:
 
     name: its true name, of folders and tables. title: for figures. symbols: the printable form of a token id.
     provenance: where the data come from and how they were made, as JSON.
+    drawn: where training data are drawn anew, the examples of (seed, epoch); `train` is then an epoch that
+        no cell trains on, for sizes and examples. longer_tests: by length, tests beside that of `test`.
     """
 
     name: str
@@ -69,3 +94,10 @@ class TaskData:
     test: TokenDataset
     symbols: Callable[[int], str]
     provenance: dict[str, Any]
+    form: TaskForm = field(default_factory=TaskForm)
+    drawn: Callable[[int, int], TokenDataset] | None = None
+    longer_tests: dict[str, TokenDataset] = field(default_factory=dict)
+
+    def train_of(self, seed: int, epoch: int) -> TokenDataset:
+        """The epoch's training examples: the same each epoch, or drawn anew from (seed, epoch)."""
+        return self.train if self.drawn is None else self.drawn(seed, epoch)

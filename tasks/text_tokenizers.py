@@ -1,4 +1,4 @@
-"""Tokenizers: bytes and words of texts, symbols of ListOps expressions. Pad is id 0 everywhere.
+"""Tokenizers: bytes and words of texts, symbols of ListOps expressions, pixels. Pad is id 0 everywhere.
 
     ByteTokenizer().encode("a<br />")            # each byte of the UTF-8 text plus 1; 257 ids
     WordTokenizer(("the", "film")).encode(...)   # lower-cased words; pad 0, unknown 1, the words from 2
@@ -103,6 +103,18 @@ class ListOpsTokenizer:
 
     def symbol(self, token: int) -> str:
         return SYMBOLS[token]
+
+
+class PixelTokenizer:
+    """Id = grey value 0..255 plus 1."""
+
+    vocab_size = 257
+
+    def encode(self, grey: NDArray[np.uint8]) -> Ids:
+        return grey.astype(np.uint16) + np.uint16(1)
+
+    def symbol(self, token: int) -> str:
+        return "<pad>" if token == PAD_ID else str(token - 1)
 
 
 def count_words(texts: TokenDataset) -> tuple[TokenDataset, tuple[str, ...]]:

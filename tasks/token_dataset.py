@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tasks.random_draws import RandomDraws
 
 PAD_ID = 0
+IGNORED = -100  # the label of a token at which nothing is predicted
 POOL_BATCHES = 64
 
 
@@ -28,23 +29,28 @@ POOL_BATCHES = 64
 class TokenDataset:
     """One split of a task.
 
-    tokens: (total,) uint8, uint16 or int32, the examples one after the other.
+    tokens: (total,) uint8, uint16 or int32, the examples one after the other; (total, I) where each
+        position has I ids.
     offsets: (n + 1,) int64, example i is tokens[offsets[i] : offsets[i + 1]].
-    labels: (n,) int64, 0..num_classes - 1.
+    labels: (n,) int64, 0..num_classes - 1; or, with token_targets, (total,), IGNORED where none is asked for.
     """
 
     tokens: NDArray[Any]
     offsets: NDArray[np.int64]
     labels: NDArray[np.int64]
+    token_targets: bool = False
 
     def __post_init__(self) -> None:
-        if self.offsets.shape != (len(self.labels) + 1,):
+        if self.token_targets:
+            if len(self.labels) != len(self.tokens):
+                raise ValueError(f"{len(self.tokens)} tokens need a label each, got {len(self.labels)}")
+        elif self.offsets.shape != (len(self.labels) + 1,):
             raise ValueError(f"{len(self.labels)} labels need one offset more, got {len(self.offsets)}")
         if self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens) or (self.lengths < 0).any():
             raise ValueError("offsets must rise from 0 to the number of tokens")
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.offsets) - 1
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -60,12 +66,13 @@ class TokenDataset:
         if max_length is not None:
             lengths = np.minimum(lengths, max_length)
         starts = self.offsets[chosen]
-        parts = [
-            self.tokens[start:stop]
-            for start, stop in zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
-        ]
-        tokens = np.concatenate([self.tokens[:0], *parts])
-        return TokenDataset(tokens, offsets_of(lengths), self.labels[chosen])
+        spans = list(zip(starts.tolist(), (starts + lengths).tolist(), strict=True))
+
+        def cut(flat: NDArray[Any]) -> NDArray[Any]:
+            return np.concatenate([flat[:0], *(flat[start:stop] for start, stop in spans)])
+
+        labels = cut(self.labels) if self.token_targets else self.labels[chosen]
+        return TokenDataset(cut(self.tokens), offsets_of(lengths), labels, self.token_targets)
 
 
 def offsets_of(lengths: NDArray[np.integer[Any]] | Sequence[int]) -> NDArray[np.int64]:
@@ -80,6 +87,19 @@ def concatenate(parts: Sequence[TokenDataset]) -> TokenDataset:
         offsets_of(np.concatenate([part.lengths for part in parts])),
         np.concatenate([part.labels for part in parts]),
     )
+
+
+def count_identical(splits: dict[str, TokenDataset]) -> dict[str, int]:
+    """How many examples of a split are in another too: "train in test", "val in train", "val in test"."""
+    found = {
+        name: [split.example(index).tobytes() for index in range(len(split))]
+        for name, split in splits.items()
+    }
+    known = {name: set(examples) for name, examples in found.items()}
+    return {
+        f"{one} in {other}": sum(example in known[other] for example in found[one])
+        for one, other in (("train", "test"), ("val", "train"), ("val", "test"))
+    }
 
 
 def stratified_choice(labels: NDArray[np.int64], size: int, seed: int, *purpose: str) -> NDArray[np.int64]:
@@ -102,14 +122,16 @@ def stratified_choice(labels: NDArray[np.int64], size: int, seed: int, *purpose:
 class Batch:
     """A padded batch.
 
-    tokens: (N, L) int64. key_padding_mask: (N, L) bool, True = pad. labels: (N,) int64.
-    index: (N,) int64, the examples' positions in their split.
+    tokens: (N, L) int64, or (N, L, I). key_padding_mask: (N, L) bool, True = pad.
+    labels: (N,) int64, or (N, L). index: (N,) int64, the examples' positions in their split.
+    predictions: how many labels count.
     """
 
     tokens: torch.Tensor
     key_padding_mask: torch.Tensor
     labels: torch.Tensor
     index: torch.Tensor
+    predictions: int
 
 
 def training_batches(
@@ -178,5 +200,12 @@ def pad_batch(
     source = np.where(padding, 0, dataset.offsets[index][:, None] + column)
     tokens = dataset.tokens[source].astype(np.int64)
     tokens[padding] = PAD_ID
-    parts = (tokens, padding, dataset.labels[index], index)
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts))
+    labels = dataset.labels[source] if dataset.token_targets else dataset.labels[index]
+    if dataset.token_targets:
+        labels[padding] = IGNORED
+
+    def tensor(part: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(part)).to(device)
+
+    predictions = int((labels != IGNORED).sum())
+    return Batch(tensor(tokens), tensor(padding), tensor(labels), tensor(index), predictions)

@@ -1,5 +1,6 @@
 """What the tests of the attention modules share: the modules, a seeded input factory, the comparison."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,6 +46,10 @@ def make_both_force(embed_dim: int = E, num_heads: int = H, **kwargs: Any) -> At
     return make_both(embed_dim, num_heads, **{"normalization": "force", **kwargs})
 
 
+def make_heads(embed_dim: int = E, num_heads: int = H, **kwargs: Any) -> AttentionModule:
+    return MultiTimescaleAttention(embed_dim, num_heads, **{"timescales": "heads", **kwargs})
+
+
 FACTORIES: dict[str, Factory] = {
     "conventional": make_conventional,
     "gravitational": make_gravitational,
@@ -52,6 +57,11 @@ FACTORIES: dict[str, Factory] = {
     "multi-timescale": make_multi_timescale,
     "gravitational multi-timescale": make_both,
     "gravitational multi-timescale force": make_both_force,
+    "heads": make_heads,
+    "heads adaptive": functools.partial(make_heads, adaptive=True),
+    "gravitational adaptive": functools.partial(make_gravitational, adaptive=True),
+    "multi-timescale adaptive": functools.partial(make_multi_timescale, adaptive=True),
+    "gravitational multi-timescale force adaptive": functools.partial(make_both_force, adaptive=True),
 }
 TIMESCALES = {name: T if "multi" in name else 1 for name in FACTORIES}
 each_module = pytest.mark.parametrize("name", list(FACTORIES))

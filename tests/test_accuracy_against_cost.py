@@ -1,5 +1,6 @@
 """What accuracy costs is added up from the epochs, and a target is one for all models."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,15 @@ from reporting.accuracy_against_cost import (
     pareto_front,
     progress_metrics,
     progress_table,
-    target_accuracies,
+    target_qualities,
     trade_offs,
 )
+from reporting.metrics import METRICS
+from reporting.run_results import TaskFacts
 from results_folder import Cell, CellRecord, Results
+
+FACTS = TaskFacts("t", "T", 0.5, None, None, 2, {})
+BITS = TaskFacts("t", "T", 1 / 256, None, None, 256, {}, METRICS["bits_per_byte"])
 
 
 def record(
@@ -31,7 +37,7 @@ def progress_of(*records: CellRecord) -> pd.DataFrame:
 
 
 def metrics_of(progress: pd.DataFrame, model: str, targets: dict[str, float]) -> dict[str, float]:
-    rows = progress_metrics(progress, targets)
+    rows = progress_metrics(progress, targets, {"t": FACTS})
     mine = rows[rows["model"] == model]
     return dict(zip(mine["metric"], mine["value"], strict=True))
 
@@ -48,13 +54,23 @@ def test_an_epoch_without_a_time_leaves_the_later_times_unknown() -> None:
     assert metrics_of(progress, "a", {}) == {"tokens_to_best": 3000.0}
 
 
-def test_the_target_is_nine_tenths_of_the_baselines_way_up_from_chance() -> None:
-    progress = progress_of(record("conventional", [0.4, 0.6, 0.5], [1.0, 1.0, 1.0]))
-    assert target_accuracies(progress, {"t": 0.5}) == {"t": pytest.approx(0.59)}
-    assert target_accuracies(progress, {"t": 0.6}) == {}
-    assert target_accuracies(progress, {"t": None}) == {}
+def test_the_target_is_nine_tenths_of_the_way_from_chance_to_the_best_model() -> None:
+    progress = progress_of(
+        record("conventional", [0.4, 0.55, 0.5], [1.0] * 3), record("a", [0.6, 0.4, 0.5], [1.0] * 3)
+    )
+    assert target_qualities(progress, {"t": FACTS}) == {"t": pytest.approx(0.59)}
+    assert target_qualities(progress, {"t": replace(FACTS, chance=0.6)}) == {}
+    assert target_qualities(progress, {"t": replace(FACTS, chance=None)}) == {}
     unfinished = progress_of(record("conventional", [0.9], [1.0], "diverged"))
-    assert target_accuracies(unfinished, {"t": 0.5}) == {}
+    assert target_qualities(unfinished, {"t": FACTS}) == {}
+
+
+def test_where_less_is_better_the_target_is_below_chance_and_is_reached_from_above() -> None:
+    rows = progress_of(record("a", [0.0] * 3, [1.0] * 3)).assign(quality=[6.0, 3.1, 3.0])
+    targets = target_qualities(rows, {"t": BITS})
+    assert targets == {"t": pytest.approx(8 - 0.9 * 5)}  # chance is 8 bits, the best 3
+    found = progress_metrics(rows, targets, {"t": BITS}).set_index("metric")["value"]
+    assert found["seconds_to_best"] == 3 and found["seconds_to_target"] == 2
 
 
 def test_the_target_is_reached_at_its_first_epoch_or_not_at_all() -> None:
@@ -67,7 +83,6 @@ def test_the_target_is_reached_at_its_first_epoch_or_not_at_all() -> None:
         "seconds_to_best": 9.0,
         "tokens_to_best": 3000.0,
         "target_reached": 1.0,
-        "epochs_to_target": 2.0,
         "seconds_to_target": 5.0,
         "tokens_to_target": 2000.0,
     }
@@ -79,9 +94,7 @@ def test_the_target_is_reached_at_its_first_epoch_or_not_at_all() -> None:
 def test_a_trade_off_needs_both_its_numbers() -> None:
     rows = [("a", 0, "seconds_to_best", 9.0), ("a", 0, "test_accuracy_best", 0.7), ("b", 0, "done", 1.0)]
     table = pd.DataFrame(rows, columns=["model", "seed", "metric", "value"])
-    assert trade_offs(table).to_dict("records") == [
-        {"model": "a", "seed": 0, "seconds": 9.0, "accuracy": 0.7}
-    ]
+    assert trade_offs(table).to_dict("records") == [{"model": "a", "seed": 0, "seconds": 9.0, "quality": 0.7}]
     assert trade_offs(table.iloc[2:]).empty
 
 

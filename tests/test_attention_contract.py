@@ -120,6 +120,8 @@ def test_an_illegal_gravity_raises_a_value_error_that_names_it(
         ({"gammas": (0.5, math.nan)}, r"gammas must be in \(0, 1\)"),
         ({"gammas": (0.5, 0.6, 0.7)}, "gammas must have one entry per timescale, got 3 for 2"),
         ({"gammas": ()}, "gammas must have one entry per timescale, got 0 for 2"),
+        ({"adaptive": True, "learn_gammas": False}, "adaptive=True needs .*learn_gammas=True"),
+        ({"adaptive": True, "discount": "logits"}, 'adaptive=True needs discount="weights"'),
         ({"num_timescales": 0, "gammas": None}, "num_timescales must be at least 1, got 0"),
         ({"decoder": "fourier"}, "decoder must be one of .*'laplace', 'linear', 'mlp'.*got 'fourier'"),
     ],
@@ -129,6 +131,19 @@ def test_an_illegal_timescale_raises_a_value_error_that_names_it(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_module(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"timescales": "tokens"}, r"timescales must be one of .*'heads'.*got 'tokens'"),
+        ({"num_timescales": 3}, "needs num_timescales=1, got 3"),
+        ({"gammas": (0.5, 0.6)}, "gammas must have one entry per head, got 2 for 4"),
+    ],
+)
+def test_illegal_heads_as_timescales_raise_a_value_error(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FACTORIES["heads"](**kwargs)
 
 
 @each_module
@@ -262,7 +277,7 @@ def test_learned_scalars_and_masses_have_their_shapes_and_no_gradient(name: str)
     query, key, _, _ = make_inputs()
     scalars = module.learned_scalars()
     timescales = TIMESCALES[name]
-    expected = {"gamma"} if "multi" in name else set()
+    expected = {"gamma"} if any(word in name for word in ("multi", "heads", "adaptive")) else set()
     if "gravitational" in name and "force" not in name:
         expected.add("gravity")
     assert set(scalars) == expected

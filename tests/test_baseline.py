@@ -7,7 +7,8 @@ from results_fixture import make_results, without_figures
 
 from analyze_results import main
 from reporting.figure_style import LONGEST_NAME, ModelStyle, model_styles
-from reporting.run_results import ACCURACY, default_baseline
+from reporting.metrics import ACCURACY
+from reporting.run_results import default_baseline
 from reporting.task_figures import file_stems
 from results_folder import read_results
 

@@ -1,6 +1,11 @@
 """Settings become options, and a user's mistake becomes one helpful line on stderr and exit code 2."""
 
+import io
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +19,9 @@ from command_line import (
     add_settings,
     check_settings,
     choose,
+    described,
     exit_code,
+    given_path,
     given_settings,
     nearest,
     setting,
@@ -179,6 +186,41 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
     assert "Not shown." not in shown
 
 
+def test_home_is_meant_by_a_tilde_however_a_path_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/baker")
+    parser = Parser(prog="bake.py")
+    parser.add_argument("--oven", type=Path)
+    parser.add_subparsers().add_parser("bread").add_argument("--tin", type=Path)
+    assert parser.parse_args(["--oven=~/x"]).oven == Path("/home/baker/x")
+    assert parser.parse_args(["bread", "--tin=~/x"]).tin == Path("/home/baker/x")
+    assert given_path("a/~") == Path("a/~")
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("~nobody-of-that-name/x", "Could not determine home directory."),
+        ("x" * 300, "File name too long"),
+        ("loop/x", "Too many levels of symbolic links"),
+    ],
+)
+def test_a_path_that_cannot_be_reached_is_one_line_with_its_option(
+    path: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    parser = Parser(prog="bake.py")
+    parser.add_argument("--oven", type=Path)
+    with pytest.raises(SystemExit) as left:
+        parser.parse_args(["--oven", path])
+    assert left.value.code == EXIT_BAD_INPUT
+    line = f"'{path}' cannot be reached: {why}"
+    assert capsys.readouterr().err == f"bake.py: error: argument --oven: {line}\n"
+    with pytest.raises(InputError) as refused:
+        given_path(path, "--tin")
+    assert str(refused.value) == f"--tin {line}"
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------
 
 
@@ -273,6 +315,66 @@ def test_our_own_errors_are_not_taken_for_the_users() -> None:
 
     with pytest.raises(ValueError, match="ours"):
         exit_code("bake.py", body)
+
+
+# --- streams ----------------------------------------------------------------------------------------------
+
+
+PROGRAM = """
+import sys
+from command_line import exit_code
+def body():
+    print("caf\\xe9 " * 30000, flush=True)
+    print("told", file=sys.stderr, flush=True)
+    open(sys.argv[1], "w").write("worked")
+    return 3
+sys.exit(exit_code("bake.py", body))
+"""
+
+
+@pytest.mark.parametrize(
+    ("shell", "encoding"),
+    [
+        ("{} 2>&-", "utf-8"),
+        ("{} >&-", "utf-8"),
+        ("{} <&- >&- 2>&-", "utf-8"),
+        ("{} | true", "utf-8"),
+        ("{} 2>&1 | true", "utf-8"),
+        ("{} >/dev/full", "utf-8"),
+        ("{} >/dev/null", "ascii"),
+        ("{} >/dev/null", "cp1252"),
+    ],
+)
+def test_who_reads_what_is_printed_changes_neither_the_work_nor_its_exit_code(
+    shell: str, encoding: str, tmp_path: Path
+) -> None:
+    (tmp_path / "bake.py").write_text(PROGRAM)
+    program = f'{{ "{sys.executable}" "{tmp_path}/bake.py" "{tmp_path}/work"; echo $? > "{tmp_path}/code"; }}'
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "PYTHONIOENCODING": encoding}
+    ran = subprocess.run(
+        ["bash", "-c", shell.format(program)], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (tmp_path / "work").read_text() == "worked"
+    if "<&-" not in shell:  # then the shell's own echo goes elsewhere all the same
+        assert (tmp_path / "code").read_text() == "3\n"
+    assert "Traceback" not in ran.stderr
+    assert "BrokenPipe" not in ran.stderr
+    assert ("not all could be printed: No space left on device" in ran.stderr) == ("full" in shell)
+
+
+def test_a_character_that_a_stream_has_not_is_printed_as_an_escape(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    assert exit_code("bake.py", lambda: print("\xe9t\xe9 \udcff") or 0) == 0
+    assert written.getvalue() == b"\\xe9t\\xe9 \\udcff\n"
+
+
+def test_an_interpreter_without_docstrings_has_a_help_all_the_same() -> None:
+    assert described("Bakes.\n\n    bake.py\n\nWell.") == {
+        "description": "Bakes.\n\nWell.",
+        "epilog": "examples:\n    bake.py",
+    }
+    Parser(**described(None)).format_help()
 
 
 # --- names ------------------------------------------------------------------------------------------------

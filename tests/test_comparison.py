@@ -14,7 +14,6 @@ from reporting.comparison_figures import (
     plot_radar,
 )
 from reporting.comparison_tables import (
-    compare,
     convergence_epoch,
     epoch_table,
     improvements,
@@ -23,7 +22,8 @@ from reporting.comparison_tables import (
     summarize,
 )
 from reporting.figure_style import MODEL_STYLES, drawable, model_styles, new_figure
-from reporting.run_results import ACCURACY, usable
+from reporting.metrics import ACCURACY
+from reporting.run_results import usable
 from reporting.text_tables import (
     TextTable,
     code_block,
@@ -35,6 +35,7 @@ from reporting.text_tables import (
     short_p,
 )
 from reporting.training_figures import plot_curves
+from reporting.verdicts import compare
 from results_folder import Cell, Results, read_results
 
 STATES = {Cell("listops", "multi_timescale", 1): "diverged"} | {
@@ -92,29 +93,6 @@ def test_convergence_is_the_first_epoch_at_90_percent_of_the_way_from_chance_to_
     accuracies: list[float], chance: float, epoch: int | None
 ) -> None:
     assert convergence_epoch(accuracies, chance) == epoch
-
-
-def test_differences_are_compared_by_hand() -> None:
-    table = tidy({"conventional": [0.5, 0.6, 0.4], "a": [0.6, 0.8, 0.7], "b": [0.5, 0.5, 0.5]})
-    first, second = compare(table)
-    # a: 0.1, 0.2, 0.3; b: 0, -0.1, 0.1
-    assert first.mean == pytest.approx((3, 0.2, 0.2 - 0.248414, 0.2 + 0.248414), abs=1e-5)
-    assert (first.p, first.smallest_p, first.p_holm, first.smallest_p_holm) == (0.25, 0.25, 0.5, 0.5)
-    assert (second.p, second.p_holm) == (1.0, 1.0)
-    assert (first.verdict, second.verdict) == ("too few seeds", "too few seeds")
-
-
-def test_a_verdict_needs_enough_seeds_and_a_small_corrected_p() -> None:
-    base = [0.5 + 0.01 * seed for seed in range(6)]
-    up = [value + 0.1 for value in base]
-    mixed = [value + 0.1 * (-1) ** seed for seed, value in enumerate(base)]
-    assert [row.verdict for row in compare(tidy({"conventional": base, "a": up}))] == ["higher"]
-    assert [row.verdict for row in compare(tidy({"conventional": up, "a": base}))] == ["lower"]
-    assert [row.verdict for row in compare(tidy({"conventional": base, "a": mixed}))] == ["not shown"]
-    # two comparisons double the smallest p of six seeds, 0.03125
-    verdicts = [row.verdict for row in compare(tidy({"conventional": base, "a": up, "b": mixed}))]
-    assert verdicts == ["too few seeds"] * 2
-    assert [row.verdict for row in compare(tidy({"a": up}))] == ["no pair"]
 
 
 def test_improvement_is_in_percent_of_the_same_seed_and_a_saving_counts_as_one() -> None:

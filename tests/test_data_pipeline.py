@@ -311,9 +311,23 @@ def test_settings_out_of_range_are_refused(arguments: dict[str, object]) -> None
 def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(InputError, match="did you mean 'listops'"):
         load_task("list_ops", DataSettings())
-    with pytest.raises(InputError, match="min-length"):
-        load_task("imdb", DataSettings(min_length=5))
-    assert set(TASKS) == {"imdb", "listops"}
+    assert {"imdb", "listops", "pathfinder", "image", "recall", "hold"} == set(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "option"),
+    [
+        ("imdb", {"min_length": 5}, "--min-length"),
+        ("pathfinder", {"min_length": 5}, "--min-length"),
+        ("pathfinder", {"max_length": 5}, "--max-length"),
+        ("image", {"max_length": 5}, "--max-length"),
+    ],
+)
+def test_a_setting_that_means_nothing_to_a_task_is_refused(
+    task: str, settings: dict[str, int], option: str
+) -> None:
+    with pytest.raises(InputError, match=f"{option} means nothing to {task}"):
+        load_task(task, DataSettings(**settings))  # type: ignore[arg-type]
 
 
 def test_stats_show_sizes_lengths_labels_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,10 @@ from torch import Tensor
 from attention_engine.attention_scores import DotProduct, Gravity, Mask
 from attention_kernels import attend, fastest_backend
 from attention_module import AttentionModule
+from gravitational_attention import UNIT_MASS
 from gravitational_multi_timescale_attention import GravitationalMultiTimescaleAttention
-from multi_timescale_attention import Discounts, MultiTimescaleAttention
+from multi_timescale_attention import MultiTimescaleAttention
+from timescales import Discounts
 
 NAMES = ("multi-timescale", "gravitational multi-timescale")
 each_module = pytest.mark.parametrize("name", NAMES)
@@ -63,10 +65,10 @@ def naive_logit(
     field, row = module.field, t * H + h
     assert field.query_mass is not None
     assert field.log_gravity is not None
-    query_mass = F.softplus(field.query_mass.weight[row] @ query + field.query_mass.bias[row])
-    key_mass = F.softplus(field.key_mass.weight[row] @ key + field.key_mass.bias[row])
+    query_mass = F.softplus(field.query_mass.weight[row] @ query + field.query_mass.bias[row] + UNIT_MASS)
+    key_mass = F.softplus(field.key_mass.weight[row] @ key + field.key_mass.bias[row] + UNIT_MASS)
     r2 = (q - k).square().sum() / module.head_dim
-    force = field.log_gravity[t, h].exp() * query_mass * key_mass
+    force = field.log_gravity[row].exp() * query_mass * key_mass
     return force / (r2 + field.softening) ** (field.distance_power / 2)
 
 

@@ -17,9 +17,11 @@ from reporting.analysis import make_analysis
 from reporting.attention_figures import distance_figure, plot_maps
 from reporting.figure_style import figure_style, model_styles, new_figure, save_figure
 from reporting.mass_figures import shaded_figure
-from reporting.run_results import ACCURACY, read_joined
+from reporting.metrics import ACCURACY
+from reporting.run_results import read_joined
 from reporting.seed_statistics import estimate
 from reporting.task_figures import CONVERGENCE_PANELS, COST_PANELS, TaskView, task_figures
+from reporting.training_figures import plot_curves, plot_learned
 
 STYLES = model_styles(MODELS)
 
@@ -132,3 +134,20 @@ def test_a_grid_of_maps_has_a_row_per_query_and_a_column_per_key() -> None:
     assert np.isnan(drawn[2]).all() and np.isnan(drawn[:, [2, 5]]).all()
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "", "a", "b"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b", "", "a", "b", "", "a", "b"]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 30])
+def test_an_axis_of_epochs_has_whole_ticks_however_few_there_are(epochs: int) -> None:
+    shown = range(1, epochs + 1)
+    rows = [{"model": MODELS[0], "seed": 0, "state": "done", "epoch": epoch, "loss": 0.5} for epoch in shown]
+    scalars = [
+        {"scalar": "share", "layer": 0, "timescale": 0, "epoch": epoch, "value": 1.0} for epoch in shown
+    ]
+    _, axes = new_figure(1, 2, 6, 3)
+    plot_curves(pd.DataFrame(rows), STYLES, axes[0, 0], "loss")
+    plot_learned(pd.DataFrame(scalars), STYLES[MODELS[0]], axes[0, 1])
+    for ax in axes[0]:
+        low, high = ax.get_xlim()
+        ticks = [tick for tick in ax.get_xticks() if low <= tick <= high]
+        assert ticks
+        assert all(tick == round(tick) for tick in ticks)

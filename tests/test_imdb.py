@@ -1,5 +1,6 @@
 """IMDb: read from archives, trees, cache and network, whole or not at all."""
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -14,8 +15,9 @@ import pytest
 
 from command_line import InputError
 from data_pipeline import DataSettings, DataUnavailableError, load_task, main
-from tasks import imdb, imdb_download
-from tasks.imdb import Reviews, load_reviews, read_source
+from tasks import imdb
+from tasks.imdb import Reviews, load_reviews, read_source, separate_copies
+from tasks.token_dataset import TokenDataset, offsets_of
 
 PER_FOLDER = 3
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +30,8 @@ Members = dict[str, bytes]
 def small_and_offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Three reviews a folder, a cache of the test's own, and an address that nobody answers at."""
     monkeypatch.setattr(imdb, "REVIEWS_PER_FOLDER", PER_FOLDER)
-    monkeypatch.setattr(imdb_download, "URL", "http://127.0.0.1:9/aclImdb_v1.tar.gz")
+    nowhere = dataclasses.replace(imdb.OFFICIAL, url="http://127.0.0.1:9/aclImdb_v1.tar.gz")
+    monkeypatch.setattr(imdb, "OFFICIAL", nowhere)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache_home")))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
@@ -207,7 +210,7 @@ def test_a_review_that_comes_twice_or_is_too_long_is_refused(
     write_archive(tmp_path / "data", tar_bytes(members()))
     write_tree(tmp_path / "tree", members())
     monkeypatch.setattr(imdb, "LONGEST_REVIEW", 10)
-    assert_refused(tmp_path / "data", capsys, "no review")
+    assert_refused(tmp_path / "data", capsys, "more than 10 bytes")
     assert_refused(tmp_path / "tree", capsys, "no review")
 
 
@@ -297,6 +300,38 @@ def test_the_task_has_a_stratified_tenth_for_validation_and_raw_bytes(
     assert (task.vocab_size, task.num_classes, task.name) == (257, 2, "imdb")
 
 
+def test_identical_reviews_stay_on_one_side_of_the_split_and_all_others_as_drawn() -> None:
+    texts = [b"%d" % number for number in range(40)]
+    texts[5] = texts[21] = b"twice"  # drawn 5, not 21; 21 is of the other class
+    texts[8] = texts[9] = b"both drawn"
+    train = TokenDataset(
+        np.frombuffer(b"".join(texts), np.uint8), offsets_of(list(map(len, texts))), np.arange(40) // 20
+    )
+    drawn = np.array([2, 5, 8, 9, 30, 31])
+    validation, rest = separate_copies(train, drawn)
+    assert validation.tolist() == [2, 6, 8, 9, 30, 31]  # 6: the next of its class that has no copy
+    assert rest.tolist() == [0, 1, 3, 4, 5, *range(7, 8), *range(10, 30), *range(32, 40)]
+    sides = [{train.example(index).tobytes() for index in side} for side in (validation, rest)]
+    assert not sides[0] & sides[1] and drawn.tolist() == [2, 5, 8, 9, 30, 31]
+
+
+def test_reviews_that_are_all_alike_cannot_be_split() -> None:
+    alike = TokenDataset(np.full(12, 7, np.uint8), np.arange(13), np.arange(12) % 2)
+    with pytest.raises(InputError, match="too few different reviews"):
+        separate_copies(alike, np.array([0, 3]))
+
+
+def test_reviews_that_both_halves_have_are_in_the_provenance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = members()
+    files["aclImdb/test/neg/1_3.txt"] = files["aclImdb/train/neg/1_3.txt"]
+    write_archive(tmp_path, tar_bytes(files))
+    task = load_task("imdb", DataSettings(data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")))
+    found = task.provenance["identical"]
+    assert found["train in test"] + found["val in test"] == 1 and found["val in train"] == 0
+
+
 def real_archive() -> Path | None:
     places = [os.environ.get("ATTENTION_IMDB_DIR"), ROOT.parent / "shared" / "data"]
     sources = [imdb.find_source(Path(place)) for place in places if place and Path(place).exists()]
@@ -316,6 +351,9 @@ def test_the_real_reviews_have_the_known_lengths(tmp_path: Path, monkeypatch: py
         assert round(float(lengths.mean()), 1) == mean
         assert (np.median(lengths), lengths.max()) == (median, longest)
         assert round(float(np.mean(lengths > 4096)), 4) == cut
+    everywhere = DataSettings(data_dir=str(source), cache_dir=str(tmp_path))
+    found = load_task("imdb", everywhere).provenance["identical"]
+    assert found["val in train"] == 0 and found["train in test"] + found["val in test"] == 105 + 18
     started = time.monotonic()
     assert contents(read_source(source, tmp_path))[:5] == contents(reviews)[:5]
     assert time.monotonic() - started < 2

@@ -21,7 +21,7 @@ FLOORS = (
     {"tasks"},
     {"gravitational_multi_timescale_attention"},
     {*ATTENTION},
-    {"attention_module"},
+    {"attention_module", "timescales"},
     {"attention_kernels"},
     {"attention_engine"},
     {"results_folder"},
@@ -36,7 +36,13 @@ LATE = {
     "experiment/tensorboard_log.py": {"torch.utils.tensorboard"},
     "attention_kernels.py": {"attention_engine.triton_attention"},
 }
-TORCH_ALONE = {"gravitational_multi_timescale_attention", *ATTENTION, "attention_module", "attention_kernels"}
+TORCH_ALONE = {
+    "gravitational_multi_timescale_attention",
+    *ATTENTION,
+    "attention_module",
+    "timescales",
+    "attention_kernels",
+}
 STANDARD = {"collections", "contextlib", "dataclasses", "functools", "importlib", "math", "os", "typing"}
 
 

@@ -13,7 +13,7 @@ from command_line import InputError
 from data_pipeline import DataSettings, load_task, main
 from tasks import listops
 from tasks.listops import SYMBOLS, ListOpsSettings, generate_splits
-from tasks.listops_tsv import count_arguments, read_tsv
+from tasks.listops_tsv import count_arguments, read_tsv, values_of
 from tasks.random_draws import RandomDraws
 from tasks.token_dataset import TokenDataset
 
@@ -331,6 +331,36 @@ def test_a_run_on_damaged_files_names_file_and_line_and_ends_with_exit_code_2(
     assert "basic_train.tsv, line " in error and error.count("\n") == 1
 
 
+def test_a_value_that_is_not_the_expression_s_is_named_by_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "basic_train.tsv"
+    path.write_bytes(b"Source\tTarget\n" + GOOD_LINE * 1500 + GOOD_LINE.replace(b"\t9", b"\t2") + GOOD_LINE)
+    with pytest.raises(InputError) as caught:
+        read_tsv(path)
+    assert str(caught.value) == f"{path}, line 1502: the expression's value is 9, and the file says 2"
+
+
+def test_values_of_many_expressions_are_those_they_were_made_with() -> None:
+    made = generate_splits(ListOpsSettings(0, 300), {"train": 400, "val": 3, "test": 2}, seed=5)["train"]
+    np.testing.assert_array_equal(values_of(made.tokens), made.labels)
+    assert values_of(np.array([15, 4, 9, 14, 3, 3, 16, 16, 8], np.uint8)).tolist() == [0, 6]
+
+
+def test_expressions_that_files_share_are_counted_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = b"( ( ( [MIN 2 ) 9 ) ] )\t2\n"
+    for split, lines in {"train": GOOD_LINE * 3 + other, "val": other, "test": GOOD_LINE}.items():
+        (tmp_path / f"basic_{split}.tsv").write_bytes(b"Source\tTarget\n" + lines)
+    argv = ["stats", "--task", "listops", "--data-dir", str(tmp_path), "--min-length", "0"]
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [
+        "listops: 3 of the expressions of train in test too",
+        "listops: 1 of the expressions of val in train too",
+    ]
+    assert "identical examples, val in test: 0" in captured.out
+
+
 @pytest.mark.parametrize("content", [b"", b"Source,Target\n", GOOD_LINE, b"Source\tTarget\n"])
 def test_a_file_without_header_or_lines_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "basic_train.tsv"
@@ -367,6 +397,8 @@ def test_the_task_makes_expressions_where_the_data_folder_has_no_files(tmp_path:
     "options",
     [
         ["--train", "-1"],
+        ["--train", "0"],
+        ["--test", "0"],
         ["--seed", "-1"],
         ["--min-length", "90", "--max-length", "50"],
         ["--min-length", "100000", "--max-length", "100000000", "--max-depth", "4"],

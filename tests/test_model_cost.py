@@ -35,7 +35,7 @@ def by_hand(name: str, length: int) -> int:
     if "gravitational" in name:
         products += 2 * length * E * timescales * H  # masses of both roles
     if timescales > 1:
-        products += timescales * timescales * E * E  # the mixing matrix into the projection
+        products += length * timescales * timescales * E  # the mixing of what the timescales read
     products += 2 * length * E * F
     return 2 * (2 * products + E * C)
 

@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 MODULES = (
     *("attention_kernels", "attention_module", "conventional_attention", "gravitational_attention"),
-    *("gravitational_multi_timescale_attention", "multi_timescale_attention"),
+    *("gravitational_multi_timescale_attention", "multi_timescale_attention", "timescales"),
 )
 ENGINE = [path for path in (ROOT / "attention_engine").iterdir() if path.is_file()]  # kernels' sources too
 

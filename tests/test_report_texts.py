@@ -11,7 +11,7 @@ from results_fixture import MODELS, make_results, without_figures, write
 
 from analyze_results import analyze
 from reporting.lra_literature import comparable
-from reporting.run_results import ACCURACY
+from reporting.metrics import ACCURACY
 from reporting.text_tables import short
 from results_folder import Cell, read_results
 
@@ -92,10 +92,20 @@ def test_one_seed_has_no_interval_and_no_verdict(tmp_path: Path) -> None:
     assert not re.search(r"\b(better|worse|significant)\b", text)
 
 
-def test_three_seeds_cannot_reach_the_level_and_the_report_says_so(tmp_path: Path) -> None:
-    text = report_of(make_results(tmp_path, patterns=False))
-    assert "The smallest p value that 3 seeds can give is 0.25" in text
-    assert "too few seeds to tell" in text and not re.search(r"\b(better|worse)\b", text)
+def test_two_seeds_have_no_verdict_and_three_are_told_what_their_interval_allows(tmp_path: Path) -> None:
+    text = report_of(make_results(tmp_path / "two", seeds=(0, 1), patterns=False))
+    assert "too few seeds to tell; 3 are the least" in text and not re.search(r"\b(better|worse)\b", text)
+    root = make_results(tmp_path / "three", tasks=("listops",), models=MODELS[:2], patterns=False)
+    assert "Sign flips, which assume nothing, do not show it with 3 seeds." in report_of(root)
+    for seed, accuracy in enumerate((0.34, 0.36, 0.38)):
+        path = Cell("listops", "gravitational", seed).folder(root) / "result.json"
+        write(path, json.loads(path.read_text()) | {ACCURACY: accuracy})
+    text = report_of(root)
+    assert re.search(
+        r"not told apart\. The interval allows a gain of \d\.\d and a loss of \d\.\d points; a difference "
+        r"of 1 point would need about \d+ seeds",
+        text,
+    )
 
 
 def test_ten_seeds_that_all_agree_are_given_a_verdict_and_ten_that_do_not_are_not(tmp_path: Path) -> None:
@@ -113,7 +123,9 @@ def test_ten_seeds_that_all_agree_are_given_a_verdict_and_ten_that_do_not_are_no
     }
     assert "+2.0 points" in verdicts["Gravitational"] and "p = 0.00195" in verdicts["Gravitational"]
     assert "better at the 0.05 level, for these settings" in verdicts["Gravitational"]
-    assert "a difference is not shown" in verdicts["Multi-timescale"]
+    assert (
+        "not told apart. The interval allows a gain of 1.5 and a loss of 1.5" in verdicts["Multi-timescale"]
+    )
     assert "worse at the 0.05 level" in verdicts["Gravitational multi-timescale"]
 
 
@@ -133,9 +145,11 @@ def test_who_never_reaches_the_target_is_named(tmp_path: Path) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = report_of(root)
     assert re.search(
-        r"- To a validation accuracy of \d\d\.\d %: Conventional .*; Gravitational never\.", text
+        r"- To a validation accuracy of \d\d\.\d %, median over seeds: Conventional \d epochs; "
+        r"Gravitational never in 6 epochs\.",
+        text,
     )
-    assert "| Gravitational | 3 | 0 of 3 | – | – | – |" in text  # noqa: RUF001
+    assert "| Gravitational | 3 | 0 of 3 | more than 6 | 0, 3, 0 | 0.25 | 0.25 | – | – |" in text  # noqa: RUF001
 
 
 @pytest.mark.parametrize(
@@ -167,4 +181,5 @@ def test_the_tidy_table_holds_what_the_report_shows_of_time_and_targets(tmp_path
     table = pd.read_csv(root / "analysis" / "summary.csv")
     spent = table[(table["model"] == "conventional") & (table["metric"] == "seconds_to_target")]["value"]
     assert len(spent) == 3
-    assert f"Conventional {short(spent.mean())} s of training" in text
+    [row] = [line for line in text.splitlines() if line.startswith("| Conventional | 3 | 3 of 3 |")]
+    assert f"| {short(spent.mean())} |" in row or f"| {short(spent.mean())} \\[" in row

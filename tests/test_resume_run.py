@@ -252,16 +252,6 @@ def test_of_two_processes_that_find_all_done_one_compares(
     assert not (copy / "analysis").exists()
 
 
-def test_a_log_that_cannot_be_written_fails_no_cell(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_status(cells(copy)[0], "pending")
-
-    def broken(*_: object, **__: object) -> None:
-        raise BrokenPipeError(32, "Broken pipe")
-
-    monkeypatch.setattr("experiment.run_progress.print", broken, raising=False)
-    assert resume(copy) == 0
-
-
 # What is refused
 
 

@@ -1,6 +1,7 @@
 """A whole run at its smallest, cells that fail, mistakes found before any work, what is shown."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,24 +141,28 @@ def test_a_cell_that_fails_or_diverges_is_shown_and_the_others_run(
 def test_an_interrupted_run_notes_where_it_was_and_ends_with_its_code(
     model: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    models = ["conventional", f"user_models:{model}", "gravitational"]
-    assert run_experiment.main([*HERE, "--output-dir", str(tmp_path), "--models", *models]) == code
-    root = only(tmp_path)
+    models, parent = ["conventional", f"user_models:{model}", "gravitational"], tmp_path / "my runs"
+    assert run_experiment.main([*HERE, "--output-dir", str(parent), "--models", *models]) == code
+    root = only(parent)
     assert list(states(root).values()) == ["done", "interrupted", "pending"]
-    assert f"analyze_results.py {root}" in capsys.readouterr().err
+    assert f"analyze_results.py '{root}'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("failing", ["analysis", "import"])
 def test_a_failed_analysis_is_told_and_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(root: Path) -> None:
         raise RuntimeError("no ink")
 
     monkeypatch.setattr(analyze_results, "analyze", fail)
+    if failing == "import":
+        monkeypatch.setitem(sys.modules, "analyze_results", None)
     argv = [*HERE, "--models", "conventional", "--max-epochs", "1", "--output-dir", str(tmp_path)]
     assert run_experiment.main(argv) == 1
     assert states(only(tmp_path)) == {"conventional": "done"}
-    assert "the analysis failed: RuntimeError: no ink" in capsys.readouterr().err
+    why = {"analysis": "RuntimeError: no ink", "import": "ModuleNotFoundError"}[failing]
+    assert f"the analysis failed: {why}" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("compared")
@@ -185,6 +190,7 @@ def test_each_task_is_loaded_once_for_all_cells(tmp_path: Path, monkeypatch: pyt
         (["--tasks", "lstops"], "unknown task 'lstops': did you mean 'listops'?"),
         (["--models", "user_models:not_a_class"], "user_models has no class not_a_class"),
         (["--models", "user_models:Narrow"], "must have the query's shape (2, 3, 16), got (2, 3, 1)"),
+        (["--models", "user_models:Lazy"], "its lazy layers have no parameters to count and train"),
         (["--models", "conventional", "conventional"], "--models names conventional twice"),
         (["--embed-dim", "10", "--num-heads", "4"], "embed_dim must be a positive multiple of num_heads"),
         (["--learning-rate", "nan"], "--learning-rate must be above 0, got nan"),

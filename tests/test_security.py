@@ -15,7 +15,7 @@ import results_fixture
 from command_line import InputError
 from evaluate_performance import main as evaluate_main
 from results_folder import LARGEST_JSON, Cell, read_attention_patterns, read_cell, read_json, read_results
-from tasks import imdb
+from tasks import archives, imdb
 from tasks.imdb import read_source
 
 REPOSITORY = Path(imdb.__file__).parent.parent
@@ -222,7 +222,7 @@ def three_reviews(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_an_archive_that_unpacks_to_far_too_much_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(imdb, "LARGEST_UNPACKED", 2**22)
+    monkeypatch.setattr(archives, "LARGEST_UNPACKED", 2**22)
     path = tmp_path / "aclImdb_v1.tar.gz"
     with gzip.open(path, "wb") as file, tarfile.open(fileobj=file, mode="w|") as archive:
         info = tarfile.TarInfo("aclImdb/notes.txt")
@@ -234,7 +234,7 @@ def test_an_archive_that_unpacks_to_far_too_much_is_given_up(
 
 
 def test_an_archive_of_very_many_members_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imdb, "MOST_MEMBERS", 50)
+    monkeypatch.setattr(archives, "MOST_MEMBERS", 50)
     path = tmp_path / "aclImdb_v1.tar.gz"
     with gzip.open(path, "wb") as file, tarfile.open(fileobj=file, mode="w|") as archive:
         for number in range(60):

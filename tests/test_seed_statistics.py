@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 
 from reporting.seed_statistics import (
     estimate,
+    fisher_p,
     holm,
     paired_differences,
+    paired_t_p,
+    pairs_needed,
     sign_flip_p,
-    smallest_sign_flip_p,
+    sign_test_p,
+    standardised,
     t_quantile,
 )
 
@@ -87,8 +91,66 @@ def test_sign_flip_p_values_by_hand(differences: list[float], p: float) -> None:
 
 
 @pytest.mark.parametrize(("n", "p"), [(1, 1.0), (2, 0.5), (3, 0.25), (5, 0.0625), (6, 0.03125)])
-def test_the_smallest_p_is_that_of_seeds_which_all_point_one_way(n: int, p: float) -> None:
-    assert smallest_sign_flip_p(n) == p == sign_flip_p([0.5 + seed for seed in range(n)])
+def test_seeds_that_all_point_one_way_give_the_smallest_p(n: int, p: float) -> None:
+    assert sign_flip_p([0.5 + seed for seed in range(n)]) == p
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        (STUDENT, 0.002833),  # R: t.test(extra ~ group, paired = TRUE), t = -4.0621
+        (DARWIN, 0.0497),  # Fisher 1935, section 17: t = 2.148 with 14 degrees of freedom
+        ([1.0, 3.0], 2 / math.pi * math.atan(1 / 2)),  # t = 2; one degree of freedom is Cauchy's distribution
+        ([1.0, -1.0, 0.5, -0.5], 1.0),
+        ([0.3] * 8, 2 / 2**8),  # no spread: the sign flips
+        ([0.1 + 0.2, 0.3, 0.3], 0.25),  # equal up to rounding
+        ([0.0, 0.0, 0.0], 1.0),
+        ([0.3], math.nan),
+        ([], math.nan),
+    ],
+)
+def test_paired_t_p_values_are_those_in_print(differences: list[float], p: float) -> None:
+    assert paired_t_p(differences) == pytest.approx(p, abs=6e-5, nan_ok=True)
+
+
+def test_a_t_p_value_below_a_level_is_an_interval_without_0() -> None:
+    for row in np.random.default_rng(3).normal(0.5, 1, (200, 5)).tolist():
+        low, high = estimate(row)[2:]
+        assert (paired_t_p(row) < 0.05) == (low > 0 or high < 0)
+
+
+def test_an_effect_is_in_standard_deviations_of_the_differences() -> None:
+    assert standardised([1.0, 2.0, 3.0]) == 2.0
+    assert standardised(STUDENT) == pytest.approx(1.284558, abs=1e-6)  # t / sqrt(10)
+    assert all(math.isnan(standardised(one)) for one in ([], [1.0], [0.2, 0.2]))
+
+
+@pytest.mark.parametrize(("effect", "n"), [(0.2, 198), (0.5, 34), (0.8, 15), (1.0, 10), (9.0, 3)])
+def test_the_number_of_pairs_is_that_of_published_tables(effect: float, n: int) -> None:
+    # Cohen 1988 (t test of one mean, two-sided 0.05, power 0.80) has 199, 34, 15, 10
+    assert pairs_needed(1.0, effect) == pytest.approx(n, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("table", "p"),
+    [
+        ((3, 4, 1, 4), 0.485714),  # Fisher's tea, R: fisher.test(matrix(c(3, 1, 1, 3), 2))
+        ((10, 13, 2, 17), 0.000537),  # Fisher's twins, two-sided, R: ?fisher.test (Convictions)
+        ((8, 8, 3, 8), 0.025641),
+        ((8, 8, 0, 8), 2 / math.comb(16, 8)),
+        ((8, 8, 8, 8), 1.0),
+        ((0, 3, 0, 5), 1.0),
+    ],
+)
+def test_p_values_of_shares_are_those_in_print(table: tuple[int, int, int, int], p: float) -> None:
+    assert fisher_p(*table) == pytest.approx(p, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "p"), [(8, 0, 2 / 256), (0, 8, 2 / 256), (7, 1, 18 / 256), (3, 3, 1), (0, 0, 1)]
+)
+def test_sign_test_p_values_by_hand(wins: int, losses: int, p: float) -> None:
+    assert sign_test_p(wins, losses) == p
 
 
 @given(st.lists(st.integers(-9, 9), min_size=1, max_size=8))

@@ -66,6 +66,12 @@ class Narrow(Mine):
         return query[..., :1], None
 
 
+class Lazy(Mine):
+    def __init__(self, embed_dim: int, num_heads: int, batch_first: bool = True) -> None:
+        super().__init__(embed_dim, num_heads, batch_first=batch_first)
+        self.extra = nn.LazyLinear(embed_dim)
+
+
 class Sleepy(ConventionalAttention):
     """Sleeps in each training step, so that a run lasts long enough to be stopped within."""
 

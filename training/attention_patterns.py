@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline import Batch, TaskData, TokenDataset
-from tasks.token_dataset import PAD_ID, pad_batch
+from tasks.token_dataset import IGNORED, PAD_ID, pad_batch
 
 Model = Callable[[Tensor, Tensor], Tensor]  # tokens (N, L), key_padding_mask (N, L) -> logits (N, C)
 
@@ -50,10 +50,11 @@ def attention_patterns(
     shown = choose_examples(lengths <= MAP_TOKENS, seed)
     long = choose_examples(lengths >= min(DISTANCE_TOKENS, np.median(lengths)), seed)
     examples = task.val.take(shown, MAP_TOKENS)
+    distant = task.val.take(long, DISTANCE_TOKENS)
     return {
-        **_short_examples(model, attentions, examples, task.symbols, device),
+        **_short_examples(model, attentions, examples, task.symbols, device, task.form.causal),
         "distance_edges": DISTANCE_EDGES,
-        "distance_share": _distance_share(model, attentions, task.val.take(long, DISTANCE_TOKENS), device),
+        "distance_share": _distance_share(model, attentions, distant, device, task.form.causal),
     }
 
 
@@ -70,25 +71,40 @@ def _short_examples(
     examples: TokenDataset,
     symbol: Callable[[int], str],
     device: torch.device,
+    causal: bool,
 ) -> dict[str, np.ndarray]:
     """Maps and masses of the examples; predictions are for what is shown of them."""
     batch = _padded(examples, range(len(examples)), device)
     padding = batch.key_padding_mask
     logits, inputs = _layer_inputs(model, attentions, batch.tokens, padding)
+    labels, predictions = _last_labels(batch.labels.cpu().numpy(), logits)
     true_pair = ~(padding[:, None, None, :, None] | padding[:, None, None, None, :])
     layers = zip(attentions, inputs, strict=True)
-    maps = [_maps(attention, x, padding).where(true_pair, 0.0) for attention, x in layers]
-    tokens = batch.tokens.int().cpu().numpy()
-    symbols = [[symbol(token) if token != PAD_ID else "" for token in row] for row in tokens.tolist()]
+    maps = [_maps(attention, x, padding, causal).where(true_pair, 0.0) for attention, x in layers]
+    ids = batch.tokens.int().cpu().numpy()
+    tokens = ids if ids.ndim == 2 else ids[..., 0]
+    words = ids.reshape(*tokens.shape, -1).tolist()
+    symbols = [[" ".join(symbol(i) for i in position if i != PAD_ID) for position in row] for row in words]
     return {
         "tokens": tokens,
         "symbols": np.array(symbols, dtype=np.str_),
         "lengths": examples.lengths,
-        "labels": examples.labels,
-        "predictions": logits.argmax(-1).cpu().numpy(),
+        "labels": labels,
+        "predictions": predictions,
         "maps": torch.stack(maps).half().cpu().numpy(),
         **_masses(attentions, inputs, padding),
     }
+
+
+def _last_labels(labels: np.ndarray, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and predictions (K,): of token targets (K, M), those of the last token that is asked for."""
+    answers = logits.argmax(-1).cpu().numpy()
+    if labels.ndim == 1:
+        return labels, answers
+    asked = labels != IGNORED
+    last = labels.shape[1] - 1 - asked[:, ::-1].argmax(1)
+    rows = np.arange(len(labels))
+    return labels[rows, last], answers[rows, last]
 
 
 def _padded(examples: TokenDataset, chosen: range, device: torch.device) -> Batch:
@@ -109,17 +125,23 @@ def _masses(attentions: Sequence[nn.Module], inputs: list[Tensor], padding: Tens
 
 
 def _distance_share(
-    model: Model, attentions: Sequence[nn.Module], examples: TokenDataset, device: torch.device
+    model: Model,
+    attentions: Sequence[nn.Module],
+    examples: TokenDataset,
+    device: torch.device,
+    causal: bool,
 ) -> np.ndarray:
     """(layers, T, H, B), from one example at a time for the memory's sake."""
     totals = []  # of each example
     queries = 0
     for number in range(len(examples)):
         tokens = _padded(examples, range(number, number + 1), device).tokens
-        nothing = torch.zeros_like(tokens, dtype=torch.bool)
+        nothing = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=device)
         _, inputs = _layer_inputs(model, attentions, tokens, nothing)
         layers = zip(attentions, inputs, strict=True)
-        totals.append(torch.stack([_by_distance(_maps(module, x, nothing)[0]) for module, x in layers]))
+        totals.append(
+            torch.stack([_by_distance(_maps(module, x, nothing, causal)[0]) for module, x in layers])
+        )
         queries += tokens.shape[1]
     return (sum(totals[1:], totals[0]) / queries).cpu().numpy()
 
@@ -151,13 +173,15 @@ def _layer_inputs(
             handle.remove()
 
 
-def _maps(attention: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+def _maps(attention: nn.Module, x: Tensor, mask: Tensor, causal: bool) -> Tensor:
     """(N, T, H, L, L), float32; T = 1 for a module that only has the interface of nn.MultiheadAttention."""
+    only = {"is_causal": True} if causal else {}
     attention_maps = getattr(attention, "attention_maps", None)
     if attention_maps is not None:
-        maps = attention_maps(x, x, key_padding_mask=mask)
+        maps = attention_maps(x, x, key_padding_mask=mask, **only)
     else:
-        _, weights = attention(x, x, x, key_padding_mask=mask, need_weights=True, average_attn_weights=False)
+        asked = {"need_weights": True, "average_attn_weights": False, **only}
+        _, weights = attention(x, x, x, key_padding_mask=mask, **asked)
         maps = None if weights is None else weights.unsqueeze(1)
     length = x.shape[1]
     if maps is None or maps.dim() != 5 or maps.shape[0] != len(x) or maps.shape[-2:] != (length, length):

@@ -1,5 +1,6 @@
 """The download of IMDb: verified, or given up in one line that says what to do, whatever the server does."""
 
+import dataclasses
 import gzip
 import hashlib
 import socket
@@ -14,7 +15,7 @@ import pytest
 from test_imdb import contents, expected_contents, members, small_and_offline, tar_bytes
 
 from data_pipeline import DataSettings, DataUnavailableError, load_task, main
-from tasks import imdb, imdb_download
+from tasks import archives, imdb
 from tasks.imdb import load_reviews
 
 __all__ = ["small_and_offline"]  # a fixture for every test here
@@ -46,9 +47,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
     content = gzip.compress(tar_bytes(members()), compresslevel=1, mtime=0)
     Server.content, Server.announced, Server.status, Server.asked = content, None, 200, 0
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
-        monkeypatch.setattr(imdb_download, "URL", f"http://127.0.0.1:{running.server_port}/aclImdb_v1.tar.gz")
-        for module in (imdb_download, imdb):
-            monkeypatch.setattr(module, "SHA256", hashlib.sha256(content).hexdigest())
+        url = f"http://127.0.0.1:{running.server_port}/aclImdb_v1.tar.gz"
+        served = dataclasses.replace(imdb.OFFICIAL, url=url, sha256=hashlib.sha256(content).hexdigest())
+        monkeypatch.setattr(imdb, "OFFICIAL", served)
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield Server
@@ -99,7 +100,7 @@ def test_a_download_that_is_not_the_archive_leaves_nothing_and_names_the_command
     error = capsys.readouterr().err.splitlines()[-1]
     target = tmp_path / "new" / "aclImdb_v1.tar.gz"
     assert (
-        words in error and f"get it by: curl -L --create-dirs --output {target} {imdb_download.URL}" in error
+        words in error and f"get it by: curl -L --create-dirs --output {target} {imdb.OFFICIAL.url}" in error
     )
     assert not (tmp_path / "new").exists()
 
@@ -117,18 +118,18 @@ def test_without_a_network_the_command_to_run_is_named_at_once(tmp_path: Path) -
     with pytest.raises(DataUnavailableError) as caught:
         load_task("imdb", DataSettings(cache_dir=str(tmp_path / "my cache")))
     target = tmp_path / "my cache" / "aclImdb_v1.tar.gz"
-    assert f"curl -L --create-dirs --output '{target}' {imdb_download.URL}" in str(caught.value)
+    assert f"curl -L --create-dirs --output '{target}' {imdb.OFFICIAL.url}" in str(caught.value)
     assert "--data-dir" in str(caught.value) and "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     assert time.monotonic() - started < 3
 
 
 def test_a_server_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imdb_download, "TIMEOUT", 0.2)
+    monkeypatch.setattr(archives, "TIMEOUT", 0.2)
     before = socket.getdefaulttimeout()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/aclImdb_v1.tar.gz"
-        monkeypatch.setattr(imdb_download, "URL", url)
+        monkeypatch.setattr(imdb, "OFFICIAL", dataclasses.replace(imdb.OFFICIAL, url=url))
         with pytest.raises(DataUnavailableError, match="timed out"):
             load_reviews(None, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,253 @@
+"""Whether a model differs from the baseline: in quality, in the share of seeds that learn, in speed.
+
+    compare(table, "conventional", {"recall": 0.03})      # a Difference for each task and model
+    compare_speed(progress, targets, metrics)             # a Speed for each task and model
+
+The comparisons of one task, each model with the baseline, are a family named beforehand: Holm's correction is
+over it. What decides is the paired t test on the differences by seed; the exact sign-flip test, which assumes
+nothing of them, stands beside it. Where the seeds of a model or of the baseline either learn or do not, a
+mean says little, and the shares decide (Fisher's exact test).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from reporting.comparison_tables import by_seed, metric_in
+from reporting.metrics import Metric
+from reporting.run_results import BASELINE
+from reporting.seed_statistics import (
+    Estimate,
+    deviation,
+    estimate,
+    fisher_p,
+    holm,
+    paired_differences,
+    paired_t_p,
+    pairs_needed,
+    sign_flip_p,
+    sign_test_p,
+    standardised,
+)
+
+SIGNIFICANCE = 0.05
+LEAST_SEEDS = 3  # pairs, without which there is no verdict
+LEARNED_SHARE = 0.5  # of the way from chance to the best cell of the task: a seed beyond it has learned
+LEARNED_GAP = 0.25  # of that way, between the worst seed that has and the best that has not
+
+
+class Shares(NamedTuple):
+    """How many seeds learned, of how many: the model's and the baseline's."""
+
+    learned: int
+    n: int
+    base_learned: int
+    base_n: int
+
+    def __str__(self) -> str:
+        return f"{self.learned} of {self.n} against {self.base_learned} of {self.base_n}"
+
+
+class Difference(NamedTuple):
+    """A model's test metric minus the baseline's on one task, paired by seed; see `compare`."""
+
+    task: str
+    model: str
+    metric: Metric
+    mean: Estimate
+    dz: float
+    spread: float
+    p_t: float
+    p_sign_flip: float
+    shares: Shares | None
+    p_shares: float
+    p_holm: float
+
+    @property
+    def p(self) -> float:
+        """What decides: of the shares where there are any, else of the paired t test."""
+        return self.p_t if self.shares is None else self.p_shares
+
+    @property
+    def pairs_needed(self) -> int:
+        """About how many would show the smallest relevant difference."""
+        return pairs_needed(self.spread, self.metric.relevant)
+
+    @property
+    def verdict(self) -> str:
+        """ "no pair", "too few seeds" (less than 3 pairs), "better" or "worse" (p_holm <= 0.05), "no relevant
+        difference" (the interval holds none), "open" (it holds relevant ones)."""
+        if self.mean.n < LEAST_SEEDS:
+            return "too few seeds" if self.mean.n else "no pair"
+        if self.p_holm <= SIGNIFICANCE:
+            return "better" if self.metric.gain(self.mean.mean) > 0 else "worse"
+        within = max(abs(self.mean.low), abs(self.mean.high)) <= self.metric.relevant
+        return "no relevant difference" if within and self.shares is None else "open"
+
+
+def compare(
+    table: pd.DataFrame, baseline: str = BASELINE, levels: Mapping[str, float | None] | None = None
+) -> list[Difference]:
+    """Each model minus the baseline, one entry per task and model. levels: the metric of guessing, by task;
+    without it no seed is said to have learned or not."""
+    found = []
+    for task in table["task"].unique():
+        of_task = table[table["task"] == task]
+        metric = metric_in(of_task)
+        values = {model: by_seed(of_task, task, model, metric.best) for model in of_task["model"].unique()}
+        base = values.get(baseline, {})
+        learned = _learned(values, metric, (levels or {}).get(task))
+        family = [
+            _difference(task, model, metric, mine, base, _shares(learned, model, baseline))
+            for model, mine in values.items()
+            if model != baseline
+        ]
+        # A comparison without a verdict is none of the family.
+        adjusted = iter(holm([row.p for row in family if row.mean.n >= LEAST_SEEDS]))
+        found += [row._replace(p_holm=next(adjusted)) if row.mean.n >= LEAST_SEEDS else row for row in family]
+    return found
+
+
+def _difference(
+    task: str,
+    model: str,
+    metric: Metric,
+    mine: dict[int, float],
+    base: dict[int, float],
+    shares: Shares | None,
+) -> Difference:
+    differences = list(paired_differences(mine, base).values())
+    return Difference(
+        task,
+        model,
+        metric,
+        estimate(differences),
+        standardised(differences),
+        deviation(differences),
+        paired_t_p(differences),
+        sign_flip_p(differences),
+        shares,
+        math.nan if shares is None else fisher_p(*shares),
+        math.nan,
+    )
+
+
+def _learned(
+    values: Mapping[str, Mapping[int, float]], metric: Metric, level: float | None
+) -> dict[str, tuple[int, int, bool]]:
+    """By model: how many of its seeds learned, how many there are, whether a gap parts the two kinds."""
+    gains = {
+        model: np.array([metric.gain(value - level) for value in mine.values()])
+        for model, mine in values.items()
+        if mine and level is not None
+    }
+    reach = max((float(mine.max()) for mine in gains.values()), default=0.0)
+    found = {}
+    for model, mine in gains.items():
+        above, below = mine[mine >= LEARNED_SHARE * reach], mine[mine < LEARNED_SHARE * reach]
+        parted = bool(
+            reach > 0 and len(above) and len(below) and above.min() - below.max() >= LEARNED_GAP * reach
+        )
+        found[model] = len(above), len(mine), parted
+    return found
+
+
+def _shares(learned: Mapping[str, tuple[int, int, bool]], model: str, baseline: str) -> Shares | None:
+    """None where neither's seeds are of two kinds."""
+    mine, base = learned.get(model), learned.get(baseline)
+    if mine is None or base is None or not (mine[2] or base[2]):
+        return None
+    return Shares(*mine[:2], *base[:2])
+
+
+class Speed(NamedTuple):
+    """Steps, or epochs, that a model took to the task's target. median: infinite where less than half of the
+    seeds reached it. wins: pairs in which the model was there first. p: sign test over wins and losses."""
+
+    task: str
+    model: str
+    unit: str
+    reached: int
+    n: int
+    median: float
+    budget: float
+    wins: int
+    losses: int
+    ties: int
+    p: float
+    p_holm: float
+
+
+def compare_speed(
+    progress: pd.DataFrame,
+    targets: Mapping[str, float],
+    metrics: Mapping[str, Metric],
+    baseline: str = BASELINE,
+) -> list[Speed]:
+    """How soon each model's seeds reached the target, censored where training ended before: of a pair one is
+    faster if it reached the target before the other did or had been trained for; what cannot be told is a
+    tie. Holm's correction is over the models of a task. The baseline's own entry has no pairs, and p NaN."""
+    found = []
+    done = progress[progress["state"] == "done"]
+    for task, target in targets.items():
+        of_task = done[done["task"] == task]
+        unit = "steps" if of_task["steps"].notna().all() else "epochs"
+        column = "steps" if unit == "steps" else "epoch"
+        times = {
+            str(model): {
+                int(str(seed)): _time_to(rows, column, target, metrics[task])
+                for seed, rows in mine.groupby("seed")
+            }
+            for model, mine in of_task.groupby("model", sort=False)
+        }
+        family = [_speed(task, model, unit, mine, times.get(baseline, {})) for model, mine in times.items()]
+        family = [
+            row._replace(wins=0, losses=0, ties=0, p=math.nan) if row.model == baseline else row
+            for row in family
+        ]
+        adjusted = iter(holm([row.p for row in family if not math.isnan(row.p)]))
+        found += [row if math.isnan(row.p) else row._replace(p_holm=next(adjusted)) for row in family]
+    return found
+
+
+class Time(NamedTuple):
+    """When the target was reached; else (censored) how long it was not."""
+
+    at: float
+    reached: bool
+
+
+def _time_to(epochs: pd.DataFrame, column: str, target: float, metric: Metric) -> Time:
+    # The tolerance is for rounding: accuracies are shares of far fewer examples.
+    there = epochs[[metric.gain(value - target) >= -1e-9 for value in epochs["quality"]]]
+    return Time(float((there if len(there) else epochs[-1:])[column].iloc[0]), len(there) > 0)
+
+
+def _before(one: Time, other: Time) -> bool:
+    return one.reached and (one.at < other.at or (one.at == other.at and not other.reached))
+
+
+def _speed(task: str, model: str, unit: str, mine: dict[int, Time], base: dict[int, Time]) -> Speed:
+    pairs = [(mine[seed], base[seed]) for seed in mine.keys() & base.keys()]
+    wins, losses = sum(_before(*pair) for pair in pairs), sum(_before(*pair[::-1]) for pair in pairs)
+    at: Sequence[float] = [time.at if time.reached else math.inf for time in mine.values()]
+    median = float(sorted(at)[len(at) // 2 - (len(at) % 2 == 0)])  # the lower of two: no mean with infinity
+    reached, budget = sum(time.reached for time in mine.values()), max(time.at for time in mine.values())
+    p = sign_test_p(wins, losses) if pairs else math.nan
+    return Speed(
+        task,
+        model,
+        unit,
+        reached,
+        len(mine),
+        median,
+        budget,
+        wins,
+        losses,
+        len(pairs) - wins - losses,
+        p,
+        math.nan,
+    )

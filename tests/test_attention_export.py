@@ -1,0 +1,70 @@
+"""What is done with a module of PyTorch's, by the dense backend: meta and fake tensors, tracing, export,
+compilation in one graph, dynamic quantisation."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from attention_cases import FACTORIES, E, L, N, each_module, make, make_inputs, relative
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from attention_kernels import use_backend
+from attention_module import AttentionModule
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, attention: AttentionModule) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.fixture(autouse=True)
+def dense() -> Iterator[None]:
+    with use_backend("dense"):
+        yield
+
+
+def compiled(module: nn.Module, _: Tensor) -> Callable[[Tensor], Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(module, fullgraph=True, backend="aot_eager")
+
+
+def exported(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    return torch.export.export(module, (x,)).module()
+
+
+def traced(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    return torch.jit.trace(module, (x,))
+
+
+@each_module
+@pytest.mark.parametrize("transform", [compiled, exported, traced])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_compiled_exported_or_traced_module_computes_the_same(
+    name: str, transform: Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
+) -> None:
+    module, x = SelfAttention(make(name)).eval(), make_inputs().query
+    expected = module(x)
+    found = transform(module, x)
+    torch.testing.assert_close(found(x), expected)
+    torch.testing.assert_close(found(2 * x), module(2 * x))
+
+
+@each_module
+def test_shapes_come_from_meta_and_fake_tensors_alone(name: str) -> None:
+    module = SelfAttention(FACTORIES[name](device="meta"))
+    assert module(torch.empty(N, L, E, device="meta")).shape == (N, L, E)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert SelfAttention(FACTORIES[name]())(torch.empty(N, L, E)).shape == (N, L, E)
+
+
+@each_module
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_dynamic_quantisation_keeps_the_output_within_some_percent(name: str) -> None:
+    module, x = SelfAttention(make(name)).eval(), make_inputs().query
+    quantised = torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)
+    assert relative(quantised(x), module(x)) < 0.05

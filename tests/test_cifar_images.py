@@ -1,0 +1,159 @@
+"""CIFAR-10: read from the binary archive, whole or not at all; grey, with its labels."""
+
+import dataclasses
+import gzip
+import io
+import tarfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from command_line import InputError
+from data_pipeline import DataSettings, DataUnavailableError, load_task, main
+from tasks import cifar_images
+from tasks.cifar_images import EXAMPLE, FILES, OFFICIAL, PICKLED, TOP, load_images, luma
+
+PER_FILE = 20
+Files = dict[str, bytes]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A cache of the test's own, and an address that nobody answers at."""
+    nowhere = dataclasses.replace(OFFICIAL, url=f"http://127.0.0.1:9/{OFFICIAL.name}")
+    monkeypatch.setattr(cifar_images, "OFFICIAL", nowhere)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache_home")))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def examples(name: str) -> NDArray[np.uint8]:
+    """(20, 3073) two of each label, in an order of the file's own."""
+    random = np.random.default_rng(len(name) + ord(name[-5]))
+    rows = random.integers(0, 256, (PER_FILE, EXAMPLE), dtype=np.uint8)
+    rows[:, 0] = random.permutation(PER_FILE) % 10
+    return rows
+
+
+def members() -> Files:
+    """The files of a small archive, in an order that is not the one they are read in."""
+    names = [*FILES["test"], *reversed(FILES["train"])]
+    found = {f"{TOP}/{name}": examples(name).tobytes() for name in names}
+    return {f"{TOP}/readme.html": b"<html>", **found, f"{TOP}/batches.meta.txt": b"airplane\n"}
+
+
+def write_archive(folder: Path, files: Files, name: str = OFFICIAL.name) -> Path:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for place, content in files.items():
+            info = tarfile.TarInfo(place)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_bytes(gzip.compress(out.getvalue(), compresslevel=1, mtime=0))
+    return path
+
+
+def test_pictures_are_read_in_the_order_of_the_files_with_their_labels(tmp_path: Path) -> None:
+    path = write_archive(tmp_path, members())
+    for data_dir in (tmp_path, path):
+        images = load_images(data_dir, tmp_path / "cache", PER_FILE)
+        rows = np.concatenate([examples(name) for name in FILES["train"]])
+        assert len(images.train) == 5 * PER_FILE and len(images.test) == PER_FILE
+        assert images.train.labels.tolist() == rows[:, 0].tolist()
+        red, green, blue = (int(rows[33, 1 + channel * 1024 + 77]) for channel in range(3))
+        expected = 0.299 * red + 0.587 * green + 0.114 * blue
+        assert abs(int(images.train.example(33)[77]) - expected) <= 0.51
+
+
+def test_grey_is_the_luma_of_the_colours() -> None:
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [9, 9, 9]], np.uint8)
+    assert luma(colours[:, :, None])[:, 0].tolist() == [76, 150, 29, 255, 9]
+
+
+def test_the_second_read_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_archive(tmp_path, members())
+    first = load_images(tmp_path, tmp_path / "cache", PER_FILE)
+    monkeypatch.setattr(cifar_images, "read_archive", lambda *_: pytest.fail("read again"))
+    again = load_images(tmp_path, tmp_path / "cache", PER_FILE)
+    np.testing.assert_array_equal(first.train.tokens, again.train.tokens)
+    np.testing.assert_array_equal(first.test.labels, again.test.labels)
+
+
+def changed(place: str, content: bytes | None) -> Files:
+    files = members() | {f"{TOP}/{place}": content or b""}
+    return files if content is not None else {k: v for k, v in files.items() if k != f"{TOP}/{place}"}
+
+
+def relabelled() -> bytes:
+    rows = examples("data_batch_3.bin")
+    rows[6, 0] = 10
+    return rows.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (changed("data_batch_2.bin", examples("data_batch_2.bin").tobytes()[:-1]), "data_batch_2.bin has"),
+        (changed("test_batch.bin", bytes(EXAMPLE * PER_FILE + 1)), "test_batch.bin' has more than 61,460"),
+        (changed("data_batch_4.bin", None), "no cifar-10-batches-bin/data_batch_4.bin"),
+        (changed("data_batch_3.bin", relabelled()), "data_batch_3.bin has the label 10 at its example 7"),
+        (members() | {"elsewhere/a.bin": b"a"}, "a path outside cifar-10-batches-bin/"),
+        ({"cifar-10-batches-py/data_batch_1": b"\x80\x02."}, "a path outside cifar-10-batches-bin/"),
+    ],
+    ids=["short", "long", "missing", "label", "outside", "pickled content"],
+)
+def test_an_archive_that_is_not_as_published_is_refused(tmp_path: Path, files: Files, words: str) -> None:
+    write_archive(tmp_path, files)
+    with pytest.raises(InputError) as caught:
+        load_images(tmp_path, tmp_path / "cache", PER_FILE)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_a_truncated_archive_is_refused(tmp_path: Path) -> None:
+    path = write_archive(tmp_path, members())
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(InputError, match="damaged or truncated"):
+        load_images(tmp_path, tmp_path / "cache", PER_FILE)
+
+
+def test_the_pickled_form_is_never_read(tmp_path: Path) -> None:
+    pickled = write_archive(tmp_path, {"cifar-10-batches-py/data_batch_1": b"\x80\x02."}, PICKLED)
+    for data_dir in (tmp_path, pickled):
+        with pytest.raises(InputError, match="never read: a pickle may run any code"):
+            load_images(data_dir, tmp_path / "cache", PER_FILE)
+
+
+def test_an_archive_of_another_size_ends_in_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_archive(tmp_path, members())
+    assert main(["stats", "--task", "image", "--data-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "61,460 bytes instead of 30,730,000" in error
+
+
+def test_pictures_that_are_nowhere_are_unavailable_and_other_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataUnavailableError, match=r"CIFAR-10 is not in .*get it by: curl"):
+        load_task("image", DataSettings(cache_dir=str(tmp_path / "cache")))
+    with pytest.raises(InputError, match="holds no cifar-10-binary"):
+        load_task("image", DataSettings(data_dir=str(tmp_path)))
+    with pytest.raises(InputError, match="does not exist"):
+        load_task("image", DataSettings(data_dir=str(tmp_path / "none")))
+
+
+def test_the_task_has_a_stratified_tenth_for_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar_images, "load_images", partial(load_images, examples_per_file=PER_FILE))
+    write_archive(tmp_path, members())
+    task = load_task("image", DataSettings(data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")))
+    assert [len(split) for split in (task.train, task.val, task.test)] == [90, 10, 20]
+    assert np.bincount(task.val.labels).tolist() == [1] * 10
+    assert (task.vocab_size, task.num_classes, task.class_names[9]) == (257, 10, "truck")
+    assert (task.train.lengths == 1024).all() and task.train.tokens.min() >= 1
+    assert task.provenance["identical"] == {"train in test": 0, "val in train": 0, "val in test": 0}

@@ -1,0 +1,154 @@
+"""A verdict needs enough seeds, a small corrected p and says by how much; both directions of a metric
+hold."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from reporting.metrics import ACCURACY, METRICS, PERCENT
+from reporting.verdicts import Shares, Speed, compare, compare_speed
+
+BITS = METRICS["bits_per_byte"]
+NOISE = [0.004, -0.003, 0.001, 0.002, -0.005, 0.003, -0.002, 0.0]
+
+
+def tidy(values: dict[str, list[float]], metric: str = ACCURACY, task: str = "t") -> pd.DataFrame:
+    """The tidy table of one metric, from the values by seed of each model."""
+    rows = [
+        (task, model, seed, metric, value)
+        for model, numbers in values.items()
+        for seed, value in enumerate(numbers)
+    ]
+    return pd.DataFrame(rows, columns=["task", "model", "seed", "metric", "value"])
+
+
+def test_differences_are_compared_by_hand() -> None:
+    table = tidy({"conventional": [0.5, 0.6, 0.4], "a": [0.6, 0.8, 0.7], "b": [0.5, 0.5, 0.5]})
+    first, second = compare(table)
+    # a: 0.1, 0.2, 0.3; b: 0, -0.1, 0.1
+    assert first.mean == pytest.approx((3, 0.2, 0.2 - 0.248414, 0.2 + 0.248414), abs=1e-5)
+    # t = 0.2 / (0.1 / sqrt(3)) = 3.4641; with two degrees of freedom p = 1 - t / sqrt(t^2 + 2)
+    assert first.dz == pytest.approx(2) and first.p_t == pytest.approx(1 - math.sqrt(12 / 14))
+    assert first.p_sign_flip == 0.25 and first.p_holm == pytest.approx(2 * first.p_t)
+    assert (second.dz, second.p_t, second.p_holm) == pytest.approx((0, 1, 1))
+    assert (first.verdict, second.verdict) == ("open", "open")
+
+
+@pytest.mark.parametrize(
+    ("shift", "noise", "verdict"),
+    [
+        (0.1, NOISE, "better"),
+        (-0.1, NOISE, "worse"),
+        (0.001, NOISE, "no relevant difference"),  # within a point
+        (0.01, [10 * one for one in NOISE], "open"),
+        (0.1, NOISE[:2], "too few seeds"),
+        (0.1, NOISE[:1], "too few seeds"),
+        (0.1, [0.0] * 8, "better"),  # all differences equal: the sign flips decide
+        (0.1, [0.0] * 5, "open"),  # they cannot with five seeds
+        (0.0, [0.0] * 5, "no relevant difference"),
+    ],
+)
+@pytest.mark.parametrize("metric", [PERCENT, BITS])
+def test_the_verdict_follows_from_the_numbers(
+    shift: float, noise: list[float], verdict: str, metric: object
+) -> None:
+    sign = 1 if metric is PERCENT else -1  # fewer bits are better
+    scale = 1 if metric is PERCENT else 2  # a relevant difference is twice as large
+    base = [0.5 + 0.01 * seed for seed in range(8)]
+    mine = [base[seed] + sign * scale * (shift + one) for seed, one in enumerate(noise)]
+    name = PERCENT.best if metric is PERCENT else BITS.best
+    [row] = compare(tidy({"conventional": base, "a": mine}, name))
+    assert row.verdict == verdict and row.metric is metric
+
+
+def test_without_the_baseline_there_is_no_pair() -> None:
+    assert [row.verdict for row in compare(tidy({"a": [0.1, 0.2]}))] == ["no pair"]
+
+
+def test_the_family_of_a_correction_is_one_task() -> None:
+    base = [0.5 + 0.01 * seed for seed in range(8)]
+    up = [value + 0.004 + one for value, one in zip(base, NOISE, strict=True)]
+    models = {"conventional": base, "a": up, "b": base[:1]}
+    one = compare(tidy(models))
+    two = compare(pd.concat([tidy(models), tidy(models | {"c": base}, task="u")]))
+    assert one[0].p_holm == one[0].p_t == two[0].p_holm  # b has too few seeds to be tested
+    assert math.isnan(one[1].p_holm)
+    assert two[2].p_holm == pytest.approx(2 * two[2].p_t)
+
+
+@pytest.mark.parametrize(
+    ("mine", "base", "shares", "verdict"),
+    [
+        ([0.1] * 5 + [0.99] * 3, [0.99] * 8, Shares(3, 8, 8, 8), "worse"),
+        ([0.1] * 4 + [0.99] * 4, [0.99] * 8, Shares(4, 8, 8, 8), "open"),  # p = 0.077
+        ([0.99] * 8, [0.1] * 6 + [0.99] * 2, Shares(8, 8, 2, 8), "better"),
+        ([0.1] * 8, [0.99] * 8, None, "worse"),  # none learns: of one kind, and of no spread
+        ([0.5 + 0.01 * seed for seed in range(8)], [0.99] * 8, None, "worse"),  # on both sides, without a gap
+    ],
+)
+def test_where_seeds_either_learn_or_do_not_the_shares_decide(
+    mine: list[float], base: list[float], shares: Shares | None, verdict: str
+) -> None:
+    table = tidy({"conventional": base, "a": mine})
+    [row] = compare(table, levels={"t": 0.1})
+    assert (row.shares, row.verdict) == (shares, verdict)
+    assert row.p == (row.p_t if shares is None else row.p_shares)
+    assert compare(table)[0].shares is None  # nobody knows what guessing is
+
+
+def curves(times: dict[str, list[int | None]], epochs: int = 5, steps: bool = True) -> pd.DataFrame:
+    """Progress of seeds that reach 0.9 at an epoch, or never."""
+    rows = [
+        (
+            "t",
+            model,
+            seed,
+            "done",
+            epoch,
+            10.0 * epoch if steps else math.nan,
+            0.9 if at and epoch >= at else 0.1,
+        )
+        for model, found in times.items()
+        for seed, at in enumerate(found)
+        for epoch in range(1, epochs + 1)
+    ]
+    columns = ["task", "model", "seed", "state", "epoch", "steps", "quality"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def speeds(progress: pd.DataFrame) -> dict[str, Speed]:
+    return {one.model: one for one in compare_speed(progress, {"t": 0.9}, {"t": PERCENT})}
+
+
+def test_speed_is_compared_with_those_who_never_arrived_as_the_slowest() -> None:
+    never: list[int | None] = [None] * 6
+    found = speeds(curves({"conventional": never, "a": [1, 2, 3, 4, 5, None], "b": never}))
+    a, b, base = found["a"], found["b"], found["conventional"]
+    assert (a.unit, a.reached, a.n, a.median, a.budget) == ("steps", 5, 6, 30, 50)
+    assert (a.wins, a.losses, a.ties, a.p, a.p_holm) == (5, 0, 1, 2 / 32, 4 / 32)
+    assert (b.median, b.wins, b.losses, b.ties, b.p) == (math.inf, 0, 0, 6, 1.0)
+    assert base.reached == 0 and math.isnan(base.p) and math.isnan(base.p_holm)
+
+
+def test_a_run_that_ended_before_the_other_arrived_is_a_tie() -> None:
+    progress = curves({"conventional": [4, 2], "a": [None, None]})
+    short = progress[(progress["model"] != "a") | (progress["epoch"] <= 3)]
+    a = speeds(short)["a"]
+    assert (a.wins, a.losses, a.ties) == (0, 1, 1)
+
+
+def test_without_steps_epochs_are_counted() -> None:
+    found = speeds(curves({"conventional": [2], "a": [2]}, steps=False))
+    assert (found["a"].unit, found["a"].median, found["a"].ties) == ("epochs", 2, 1)
+    assert compare_speed(curves({}), {"t": 0.9}, {"t": PERCENT}) == []
+
+
+def test_without_a_difference_a_verdict_is_rarer_than_its_level() -> None:
+    draws = np.random.default_rng(5).normal(0.6, 0.02, (400, 4, 8))
+    wrong = 0
+    for models in draws.tolist():
+        rows = compare(tidy(dict(zip(("conventional", "a", "b", "c"), models, strict=True))))
+        wrong += any(row.verdict in ("better", "worse") for row in rows)
+    assert wrong / 400 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)

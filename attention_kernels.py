@@ -5,6 +5,8 @@
 Backends, all exact:
 - "dense": the formula itself, in O(L S) memory. The reference, and what makes weights when asked for.
 - "tiled": `tiled_attention`, O(L + S) memory, any device, any score but with discounted logits.
+- "native": `native_attention`, O(L + S) memory, float32 on the CPU: compiled by the user's own compiler at its
+  first use. Where float32 does not hold the distances it is "tiled", which goes to float64.
 - "sdpa": `F.scaled_dot_product_attention`, the dot product without decay only.
 - "triton": `triton_attention`, O(L + S) memory, the scores of "tiled" without clocks, CUDA (or Triton's
   interpreter, for tests), in the inputs' own type. Triton is imported only when it is asked for.
@@ -25,13 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention_engine import native_attention
 from attention_engine.attention_scores import DotProduct, Mask, Score
 from attention_engine.dense_attention import dense_weights, only_dense_derivatives
 from attention_engine.tiled_attention import tiled_attention
 
-BACKENDS = ("auto", "dense", "tiled", "sdpa", "triton")
+BACKENDS = ("auto", "dense", "tiled", "native", "sdpa", "triton")
 # What "auto" chooses from, fastest first.
-AUTO_BACKENDS = ("sdpa", "triton", "tiled", "dense")
+AUTO_BACKENDS = ("native", "sdpa", "triton", "tiled", "dense")
 TRITON_LARGEST_HEAD_DIM = 256
 _chosen = ["auto"]  # by `use_backend`, the innermost last
 
@@ -78,7 +81,7 @@ def attend(
 
     dropout: the probability of dropping a weight. backend: one of BACKENDS, "auto" being that of
     `use_backend` or else the fastest; ValueError where it cannot do what is asked for. skip_far_keys: whether
-    "tiled" and "triton" leave out keys that decay makes negligible.
+    "tiled", "native" and "triton" leave out keys that decay makes negligible.
     """
     if backend == "auto":
         backend = _chosen[-1]
@@ -98,6 +101,11 @@ def attend(
 
             return triton_attention(q, k, v, score, mask, skip_far_keys), None
         dtype = torch.promote_types(q.dtype, torch.float32)
+        if backend == "native":
+            found = native_attention.native_attention(q, k, v, score, mask, skip_far_keys)
+            if found is not None:
+                return found, None
+            backend, dtype = "tiled", torch.float64
         q_, k_, v_ = q.to(dtype), k.to(dtype), v.to(dtype)
         if backend == "tiled":
             return tiled_attention(q_, k_, v_, score, mask, dropout, skip_far_keys).to(q.dtype), None
@@ -127,6 +135,8 @@ def cannot(backend: str, q: Tensor, score: Score, mask: Mask, dropout: float, ne
         return "discounts weights, not logits: use 'dense'"
     if backend == "sdpa" and dropout:
         return "has no dropout on every device: use 'tiled'"
+    if backend == "native":
+        return native_attention.cannot(q, score, mask, dropout)
     return _triton_cannot(q, dropout) if backend == "triton" else ""
 
 
@@ -145,10 +155,10 @@ def _triton_cannot(q: Tensor, dropout: float) -> str:
 
 
 def fastest_backend(q: Tensor, score: Score, mask: Mask, dropout: float, need_weights: bool) -> str:
-    """The first of AUTO_BACKENDS that can do what is asked for; "triton" before them where there is a mask,
+    """The first of AUTO_BACKENDS that can do what is asked for; "triton" before "sdpa" where there is a mask,
     which costs PyTorch's own kernels on CUDA several times their time, and Triton's nothing."""
     masked = mask.padding is not None or mask.pairs is not None
-    names = sorted(AUTO_BACKENDS, key=lambda name: masked and name != "triton")
+    names = sorted(AUTO_BACKENDS, key=lambda name: masked and name not in ("native", "triton"))
     return next(name for name in names if not cannot(name, q, score, mask, dropout, need_weights))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from results_fixture import HOLES, make_results
 
+import attention_kernels
 import run_experiment
 from analyze_results import analyze
 
@@ -39,3 +40,11 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     monkeypatch.setattr(run_experiment, "analyze_run", analyze_run)
     return folders
+
+
+@pytest.fixture(params=["native", "sdpa and tiled"])
+def each_fused_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What modules use where no weights are asked for: the compiled kernel, and what is used without it."""
+    without = tuple(name for name in attention_kernels.AUTO_BACKENDS if name != "native")
+    if request.param != "native":
+        monkeypatch.setattr(attention_kernels, "AUTO_BACKENDS", without)

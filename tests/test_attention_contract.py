@@ -41,6 +41,8 @@ from attention_module import AttentionModule
 from gravitational_attention import GravitationalAttention
 from gravitational_multi_timescale_attention import GravitationalMultiTimescaleAttention
 
+pytestmark = pytest.mark.usefixtures("each_fused_backend")
+
 FILES = (
     "conventional_attention",
     "gravitational_attention",

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from attention_module import AttentionModule
 from conventional_attention import ConventionalAttention
 
+pytestmark = pytest.mark.usefixtures("each_fused_backend")
+
 
 def convert(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The same masks for `nn.MultiheadAttention`, which wants the causal mask in full and one type."""

@@ -1,0 +1,262 @@
+"""Attention on a CPU by the compiled kernel of native_attention.cpp: brings every score into its form, and autograd.
+
+Memory is O(L + S), for float32, on the threads that PyTorch has (`torch.set_num_threads`), with the same bits for any
+number of them. Numbers that are too small for a float32 of full precision count as 0.
+
+- Where float32 does not hold the distances of a call the kernel says so, and `native_attention` returns None: see
+  `needs_float64`.
+- A_i = G m_i is made here: the kernel gives its gradient row by row, autograd those of G and m_i.
+- Far keys are skipped where decay makes them negligible, see far_keys.py.
+
+Symbols and masks: see attention_module.py. The names are those of triton_attention.py.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention_engine import native_build
+from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score, split_score
+from attention_engine.dense_attention import backward_is_differentiated, dense_gradients
+from attention_engine.far_keys import reach_of_rows
+from attention_engine.native_build import Call, Extent, View
+
+DOT_PRODUCT, GRAVITY, FORCE = 0, 1, 2
+LARGEST_HEAD_DIM = 256
+DISTANCE_POWERS = (1.0, 2.0, 4.0)
+ROUNDING = 5e-6  # the most that float32 may err in a softened distance, relative to it
+LARGEST_UNIT_FORCE = 50.0  # (r2 + softening)^(-p/2): beyond it one key takes all, and what else there is cancels
+SHORTEST_TO_SKIP, NEGLIGIBLE = 512, 20.0  # keys; -log of a weight
+
+
+class Float64Needed(ArithmeticError):
+    """Float32 is not enough."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the kernel needs to know besides tensors."""
+
+    kind: int
+    scale: float
+    timescales: int
+    score: Score  # without tensors
+    causal: bool
+    softening: float = 0.0
+    power: float = 2.0
+
+
+def cannot(q: Tensor, score: Score, mask: Mask, dropout: float) -> str:
+    """Why the kernel cannot do what is asked for, or nothing. May build it."""
+    if q.device.type != "cpu" or q.dtype != torch.float32:
+        return f"is for float32 on the CPU, got {q.dtype} on {q.device.type}: use 'tiled'"
+    if q.shape[-1] > LARGEST_HEAD_DIM:
+        return f"is for heads of at most {LARGEST_HEAD_DIM} wide, got {q.shape[-1]}: use 'tiled'"
+    if dropout:
+        return "has no dropout of weights: use 'tiled'"
+    if score.clock is not None:
+        return "has no clocks: use 'tiled'"
+    if mask.pairs is not None and mask.pairs.dtype != torch.bool:
+        return "adds no float mask: use 'tiled'"
+    if isinstance(score, Gravity) and score.distance_power not in DISTANCE_POWERS:
+        return f"is for distance powers {DISTANCE_POWERS}, got {score.distance_power}: use 'tiled'"
+    reason = native_build.unavailable(*_library_of(q, score))
+    return f"{reason}: use 'tiled'" if reason else ""
+
+
+def _library_of(q: Tensor, score: Score) -> tuple[int, int]:
+    return q.shape[-1], int(score.distance_power) if isinstance(score, Gravity) else 2
+
+
+def native_attention(
+    q: Tensor, k: Tensor, v: Tensor, score: Score, mask: Mask, skip_far_keys: bool = True
+) -> Tensor | None:
+    """q (N, T', H, L, D), k and v (N, T', H, S, D), T' = T or 1 -> (N, T, H, L, D), or None where float32 is
+    not enough."""
+    projections = max(q.shape[1], k.shape[1], v.shape[1])
+    q, k, v = (x.float().expand(-1, projections, -1, -1, -1) for x in (q, k, v))
+    strength = key_mass = reach = None
+    log_decay = None if score.log_decay is None else score.log_decay.float()
+    without = split_score(score)[0]
+    if isinstance(score, DotProduct):
+        timescales = projections if log_decay is None else len(log_decay)
+        plan = Plan(DOT_PRODUCT, score.scale, timescales, without, mask.causal)
+    else:
+        kind = GRAVITY if score.normalization == "softmax" else FORCE
+        shape = score.softening, score.distance_power
+        plan = Plan(kind, 1.0, score.key_mass.shape[1], without, mask.causal, *shape)
+        key_mass = score.key_mass.float()
+        if score.query_mass is not None and score.log_gravity is not None:
+            strength = score.log_gravity.float().exp().unsqueeze(-1) * score.query_mass.float()
+    if skip_far_keys and log_decay is not None and mask.pairs is None and _may_skip(q, k, log_decay):
+        reach = _reach(q, k, strength, key_mass, log_decay, mask, plan)
+    tensors = [None if x is None else x.contiguous() for x in (strength, key_mass, log_decay)]
+    try:
+        output: Tensor = NativeAttention.apply(q, k, v, *tensors, mask.padding, mask.pairs, reach, plan)
+    except Float64Needed:
+        return None
+    return output
+
+
+def _may_skip(q: Tensor, k: Tensor, log_decay: Tensor) -> bool:
+    """Whether it can pay to look for far keys: the sequence is long, and the fastest decay is soon nothing."""
+    longest = max(q.shape[-2], k.shape[-2])
+    return longest >= SHORTEST_TO_SKIP and bool(-longest * log_decay.detach().min() > 2 * NEGLIGIBLE)
+
+
+def _reach(
+    q: Tensor,
+    k: Tensor,
+    strength: Tensor | None,
+    key_mass: Tensor | None,
+    log_decay: Tensor,
+    mask: Mask,
+    plan: Plan,
+) -> Tensor:
+    if key_mass is not None and mask.padding is not None:
+        key_mass = key_mass.masked_fill(mask.padding[:, None, None, :], 1.0)
+    if key_mass is not None and strength is None:
+        key_mass = key_mass.log()
+    return reach_of_rows(
+        q, k, strength, key_mass, log_decay, mask, plan.scale, plan.softening, plan.power / 2
+    )
+
+
+def needs_float64(extent: Extent, plan: Plan, head_dim: int) -> bool:
+    """Whether float32 is not enough for `r2 = |q|^2 - 2 q . k + |k|^2`, which cancels terms of the size of |q|^2: beside
+    the softening of a pair that is as near as the closest. Where no pair is near, it is enough at any softening."""
+    rounding = extent.largest / head_dim * torch.finfo(torch.float32).eps
+    if rounding > 0.1 * plan.softening:  # the closest distance may be none
+        return True
+    return extent.closest * rounding > ROUNDING or extent.closest ** (plan.power / 2) > LARGEST_UNIT_FORCE
+
+
+class NativeAttention(torch.autograd.Function):
+    """`NativeAttention.apply(q, k, v, strength, key_mass, log_decay, padding, pairs, reach, plan)` -> (N, T, H, L, D).
+
+    q, k, v (N, T', H, L or S, D), T' = T or 1; strength (N, T, H, L), key_mass (N, T, H, S) and log_decay (T, H),
+    each float32 or None. Saves its inputs, the output and the log-sum-exp of each row. Double backward is that of the
+    dense formula.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        strength: Tensor | None,
+        key_mass: Tensor | None,
+        log_decay: Tensor | None,
+        padding: Tensor | None,
+        pairs: Tensor | None,
+        reach: Tensor | None,
+        plan: Plan,
+    ) -> Tensor:
+        output = _heads_last(len(q), plan.timescales, q.shape[2], q.shape[3], q.shape[4])
+        log_sum = torch.empty(output.shape[:-1])
+        call = Arguments(plan, q, k, v, strength, key_mass, log_decay, padding, pairs, reach)
+        call.views(output=output)
+        call.pointers(log_sum=log_sum)
+        extent = call.run(is_backward=False)
+        if plan.kind != DOT_PRODUCT and needs_float64(extent, plan, q.shape[-1]):
+            raise Float64Needed
+        ctx.plan = plan
+        ctx.save_for_backward(q, k, v, strength, key_mass, log_decay, padding, pairs, reach, output, log_sum)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, strength, key_mass, log_decay, padding, pairs, reach, output, log_sum = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        if backward_is_differentiated(upstream):
+            one = None if strength is None else strength.new_zeros(strength.shape[1:3])  # log G: A_i has G
+            tensors = q, k, v, key_mass, strength, one, log_decay, None, None, padding, pairs
+            of_q, of_k, of_v, of_strength, of_mass, of_decay = ctx.needs_input_grad[:6]
+            needed = of_q, of_k, of_v, of_mass, of_strength, False, of_decay, *[False] * 4
+            found = dense_gradients(plan.score, plan.causal, tensors, needed, upstream)
+            dq, dk, dv, dmass, dstrength, _, drate, *_ = found
+            return dq, dk, dv, dstrength, dmass, drate, None, None, None, None
+        dq, dk, dv = (_heads_last(*x.shape) for x in (q, k, v))
+        dstrength = None if strength is None else torch.empty_like(strength)
+        dmass = None if key_mass is None else torch.empty_like(key_mass)
+        drate = None if log_decay is None else torch.empty(len(q), *log_decay.shape)
+        if padding is not None:  # whose gradients the kernel leaves as they are
+            for x in (dk, dv) if dmass is None else (dk, dv, dmass):
+                x.zero_()
+        call = Arguments(plan, q, k, v, strength, key_mass, log_decay, padding, pairs, reach)
+        call.views(output=output, upstream=_last_contiguous(upstream), dq=dq, dk=dk, dv=dv)
+        call.pointers(log_sum=log_sum, dstrength=dstrength, dmass=dmass, drate=drate)
+        call.run(is_backward=True)
+        return dq, dk, dv, dstrength, dmass, None if drate is None else drate.sum(0), None, None, None, None
+
+
+def _heads_last(batch: int, timescales: int, heads: int, length: int, width: int) -> Tensor:
+    """An empty (N, T, H, L, D), in memory as the projections make and read it: (N, L, T, H, D)."""
+    return torch.empty(batch, length, timescales, heads, width).permute(0, 2, 3, 1, 4)
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+class Arguments:
+    """A call of the kernel, and what it points to."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        strength: Tensor | None,
+        key_mass: Tensor | None,
+        log_decay: Tensor | None,
+        padding: Tensor | None,
+        pairs: Tensor | None,
+        reach: Tensor | None,
+    ) -> None:
+        batch, projections, heads, queries, head_dim = q.shape
+        self.library = native_build.library(head_dim, int(plan.power))
+        self.held: list[Tensor] = []
+        self.call = Call(
+            kind=plan.kind,
+            shared=projections != plan.timescales,
+            causal=plan.causal,
+            batch=batch,
+            timescales=plan.timescales,
+            heads=heads,
+            queries=queries,
+            keys=k.shape[-2],
+            head_dim=head_dim,
+            threads=torch.get_num_threads() if os.getpid() == self.library.process else 1,
+            scale=plan.scale,
+            softening=plan.softening,
+        )
+        self.views(q=_last_contiguous(q), k=_last_contiguous(k), v=_last_contiguous(v))
+        self.pointers(strength=strength, key_mass=key_mass, log_decay=log_decay, reach=reach)
+        self.pointers(padding=None if padding is None else padding.contiguous())
+        if pairs is not None:
+            pairs = pairs[:, 0].expand(batch, heads, queries, k.shape[-2])
+            self.held.append(pairs)
+            self.call.pairs = pairs.data_ptr()
+            self.call.pair_strides[:] = pairs.stride()
+
+    def views(self, **tensors: Tensor) -> None:
+        for name, x in tensors.items():
+            self.held.append(x)
+            setattr(self.call, name, View(x.data_ptr(), *x.stride()[:4]))
+
+    def pointers(self, **tensors: Tensor | None) -> None:
+        for name, x in tensors.items():
+            if x is not None:
+                self.held.append(x)
+                setattr(self.call, name, x.data_ptr())
+
+    def run(self, is_backward: bool) -> Extent:
+        workspace = torch.empty(self.library.workspace_bytes(self.call, is_backward), dtype=torch.uint8)
+        self.pointers(workspace=workspace)
+        return self.library.attention(self.call, is_backward)

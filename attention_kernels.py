@@ -5,7 +5,7 @@
 Backends, all exact:
 - "dense": the formula itself, in O(L S) memory. The reference, and what makes weights when asked for.
 - "tiled": `tiled_attention`, O(L + S) memory, any device, any score but with discounted logits.
-- "native": `native_attention`, O(L + S) memory, float32 on the CPU: compiled by the user's own compiler at its
+- "native": `native_attention`, O(L + S) memory, float32 on the CPU: compiled by your own compiler at its
   first use. Where float32 does not hold the distances it is "tiled", which goes to float64.
 - "sdpa": `F.scaled_dot_product_attention`, the dot product without decay only.
 - "triton": `triton_attention`, O(L + S) memory, the scores of "tiled" without clocks, CUDA (or Triton's

@@ -1,10 +1,10 @@
-"""Attention on a CPU by the compiled kernel of native_attention.cpp: brings every score into its form, and autograd.
+"""Attention on a CPU by the compiled kernel of native_attention.cpp: scores in its form, and autograd.
 
-Memory is O(L + S), for float32, on the threads that PyTorch has (`torch.set_num_threads`), with the same bits for any
-number of them. Numbers that are too small for a float32 of full precision count as 0.
+Memory is O(L + S), for float32, on the threads that PyTorch has (`torch.set_num_threads`), with the same bits
+for any number of them. Numbers that are too small for a float32 of full precision count as 0.
 
-- Where float32 does not hold the distances of a call the kernel says so, and `native_attention` returns None: see
-  `needs_float64`.
+- Where float32 does not hold the distances of a call the kernel says so, and `native_attention` returns None:
+  see `needs_float64`.
 - A_i = G m_i is made here: the kernel gives its gradient row by row, autograd those of G and m_i.
 - Far keys are skipped where decay makes them negligible, see far_keys.py.
 
@@ -28,11 +28,13 @@ DOT_PRODUCT, GRAVITY, FORCE = 0, 1, 2
 LARGEST_HEAD_DIM = 256
 DISTANCE_POWERS = (1.0, 2.0, 4.0)
 ROUNDING = 5e-6  # the most that float32 may err in a softened distance, relative to it
-LARGEST_UNIT_FORCE = 50.0  # (r2 + softening)^(-p/2): beyond it one key takes all, and what else there is cancels
+LARGEST_UNIT_FORCE = (
+    50.0  # (r2 + softening)^(-p/2): beyond it one key takes all, and what else there is cancels
+)
 SHORTEST_TO_SKIP, NEGLIGIBLE = 512, 20.0  # keys; -log of a weight
 
 
-class Float64Needed(ArithmeticError):
+class Float64NeededError(ArithmeticError):
     """Float32 is not enough."""
 
 
@@ -96,13 +98,13 @@ def native_attention(
     tensors = [None if x is None else x.contiguous() for x in (strength, key_mass, log_decay)]
     try:
         output: Tensor = NativeAttention.apply(q, k, v, *tensors, mask.padding, mask.pairs, reach, plan)
-    except Float64Needed:
+    except Float64NeededError:
         return None
     return output
 
 
 def _may_skip(q: Tensor, k: Tensor, log_decay: Tensor) -> bool:
-    """Whether it can pay to look for far keys: the sequence is long, and the fastest decay is soon nothing."""
+    """Whether it can pay to look for far keys: the sequence is long, the fastest decay is soon nothing."""
     longest = max(q.shape[-2], k.shape[-2])
     return longest >= SHORTEST_TO_SKIP and bool(-longest * log_decay.detach().min() > 2 * NEGLIGIBLE)
 
@@ -126,8 +128,9 @@ def _reach(
 
 
 def needs_float64(extent: Extent, plan: Plan, head_dim: int) -> bool:
-    """Whether float32 is not enough for `r2 = |q|^2 - 2 q . k + |k|^2`, which cancels terms of the size of |q|^2: beside
-    the softening of a pair that is as near as the closest. Where no pair is near, it is enough at any softening."""
+    """Whether float32 is not enough for `r2 = |q|^2 - 2 q . k + |k|^2`, which cancels terms of size |q|^2:
+    beside the softening of a pair that is as near as the closest. Where no pair is near, it is enough at any
+    softening."""
     rounding = extent.largest / head_dim * torch.finfo(torch.float32).eps
     if rounding > 0.1 * plan.softening:  # the closest distance may be none
         return True
@@ -135,11 +138,12 @@ def needs_float64(extent: Extent, plan: Plan, head_dim: int) -> bool:
 
 
 class NativeAttention(torch.autograd.Function):
-    """`NativeAttention.apply(q, k, v, strength, key_mass, log_decay, padding, pairs, reach, plan)` -> (N, T, H, L, D).
+    """`NativeAttention.apply(q, k, v, strength, key_mass, log_decay, padding, pairs, reach, plan)`, an
+    output (N, T, H, L, D).
 
-    q, k, v (N, T', H, L or S, D), T' = T or 1; strength (N, T, H, L), key_mass (N, T, H, S) and log_decay (T, H),
-    each float32 or None. Saves its inputs, the output and the log-sum-exp of each row. Double backward is that of the
-    dense formula.
+    q, k, v (N, T', H, L or S, D), T' = T or 1; strength (N, T, H, L), key_mass (N, T, H, S) and log_decay
+    (T, H), each float32 or None. Saves its inputs, the output and the log-sum-exp of each row. Double
+    backward is that of the dense formula.
     """
 
     @staticmethod
@@ -163,7 +167,7 @@ class NativeAttention(torch.autograd.Function):
         call.pointers(log_sum=log_sum)
         extent = call.run(is_backward=False)
         if plan.kind != DOT_PRODUCT and needs_float64(extent, plan, q.shape[-1]):
-            raise Float64Needed
+            raise Float64NeededError
         ctx.plan = plan
         ctx.save_for_backward(q, k, v, strength, key_mass, log_decay, padding, pairs, reach, output, log_sum)
         return output

@@ -3,10 +3,10 @@
     reason = unavailable(head_dim=32, distance_power=2)        # "" where it can be had; builds it, once
     library(head_dim=32, distance_power=2).attention(call, is_backward=False)
 
-A library is for heads of up to a multiple of 16 numbers and for one distance power. It is kept in the cache folder
-($XDG_CACHE_HOME or ~/.cache, attention-comparison/native) under a hash of all that it is made from: source, compiler,
-its version, flags, and the processor, since homes are shared by machines. Of processes that start together one builds
-it. Where the folder cannot be used the library is built for the process alone.
+A library is for heads of up to a multiple of 16 numbers and for one distance power. It is kept in the cache
+folder ($XDG_CACHE_HOME or ~/.cache, attention-comparison/native) under a hash of all that it is made from:
+source, compiler, its version, flags, and the processor, since homes are shared by machines. Of processes that
+start together one builds it. Where the folder cannot be used the library is built for the process alone.
 
 In the environment: CXX, the compiler; ATTENTION_NATIVE=0, to do without.
 """
@@ -33,13 +33,13 @@ import filelock  # PyTorch needs it, too
 
 SOURCE = Path(__file__).with_name("native_attention.cpp")
 # Never -ffast-math, which breaks the rounding that exponentials rest on, nor what CXXFLAGS may hold.
-FLAGS = "-O3 -march=native -std=c++17 -fPIC -shared -fno-math-errno -fno-trapping-math".split()
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 COMPILERS = ("c++", "g++", "clang++")
 MACHINES = ("x86_64", "aarch64")
 TIME_LIMIT = 120.0  # seconds that a compiler may take; a library takes 5 to 10
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """The kernel cannot be had; the text says why."""
 
 
@@ -92,7 +92,7 @@ class Library:
         return extent
 
     def multiply_adds(self, rounds: int, threads: int) -> int:
-        """Does as many multiply-adds as the processor can; returns the number of floating-point operations."""
+        """Does as many multiply-adds as the processor can. Returns how many floating-point operations."""
         return int(self._multiply_adds(ctypes.c_int64(rounds), threads, self._parallel))
 
 
@@ -129,12 +129,14 @@ def _load(width: int, distance_power: int) -> Library | str:
 def _loaded(width: int, distance_power: int) -> Library | str:
     try:
         if os.environ.get("ATTENTION_NATIVE") == "0":
-            raise Unavailable("is switched off by ATTENTION_NATIVE=0")
+            raise UnavailableError("is switched off by ATTENTION_NATIVE=0")
         if platform.system() != "Linux" or platform.machine() not in MACHINES:
-            raise Unavailable(f"is for Linux on {' and '.join(MACHINES)}, not {platform.platform(terse=True)}")
+            raise UnavailableError(
+                f"is for Linux on {' and '.join(MACHINES)}, not {platform.platform(terse=True)}"
+            )
         return _built(width, distance_power)
-    except (Unavailable, OSError) as error:
-        reason = str(error) if isinstance(error, Unavailable) else f"cannot be loaded ({error})"
+    except (UnavailableError, OSError) as error:
+        reason = str(error) if isinstance(error, UnavailableError) else f"cannot be loaded ({error})"
         if reason not in _libraries.values():
             _say(f"backend 'native' {reason}: attention goes on without, slower")
         return reason
@@ -152,15 +154,15 @@ def _built(width: int, distance_power: int) -> Library:
         _say(f"building the attention kernel for heads of {width}: some seconds, once")
         _compile([*command, str(SOURCE), "-o", name], folder)
         built = folder / name
-        try:
-            if kept is not None:
-                temporary = kept.with_name(f"{name}.{os.getpid()}")
+        if kept is not None:
+            temporary = kept.with_name(f"{name}.{os.getpid()}")
+            try:
                 shutil.copyfile(built, temporary)
                 temporary.replace(kept)
                 built = kept
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            _say(f"the attention kernel is for this process only: {kept.parent} cannot be written ({error.strerror})")
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                _say(f"the attention kernel is for this process only: the cache cannot be used ({error})")
         return Library(built)
 
 
@@ -196,7 +198,7 @@ def _compiler() -> list[str]:
         if path is not None:
             return [path, *given[1:]]
     where = f"CXX={given[0]}" if given else ", ".join(COMPILERS)
-    raise Unavailable(f"needs a C++ compiler, and there is none ({where})")
+    raise UnavailableError(f"needs a C++ compiler, and there is none ({where})")
 
 
 @functools.cache
@@ -214,11 +216,11 @@ def _processor() -> str:
 def _compile(command: list[str], folder: Path) -> None:
     messages = _output_of(command, folder, TIME_LIMIT)
     if not (folder / command[-1]).exists():
-        raise Unavailable(f"cannot be built: {command[0]} made nothing {messages[:200]!r}")
+        raise UnavailableError(f"cannot be built: {command[0]} made nothing {messages[:200]!r}")
 
 
 def _output_of(command: list[str], folder: Path, time_limit: float) -> str:
-    """What a compiler says; Unavailable where it fails or hangs."""
+    """What a compiler says; UnavailableError where it fails or hangs."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             command,
@@ -236,12 +238,16 @@ def _output_of(command: list[str], folder: Path, time_limit: float) -> str:
             process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            raise Unavailable(f"cannot be built: {command[0]} took more than {time_limit:.0f} s") from None
+            raise UnavailableError(
+                f"cannot be built: {command[0]} took more than {time_limit:.0f} s"
+            ) from None
         output.seek(0)
         text = output.read().decode(errors="replace").strip()
     if code:
-        told = next((line for line in text.splitlines() if "error" in line.lower()), text[:200] or "no message")
-        raise Unavailable(f"cannot be built: {command[0]} failed ({told.strip()[:200]})")
+        told = next(
+            (line for line in text.splitlines() if "error" in line.lower()), text[:200] or "no message"
+        )
+        raise UnavailableError(f"cannot be built: {command[0]} failed ({told.strip()[:200]})")
     return text
 
 
@@ -254,7 +260,7 @@ def _openmp() -> Any:
             runtime = ctypes.CDLL(path)
             if hasattr(runtime, "GOMP_parallel"):
                 return runtime
-    raise Unavailable("needs the OpenMP runtime of PyTorch, and there is none")
+    raise UnavailableError("needs the OpenMP runtime of PyTorch, and there is none")
 
 
 def _say(text: str) -> None:

@@ -142,10 +142,19 @@ def _loaded(width: int, distance_power: int) -> Library | str:
         return reason
 
 
+def _command(width: int, distance_power: int) -> list[str]:
+    return [*_compiler(), *FLAGS, f"-DHEAD_DIM={width}", f"-DDISTANCE_POWER={distance_power}"]
+
+
+def _library_name(width: int, distance_power: int) -> str:
+    """Of the file in the cache: a hash of all that the library is made from."""
+    command = "\0".join(_command(width, distance_power))
+    made_from = [SOURCE.read_bytes(), _version().encode(), command.encode(), _processor().encode()]
+    return hashlib.sha256(b"\0".join(made_from)).hexdigest() + ".so"
+
+
 def _built(width: int, distance_power: int) -> Library:
-    command = [*_compiler(), *FLAGS, f"-DHEAD_DIM={width}", f"-DDISTANCE_POWER={distance_power}"]
-    made_from = [SOURCE.read_bytes(), _version().encode(), "\0".join(command).encode(), _processor().encode()]
-    name = hashlib.sha256(b"\0".join(made_from)).hexdigest() + ".so"
+    name, command = _library_name(width, distance_power), _command(width, distance_power)
     with _kept_in(name) as kept, contextlib.ExitStack() as stack:
         if kept is not None and kept.exists():
             with contextlib.suppress(OSError):  # a library that is damaged is built anew

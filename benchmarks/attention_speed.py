@@ -1,18 +1,22 @@
 """Time and peak memory of each attention mechanism, as ratios to PyTorch's own softmax attention.
 
     python benchmarks/attention_speed.py
-    python benchmarks/attention_speed.py --lengths 1024 4096 --repeats 9 --no-memory
+    python benchmarks/attention_speed.py --lengths 128 --batch-heads 128 --no-memory      # as in training
     python benchmarks/attention_speed.py --device cuda --dtype bfloat16 --lengths 1024 4096 16384
 
 The anchor is `F.scaled_dot_product_attention` on the same shape (batch x heads, N, head dim), measured right
 before each case. A case of T timescales does T times the anchor's work, but for what it skips or shares: its
 ratio is also told per score matrix. "differences" is the straightforward gravity, with q_i - k_j as an
 (N, N, head dim) tensor; it and the dense formulas are measured where they fit into --memory-limit.
+On the CPU the multiply-adds of matrix products, which no exact attention can do without, are told as a
+share of the processor's peak, measured in the same run (forward and backward: 7 products for a score
+matrix of its own q and k, 4 + 3 T for T that share them); not where far keys are skipped.
 Memory is what is held at most above inputs, outputs and gradients: by the allocator on CUDA, in the resident
 set of a fresh process on the CPU. Writes .json, .png and .pdf, named by date, device and CPU threads.
 """
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +32,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score
+from attention_engine.native_build import library, unavailable
 from attention_kernels import BACKENDS, attend
 from benchmarks.benchmarking import (
     Seconds,
@@ -68,7 +73,7 @@ from training.device_memory import PeakMemory
 SHORT_HORIZONS, DEFAULT_GAMMAS = (0.6, 0.9, 0.99), (0.9, 0.99, 0.999)
 SOFTENING = 0.1  # the modules' default
 ANCHOR, DIFFERENCES = "sdpa", "differences"
-LINES = {"tiled": "-", "triton": "-.", "dense": "--", DIFFERENCES: ":"}
+LINES = {"native": "-", "tiled": (0, (6, 2)), "triton": "-.", "dense": "--", DIFFERENCES: ":"}
 
 
 class Mechanism(NamedTuple):
@@ -83,8 +88,14 @@ class Mechanism(NamedTuple):
     def timescales(self) -> int:
         return max(1, len(self.gammas))
 
+    @property
+    def products(self) -> int:
+        """Matrix products of a forward and a backward, each a multiply-add for each pair and head width."""
+        return 7 * self.timescales if self.normalization is None else 4 + 3 * self.timescales
+
 
 MECHANISMS = {
+    "dot product": Mechanism(BLACK),
     "gravitational softmax": Mechanism(VERMILLION, "softmax"),
     "gravitational force": Mechanism(ORANGE, "force"),
     "multi-timescale, all keys": Mechanism(BLUE, gammas=DEFAULT_GAMMAS, skip_far_keys=False),
@@ -127,7 +138,8 @@ class SpeedSettings:
     @property
     def measured_backends(self) -> tuple[str, ...]:
         names = (*BACKENDS[1:], DIFFERENCES)
-        return self.backends or tuple(name for name in names if name != "triton" or self.on_cuda)
+        elsewhere = "native" if self.on_cuda else "triton"
+        return self.backends or tuple(name for name in names if name != elsewhere)
 
 
 class Case(NamedTuple):
@@ -148,6 +160,8 @@ def cases_of(length: int, settings: SpeedSettings) -> list[Case]:
     for mechanism in MECHANISMS:
         for backend in settings.measured_backends:
             if backend == DIFFERENCES and mechanism != "gravitational softmax":
+                continue
+            if backend == "native" and unavailable(settings.head_dim, 2):
                 continue
             case = Case(mechanism, backend, length)
             if backend != ANCHOR and bytes_needed(case, settings) <= settings.memory_limit * 1e9:
@@ -251,9 +265,23 @@ def peak_bytes(case: Case, settings: SpeedSettings, device_name: str) -> int | N
     return highest - held - sum(x.nbytes for x in (*inputs, output))  # a gradient is as large as its input
 
 
+def peak_operations(settings: SpeedSettings, device: torch.device) -> float | None:
+    """Floating-point operations a second of multiply-adds alone, on all threads, the best of five tries; None
+    on a GPU and where the compiled kernel, which does them, is not to be had."""
+    if device.type != "cpu" or unavailable(settings.head_dim, 2):
+        return None
+    tries = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = library(settings.head_dim, 2).multiply_adds(10_000_000, torch.get_num_threads())
+        tries.append(done / (time.perf_counter() - started))
+    return max(tries)
+
+
 def measure(settings: SpeedSettings, device: torch.device) -> list[dict[str, Any]]:
     """A row for each length and case, the anchor first."""
     rows = []
+    peak = peak_operations(settings, device)
     for length in settings.lengths:
         anchor = Case("dot product", ANCHOR, length)
         cases = cases_of(length, settings)
@@ -264,6 +292,13 @@ def measure(settings: SpeedSettings, device: torch.device) -> list[dict[str, Any
             row: dict[str, Any] = {**case._asdict(), **times, "score_matrices": 1}
             if case.backend != ANCHOR:
                 row["score_matrices"] = MECHANISMS[case.mechanism].timescales
+            pairs = settings.batch_heads * length**2
+            mechanism = MECHANISMS[case.mechanism]
+            operations = 2 * settings.head_dim * mechanism.products * pairs / times["both"]["seconds"]
+            row["ns_a_pair"] = times["both"]["seconds"] / pairs * 1e9
+            complete = not mechanism.gammas or not mechanism.skip_far_keys
+            row["gflops"] = operations / 1e9 if complete else None
+            row["share_of_peak"] = operations / peak if complete and peak else None
             if settings.memory:
                 row["peak_bytes"] = peak_process(device)(peak_bytes, case, settings, str(device))
             rows.append(row)
@@ -272,16 +307,18 @@ def measure(settings: SpeedSettings, device: torch.device) -> list[dict[str, Any
 
 
 def table_of(rows: Sequence[dict[str, Any]], settings: SpeedSettings, device: torch.device) -> TextTable:
-    header = ["case", "N", "ms", "forward", "forward + backward", "of least times", "per score matrix", "MB"]
+    header = ["case", "N", "ms", "forward", "forward + backward", "per score matrix"]
+    header += ["ns a pair", "GFLOP/s", "of peak", "MB"]
     lines = []
     for row in rows:
         both, peak = row["both"], row.get("peak_bytes")
-        ratios = [row["forward"]["ratio"], both["ratio"], both["ratio_of_least"]]
-        ratios.append(both["ratio"] / row["score_matrices"])
+        ratios = [row["forward"]["ratio"], both["ratio"], both["ratio"] / row["score_matrices"]]
+        gflops, share = row["gflops"], row["share_of_peak"]
         lines.append(
             [f"{row['mechanism']}, {row['backend']}", f"{row['length']:,}", short(1e3 * both["seconds"])]
             + [f"{ratio:.2f}" for ratio in ratios]
-            + [NONE if peak is None else f"{peak / 1e6:.1f}"]
+            + [f"{row['ns_a_pair']:.2f}", NONE if gflops is None else f"{gflops:.0f}"]
+            + [NONE if share is None else f"{share:.0%}", NONE if peak is None else f"{peak / 1e6:.1f}"]
         )
     shape = f"batch x heads = {settings.batch_heads}, head dim = {settings.head_dim}, {settings.dtype}"
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -322,10 +359,16 @@ def draw(
 
 def save_speed_figure(rows: Sequence[dict[str, Any]], stem: Path, settings: SpeedSettings) -> None:
     with figure_style():
-        figure, axes = new_figure(1, 1 + settings.memory, width=5.5 * (1 + settings.memory), height=6)
+        shares = any(row["share_of_peak"] for row in rows)
+        columns = 1 + shares + settings.memory
+        figure, axes = new_figure(1, columns, width=5.5 * columns, height=6)
         draw(axes[0, 0], rows, lambda row: row["both"]["seconds"]).set_ylabel("forward + backward, seconds")
+        if shares:
+            fused = [row for row in rows if row["backend"] in ("native", ANCHOR)]
+            share = draw(axes[0, 1], fused, lambda row: row["share_of_peak"])
+            share.set_ylabel("share of the processor's peak")
         if settings.memory:
-            memory = draw(axes[0, 1], rows, lambda row: (row["peak_bytes"] or 0) / 1e6)
+            memory = draw(axes[0, -1], rows, lambda row: (row["peak_bytes"] or 0) / 1e6)
             memory.set_ylabel("peak above inputs and outputs, MB")
         for ax in axes.flat:
             ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12))

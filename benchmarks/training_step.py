@@ -73,7 +73,7 @@ class StepSettings:
         for model in self.models:
             Model.parse(model)
         for backend in self.backends:
-            choose(backend, ("auto", "tiled", "dense"), "backend")
+            choose(backend, ("auto", "native", "tiled", "dense"), "backend")
 
 
 class Case(NamedTuple):

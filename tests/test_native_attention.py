@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,8 @@ def test_what_is_not_finite_reaches_the_rows_that_it_reaches_in_the_formula(
     inputs[name][:, :, :, 20] = value
     results = []
     for backend in ("native", "dense"):
-        output, _ = attend(*(inputs[x] for x in "qkv"), case.score(inputs), case.mask, backend=backend)
+        q, k, v = (inputs[x] for x in "qkv")
+        output, _ = attend(q, k, v, case.score(inputs), case.mask, backend=backend)
         results.append(output.isfinite().all(-1))
     late = torch.arange(35) >= 20
     if name != "v":  # 0 times a later value that is not finite: in the formula, for all rows
@@ -136,9 +136,9 @@ print(cannot("native", x, DotProduct(0.25), Mask(), 0.0, False) or "native")
 
 
 def start(cache: Path, **environment: str) -> subprocess.Popen[str]:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     own = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)} | environment
-    return subprocess.Popen([sys.executable, "-c", ATTEND], env=own, text=True, **pipes)
+    command, pipe = [sys.executable, "-c", ATTEND], subprocess.PIPE
+    return subprocess.Popen(command, env=own, text=True, stdout=pipe, stderr=pipe)
 
 
 def attended(cache: Path, **environment: str) -> tuple[str, str]:
@@ -265,12 +265,13 @@ def test_sanitizers_find_nothing_over_the_cases(tmp_path: Path) -> None:
 
 def test_a_score_or_a_tensor_that_is_not_its_own_is_refused_in_words() -> None:
     x = torch.zeros(1, 1, 2, 3, 16)
-    gravity = replace(Case("gravity"), power=3.0)
-    for message, q, score, kwargs in (
+    gravity = Case("gravity", power=3.0)
+    cases: list[tuple[str, torch.Tensor, Any, dict[str, Any]]] = [
         ("is for float32 on the CPU", x.double(), DotProduct(0.25), {}),
         ("no dropout", x, DotProduct(0.25), {"dropout": 0.1}),
         ("distance powers", gravity.inputs()["q"], gravity.score(gravity.inputs()), {}),
         ("at most 256 wide", torch.zeros(1, 1, 1, 3, 300), DotProduct(0.25), {}),
-    ):
+    ]
+    for message, q, score, kwargs in cases:
         with pytest.raises(ValueError, match=f"{message}.*use 'tiled'"):
             attend(q, q, q, score, Mask(), backend="native", **kwargs)

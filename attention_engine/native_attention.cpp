@@ -840,11 +840,9 @@ extern "C" int64_t multiply_adds(int64_t rounds, int threads, Parallel parallel)
     Vector sums[12];
     UNROLL for (int i = 0; i < 12; i++) sums[i] = broadcast(i);
     Vector factor = broadcast(0.999f);
-    for (int64_t round = *(int64_t*)argument; round; round--) {
+    for (int64_t round = *(int64_t*)argument; round; round--)
       UNROLL for (int i = 0; i < 12; i++) sums[i] = sums[i] * factor + factor;
-      asm volatile("" : "+m"(*(int64_t*)argument));
-    }
-    for (int i = 0; i < 12; i++) asm volatile("" ::"r"(sum_of(sums[i]) > 0));
+    UNROLL for (int i = 0; i < 12; i++) asm volatile("" ::"r"(sum_of(sums[i]) > 0));  // or nothing would be done
   }, &rounds, threads, parallel);
   return rounds * 12 * W * 2 * std::max(threads, 1);
 }

@@ -346,7 +346,8 @@ def draw(
         label = f"{mechanism}, {backend}"
         if len(set(lengths)) > 1:
             label += f": N^{slope(lengths, values):.2f}"
-        ax.plot(lengths, values, LINES.get(backend, "-"), color=color, marker="o", markersize=3, label=label)
+        line = {"linestyle": LINES.get(backend, "-"), "color": color, "marker": "o", "markersize": 3}
+        ax.plot(lengths, values, label=label, **line)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(sorted({row["length"] for row in rows}))

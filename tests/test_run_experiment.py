@@ -374,17 +374,8 @@ def test_a_preset_has_settings_and_seeds_of_a_task_which_options_overrule_and_a_
 ) -> None:
     own = {"seeds": [0], "num_layers": 2, "max_epochs": 1}
     monkeypatch.setitem(PRESETS["smoke"].by_task, "hold", own)
-    argv = [
-        "--preset",
-        "smoke",
-        "--models",
-        "conventional",
-        "--tasks",
-        "hold",
-        "listops",
-        "--max-length",
-        "12",
-    ]
+    argv = ["--preset", "smoke", "--models", "conventional", "--max-length", "12"]
+    argv += ["--tasks", "hold", "listops"]
     plan = make_plan(run_experiment.make_parser().parse_args([*argv, "--num-layers", "3"]))
     assert plan.model_settings_of("hold").num_layers == plan.model_settings_of("listops").num_layers == 3
     assert plan.training_settings_of("hold").max_epochs == 1 < plan.training_settings_of("listops").max_epochs

@@ -9,6 +9,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -311,7 +312,7 @@ def test_the_task_of_bytes_reads_the_same_splits_as_windows(
     }
     files["aclImdb/train/neg/4_1.txt"] = files["aclImdb/test/pos/7_1.txt"]
     write_archive(tmp_path, tar_bytes(files))
-    places = {"data_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
+    places: dict[str, Any] = {"data_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
     reviews = load_task("imdb", DataSettings(**places))
     task = load_task(
         "bytes", DataSettings(**places, max_length=32, train_size=500, val_size=90, test_size=800)

@@ -77,7 +77,8 @@ def draw_run(
     figures: dict[str, Callable[[], Any]] = {}
     if record.metrics:
         epochs = epoch_table(only)
-        figures["learning_curves"] = lambda: curves_figure(epochs, styles, title, chance=facts.chance)
+        levels: dict[str, Any] = {"chance": facts.chance, "metric": facts.metric}
+        figures["learning_curves"] = lambda: curves_figure(epochs, styles, title, **levels)
     learned = learned_table(only)
     if len(learned):
         figures["learned"] = lambda: learned_figure(learned, styles, title)

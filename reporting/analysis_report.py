@@ -41,7 +41,8 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 FIGURE_DPI, CSS_DPI = 150, 96  # of the PNG files (figure_style.py), and of a page
 _RELEVANT = " or ".join(one.margin for one in METRICS.values())
 DEFINITIONS = (
-    "The test metric is that of the weights of the best validation accuracy; the test set is read once.",
+    "The test metric is that of the weights of the epoch that is best by it on validation; the test set is "
+    "read once.",
     "Epochs to 90 % of best: the first epoch whose validation accuracy reaches 90 % of its maximum; "
     "above chance: the first with (accuracy - chance) / (maximum - chance) of at least 0.9.",
     "Time per epoch is that of the training steps, without evaluation and without the first step.",
@@ -255,6 +256,8 @@ def _task_line(facts: TaskFacts) -> str:
     parts = [facts.title]
     if facts.test_size:
         parts.append(f"{facts.test_size:,} test examples")
+    if facts.test_predictions and facts.test_predictions != facts.test_size:
+        parts.append(f"{facts.test_predictions:,} predictions in them")
     if facts.num_classes:
         parts.append(f"{facts.num_classes} classes")
     majority = facts.majority if facts.metric.more_is_better else None

@@ -92,14 +92,16 @@ def _thousands(value: float, _: object) -> str:
 
 
 def _two_to_a_row(panels: int, models: int) -> tuple[Figure, np.ndarray]:
-    rows = (panels + 1) // 2
-    return new_figure(rows, 2, width=9.6, height=_row_height(models, rows) - 0.45, sharey=True)
+    rows, columns = (panels + 1) // 2, min(panels, 2)
+    width = 9.6 if columns == 2 else 6.0
+    return new_figure(rows, columns, width=width, height=_row_height(models, rows) - 0.45, sharey=True)
 
 
 def reference_levels(facts: TaskFacts, published: Sequence[Published] = ()) -> list[Level]:
-    """The lines that qualities are held against; the largest class and published figures are accuracies."""
-    metric, chance = facts.metric, facts.level
-    majority = facts.majority if metric.more_is_better else None
+    """The lines that accuracies are held against; bits have none, since guessing lies far off."""
+    metric, chance, majority = facts.metric, facts.level, facts.majority
+    if not metric.more_is_better:
+        return []
     levels = [("chance", chance, ":"), ("largest class", majority, "--")]
     if chance is not None and majority is not None and abs(chance - majority) < 5e-4:
         levels = [("chance = largest class", chance, "--")]

@@ -60,19 +60,22 @@ def _quality_findings(analysis: Analysis, facts: TaskFacts) -> list[str]:
     sentences = [f"Test {metric.title}, from the {first}: {shown}."]
     if not metric.more_is_better:
         return sentences
-    if facts.test_size and facts.majority is not None:
-        error = math.sqrt(facts.majority * (1 - facts.majority) / facts.test_size)
+    count = facts.test_predictions or facts.test_size
+    if count and facts.majority is not None:
+        error = math.sqrt(facts.majority * (1 - facts.majority) / count)
         near = [analysis.names[model] for model in means if means[model].mean <= facts.majority + 2 * error]
         if near:
             sentences.append(
                 f"Not told apart from always naming the largest class ({100 * facts.majority:.1f} %; two "
                 f"standard errors of the test set are {200 * error:.1f} points): {', '.join(near)}."
             )
-    if any(mean.n == 1 for mean in means.values()) and facts.test_size:
+    if any(mean.n == 1 for mean in means.values()) and count:
         typical = sum(mean.mean for mean in means.values()) / len(means)
-        error = math.sqrt(typical * (1 - typical) / facts.test_size)
+        error = math.sqrt(typical * (1 - typical) / count)
+        # Predictions in one example are no independent draws.
+        what, bound = ("examples", "about") if count == facts.test_size else ("predictions", "at least")
         sentences.append(
-            f"The {facts.test_size:,} test examples alone leave each accuracy a standard error of about "
+            f"The {count:,} test {what} alone leave each accuracy a standard error of {bound} "
             f"{100 * error:.1f} points."
         )
     return sentences

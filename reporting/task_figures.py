@@ -48,10 +48,10 @@ LONGEST_STEM = 60
 TIMED = ("accuracy_time", "cost", "improvement", "radar")  # figures with times or memory
 BARS = "Bar: mean over seeds; marks: one per seed; black: 95 % t interval of the mean, where n is at least 2."
 
-CONVERGENCE_PANELS = (
-    Panel("convergence_epoch", "epochs to 90 % of the best validation accuracy", form=short, whole=True),
-    Panel(CONVERGENCE, "the same, counted above chance", 1.0, short, "never above chance", whole=True),
-)
+_PLAIN = Panel("convergence_epoch", "epochs to 90 % of the best validation accuracy", form=short, whole=True)
+_ABOVE = Panel(CONVERGENCE, "the same, counted above chance", 1.0, short, "never above chance", whole=True)
+CONVERGENCE_PANELS = (_PLAIN, _ABOVE)
+WAY_PANELS = (_ABOVE._replace(label="epochs to 90 % of the way from chance to the best"),)  # less is better
 COST_PANELS = (
     Panel("seconds_per_epoch", "seconds per training epoch", form=short),
     Panel("tokens_per_second", "training tokens per second", form=short),
@@ -134,11 +134,11 @@ def task_figures(view: TaskView) -> Drawn:
         yield from _accuracy(view)
     epochs = view.of_task(view.analysis.epochs)
     if not epochs.empty:
-        chance = view.analysis.facts[view.task].chance
+        facts = view.analysis.facts[view.task]
         yield from view.figure(
             "learning_curves",
             "Learning curves",
-            lambda title: curves_figure(epochs, view.styles, title, chance=chance),
+            lambda title: curves_figure(epochs, view.styles, title, chance=facts.chance, metric=facts.metric),
             "Thick: mean over the finished seeds, as far as all of them ran; band: from the smallest to the "
             "largest seed; thin: each seed. Dotted, ending in a cross: a cell that did not finish. Training "
             "accuracy is taken while the weights change and dropout is on, so it may lie below validation.",
@@ -173,13 +173,16 @@ def _accuracy(view: TaskView) -> Drawn:
             "; published accuracies of the Long Range Arena are not drawn, since they hold for its full data "
             "and this run had other data settings"
         )
+    lines = f"Lines: guessing, and always naming the largest class{said}"
+    if not metric.more_is_better:
+        guess = "" if facts.level is None else f"; guessing costs {metric.shown(facts.level)}"
+        lines = f"Further left is better{guess}"
     return view.figure(
         "accuracy",
         f"Test {metric.title}",
         lambda title: quality_figure(values, view.styles, title, levels, view.absent, metric),
         "Large: mean over seeds, black: its 95 % t interval, where n is at least 2; small, below: each seed. "
-        f"Lines: guessing, and for an accuracy always naming the largest class{said}. The axis does not "
-        "start at 0." + ("" if metric.more_is_better else " Further left is better."),
+        f"{lines}. The axis does not start at 0.",
     )
 
 
@@ -214,12 +217,19 @@ def _progress(view: TaskView) -> Drawn:
 
 
 def _comparisons(view: TaskView) -> Drawn:
+    quality = view.analysis.metric(view.task)
+    panels = CONVERGENCE_PANELS if quality.more_is_better else WAY_PANELS
+    what = (
+        "Left: the first epoch at 90 % of the best validation accuracy, which guessing already meets on two "
+        "classes. Right: 90 % of the way from chance to the best."
+    )
+    if not quality.more_is_better:
+        what = f"The first epoch 90 % of the way from guessing to the best {quality.title}."
     yield from view.figure(
         "convergence",
         "Convergence",
-        lambda title: bars_figure(view.table, view.styles, CONVERGENCE_PANELS, title, view.absent),
-        f"{BARS} Fewer is faster. Left: the first epoch at 90 % of the best validation accuracy, which "
-        "guessing already meets on two classes. Right: 90 % of the way from chance to the best.",
+        lambda title: bars_figure(view.table, view.styles, panels, title, view.absent),
+        f"{BARS} Fewer is faster. {what}",
     )
     yield from view.figure(
         "cost",
@@ -232,7 +242,6 @@ def _comparisons(view: TaskView) -> Drawn:
     gains = improvements(view.table, baseline)
     others = {model: style for model, style in view.styles.items() if model != baseline}
     if len(gains) and others:
-        quality = view.analysis.metric(view.task)
         metrics = (
             (quality.best, f"test {quality.title}: {'gain' if quality.more_is_better else 'saving'} (%)"),
             (CONVERGENCE, "epochs to converge, above chance: saving (%)"),

@@ -20,13 +20,6 @@ from reporting.figure_style import LINE_STYLES, ModelStyle, model_legend, new_fi
 from reporting.metrics import PERCENT, Metric
 from reporting.seed_statistics import estimate
 
-CURVES = (
-    ("train_accuracy", "training accuracy (%)", 100.0),
-    ("val_accuracy", "validation accuracy (%)", 100.0),
-    ("train_loss", "training loss (nats)", 1.0),
-    ("val_loss", "validation loss (nats)", 1.0),
-)
-
 
 def plot_curves(
     epochs: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes, column: str, scale: float = 1.0
@@ -58,13 +51,23 @@ def plot_curves(
 
 
 def curves_figure(
-    epochs: pd.DataFrame, styles: dict[str, ModelStyle], title: str, *, chance: float | None = None
+    epochs: pd.DataFrame,
+    styles: dict[str, ModelStyle],
+    title: str,
+    *,
+    chance: float | None = None,
+    metric: Metric = PERCENT,
 ) -> Figure:
-    """Accuracy and loss in training and validation. Both panels of a row share their scale."""
+    """Accuracy and loss in training and validation, the loss as bits per byte where those are the metric.
+    Both panels of a row share their scale."""
     figure, axes = new_figure(2, 2, width=8.4, height=6.2, sharey="row", sharex=True)
-    for ax, (column, label, scale) in zip(axes.flat, CURVES, strict=True):
-        plot_curves(epochs, styles, ax, column, scale).set_ylabel(label)
-        ax.tick_params(labelleft=True, labelbottom=True)
+    loss, factor = (metric.title, metric.factor) if metric.source == "loss" else ("loss (nats)", 1.0)
+    for row, (column, label, scale) in zip(
+        axes, (("accuracy", "accuracy (%)", 100.0), ("loss", loss, factor)), strict=True
+    ):
+        for ax, (part, word) in zip(row, (("train", "training"), ("val", "validation")), strict=True):
+            plot_curves(epochs, styles, ax, f"{part}_{column}", scale).set_ylabel(f"{word} {label}")
+            ax.tick_params(labelleft=True, labelbottom=True)
     extra = []
     if chance is not None:
         for ax in axes[0]:

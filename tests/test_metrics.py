@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ import pandas as pd
 import pytest
 from results_fixture import make_results, without_figures, write
 
+import run_experiment
 from analyze_results import analyze, main
+from experiment.cells import verified_cell
+from experiment.run_overview import result_table
+from experiment.run_plan import make_plan
 from reporting.analysis import make_analysis
 from reporting.comparison_figures import plot_lengths
 from reporting.comparison_tables import convergence_epoch, improvements, radar_scores, summarize
@@ -74,6 +79,15 @@ def test_figures_of_bits_are_drawn_and_quality_by_length_marks_the_trained_one(b
     view = TaskView(make_analysis(read_joined([bits])), "bytes", "bytes")
     with figure_style():
         figures = {note.stem: figure for note, figure in task_figures(view)}
+    [ax] = figures["accuracy_bytes"].axes
+    assert [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")] == []
+    assert max(ax.get_xlim()) < 4  # guessing, 8 bits, is no line of it
+    [ax] = figures["convergence_bytes"].axes
+    assert ax.get_xlabel() == "epochs to 90 % of the way from chance to the best"
+    labels = [ax.get_ylabel() for ax in figures["learning_curves_bytes"].axes]
+    assert labels[2:] == ["training bits per byte", "validation bits per byte"]
+    curves = figures["learning_curves_bytes"].axes[3].get_lines()
+    assert any(np.allclose(np.asarray(line.get_ydata(), float)[0], 5 / math.log(2)) for line in curves)
     [ax] = figures["lengths_bytes"].axes
     assert np.asarray(ax.get_lines()[0].get_xdata()).tolist() == [128, 128]
     assert ax.get_ylabel() == "test bits per byte"
@@ -109,6 +123,28 @@ def test_gains_scores_and_convergence_hold_for_bits() -> None:
 )
 def test_bits_are_the_loss_over_ln_2_or_nothing(row: dict[str, Any], value: float | None) -> None:
     assert BITS.read(row, "val_{}") == value
+
+
+def test_the_table_at_the_end_of_a_run_shows_each_task_in_its_metric(bits: Path) -> None:
+    parse = run_experiment.make_parser().parse_args
+    argv = ["--preset", "smoke", "--device", "cpu", "--tasks", "hold", "--models", *MODELS]
+    plan = replace(make_plan(parse([*argv, "--seeds", *map(str, SEEDS)])), tasks=("bytes",))
+    table = result_table(plan, read_results(bits).cells).splitlines()
+    assert table[0].split() == ["test", "bits", "per", "byte", "bytes"]
+    assert table[1].split() == ["conventional", "3.010", "bits", "(n", "=", "3)"]
+
+
+def test_a_finished_cell_without_its_metric_is_run_again(bits: Path) -> None:
+    cell = Cell("bytes", "conventional", 0)
+    rewrite(cell.folder(bits) / "result.json", epochs_run=3)
+    assert verified_cell(bits, cell).state == "done"
+    for values, why in (
+        ({"test_loss_best": None}, "has no test_loss_best"),
+        ({"metric": "f1"}, "unknown metric 'f1'"),
+    ):
+        rewrite(cell.folder(bits) / "result.json", **values)
+        record = verified_cell(bits, cell)
+        assert record.state == "failed" and why in record.reason
 
 
 @pytest.mark.parametrize("metric", ["f1", 3, None, ["accuracy"]])

@@ -74,6 +74,18 @@ def test_what_a_folder_says_is_escaped_wherever_it_stands(mark: str, shown: str,
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
 
 
+def test_predictions_of_a_token_task_are_counted_as_such(tmp_path: Path) -> None:
+    root = make_results(tmp_path, tasks=("hold",), models=MODELS[:2], seeds=(0,), patterns=False, epochs=2)
+    said = "The 2,000 test examples alone leave each accuracy a standard error of about 1.1 points."
+    assert said in report_of(root)
+    config = json.loads((root / "config.json").read_text())
+    config["task_info"]["hold"] |= {"test_predictions": 250_000}
+    write(root / "config.json", config)
+    text = report_of(root)
+    assert "2,000 test examples; 250,000 predictions in them" in text
+    assert "The 250,000 test predictions alone leave each accuracy a standard error of at least 0.1" in text
+
+
 def test_cells_without_patterns_are_named_once_for_each_reason(tmp_path: Path) -> None:
     root = make_results(tmp_path, tasks=("listops",), models=MODELS[:3], seeds=(0,), epochs=1)
     for model in MODELS[:2]:

@@ -8,8 +8,9 @@ Backends, all exact:
 - "native": `native_attention`, O(L + S) memory, float32 on the CPU: compiled by your own compiler at its
   first use. Where float32 does not hold the distances it is "tiled", which goes to float64.
 - "sdpa": `F.scaled_dot_product_attention`, the dot product without decay only.
-- "triton": `triton_attention`, O(L + S) memory, the scores of "tiled" without clocks, CUDA (or Triton's
-  interpreter, for tests), in the inputs' own type. Triton is imported only when it is asked for.
+- "triton": `triton_attention`, O(L + S) memory, the scores of "tiled" without clocks, queries from position
+  0 on, CUDA (or Triton's interpreter, for tests), in the inputs' own type. Triton is imported only when it is
+  asked for.
 
 Under `torch.func` and in forward-mode differentiation "auto" is "dense"; a backward that is differentiated or
 batched itself is that of the dense formula, too.
@@ -131,6 +132,8 @@ def cannot(backend: str, q: Tensor, score: Score, mask: Mask, dropout: float, ne
         return "is for the dot product without decay only: use 'tiled'"
     if score.clock is not None and backend == "triton":
         return "has no clocks: use 'tiled'"
+    if mask.query_offset and backend == "triton":
+        return "places the first query at position 0: use 'tiled'"
     if score.log_decay is not None and score.discount == "logits":
         return "discounts weights, not logits: use 'dense'"
     if backend == "sdpa" and dropout:
@@ -167,7 +170,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, score: Score, mask: Mask) ->
     assert isinstance(score, DotProduct)
     batch, timescales = q.shape[:2]
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    if mask.padding is None and mask.pairs is None:
+    if mask.padding is None and mask.pairs is None and not (mask.causal and mask.query_offset):
         output = F.scaled_dot_product_attention(q, k, v, is_causal=mask.causal, scale=score.scale)
         return output.unflatten(0, (batch, timescales))
     blocked, added = mask.dense(q.shape[2], k.shape[2], q.device)

@@ -88,6 +88,7 @@ class Gravity:
 
 
 Score = DotProduct | Gravity
+LARGEST_POSITION = 2**24  # up to which float32 has every distance
 TENSORS_OF_SCORE = ("key_mass", "query_mass", "log_gravity", "log_decay", "query_clock", "key_clock")
 
 
@@ -123,11 +124,21 @@ class Mask:
     padding: (N, S) bool, True = blocked, or None.
     pairs:   (N or 1, 1, H or 1, L or 1, S) bool (True = blocked) or float (added to the logits), or None.
     causal:  block j > i.
+    query_offset: the position of the first query; that of the first key is 0. Distances count from it, too.
     """
 
     padding: Tensor | None = None
     pairs: Tensor | None = None
     causal: bool = False
+    query_offset: int = 0
+
+    def positions(self, query_length: int, key_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of queries i (L, 1) and of keys j (S,)."""
+        i = torch.arange(self.query_offset, self.query_offset + query_length, device=device)
+        return i[:, None], torch.arange(key_length, device=device)
+
+    def without_tensors(self) -> "Mask":
+        return replace(self, padding=None, pairs=None)
 
     def dense(self, query_length: int, key_length: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """`blocked`, broadcastable to (N, T, H, L, S), and the finite part of the float mask, or None."""
@@ -141,8 +152,8 @@ class Mask:
             minus_infinity = self.pairs == -math.inf
             blocked, added = blocked | minus_infinity, self.pairs.masked_fill(minus_infinity, 0.0)
         if self.causal:
-            order = torch.ones(query_length, key_length, dtype=torch.bool, device=device).triu(1)
-            blocked = blocked | order
+            i, j = self.positions(query_length, key_length, device)
+            blocked = blocked | (j > i)
         return blocked, added
 
 
@@ -154,12 +165,16 @@ def merge_masks(
     num_heads: int,
     query_length: int,
     key_length: int,
+    query_offset: int = 0,
 ) -> Mask:
     """Check the masks of `nn.MultiheadAttention`'s forward and put them into one `Mask`.
 
     key_padding_mask: (N, S) bool or float. attn_mask: (L, S) or (N * H, L, S) bool or float. All given masks
     hold together. ValueError names both shapes where one does not fit.
     """
+    if type(query_offset) is not int or not 0 <= query_offset <= LARGEST_POSITION - query_length:
+        largest = f"from 0 to 2**24 less the number of queries, here {LARGEST_POSITION - query_length}"
+        raise ValueError(f"query_offset must be a whole number {largest}, got {query_offset!r}")
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
             raise ValueError(f"{name} must be of a boolean or floating type, got {mask.dtype}")
@@ -181,8 +196,8 @@ def merge_masks(
             if finite.requires_grad or bool(finite.any()):
                 added = finite[:, None, None, None, :]
                 pairs = added if pairs is None else _as_added(pairs, added.dtype) + added
-            return Mask(blocked, pairs, is_causal)
-    return Mask(key_padding_mask, pairs, is_causal)
+            return Mask(blocked, pairs, is_causal, query_offset)
+    return Mask(key_padding_mask, pairs, is_causal, query_offset)
 
 
 def _as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:

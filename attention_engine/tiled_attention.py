@@ -22,7 +22,7 @@ Symbols and masks: see attention_module.py. B problems are (example, head).
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ def tiled_attention(
     without, tensors = split_score(score)
     seed = int(torch.randint(2**31, ()).item()) if dropout else 0
     wide = isinstance(score, Gravity) and needs_float64(q, k, score, mask)
-    call = Call(without, mask.causal, wide, dropout, seed, skip_far_keys)
+    call = Call(without, mask.without_tensors(), wide, dropout, seed, skip_far_keys)
     output: Tensor = TiledAttention.apply(call, q, k, v, *tensors, mask.padding, mask.pairs)
     return output
 
@@ -56,7 +56,7 @@ class Call:
     """What a call asks for, besides its tensors."""
 
     score: Score  # without tensors
-    causal: bool
+    mask: Mask  # without tensors
     wide: bool  # whether it is computed in float64
     dropout: float
     seed: int
@@ -86,7 +86,7 @@ class TiledAttention(torch.autograd.Function):
         if backward_is_differentiated(doutput):
             if call.dropout:
                 raise RuntimeError("backend 'tiled' has no double backward with dropout: use 'dense'")
-            return None, *dense_gradients(call.score, call.causal, tensors, needed, doutput)
+            return None, *dense_gradients(call.score, call.mask, tensors, needed, doutput)
         leaves = [None if x is None else x.detach() for x in tensors]
         wanted = [x.requires_grad_() for x in itertools.compress(leaves, needed) if x is not None]
         with torch.autocast(doutput.device.type, enabled=False):
@@ -184,10 +184,10 @@ def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
         a = torch.cat([q * (-2 / q.shape[-1]), norm_q + score.softening, torch.ones_like(norm_q)], -1)
         b = torch.cat([k, torch.ones_like(norm_k), norm_k], -1)
         constants = (1.0, score.softening, score.distance_power / 2)
-    reach = [[max(q.shape[3], k.shape[3])] * len(ends)]
+    reach = [[max(call.mask.query_offset + q.shape[3], k.shape[3])] * len(ends)]
     given_decay = of_pairs[6]  # which tells whether it is learned
     if call.skip_far_keys and given_decay is not None and pairs is None and query_clock is None:
-        mask = Mask(padding, causal=call.causal)
+        mask = replace(call.mask, padding=padding)
         found = reach_of_rows(q, k, strength, key_mass, given_decay, mask, *constants)
         reach = found.transpose(0, 1).flatten(1).tolist()
     log_decay = None if log_decay is None else log_decay.expand(len(q), -1, -1)
@@ -229,18 +229,19 @@ def _rows_of(p: Problems) -> Iterator[tuple[slice, slice]]:
             yield slice(first, min(first + size, count)), slice(row, min(row + BLOCK, length))
 
 
-def _tiles_of(p: Problems, t: int, problems: slice, rows: slice, causal: bool) -> Iterator[Tile]:
+def _tiles_of(call: Call, p: Problems, t: int, problems: slice, rows: slice) -> Iterator[Tile]:
     """The tiles of some queries, but those of which every key is padding, after the queries, or far."""
     reach = max(p.reach[min(t, len(p.reach) - 1)][problems])
-    end = min(max(p.ends[problems]), rows.stop + (0 if causal else reach))
-    for key in range(max(0, rows.start - reach), end, BLOCK):
+    first, behind = (call.mask.query_offset + x for x in (rows.start, rows.stop))  # positions
+    end = min(max(p.ends[problems]), behind + (0 if call.mask.causal else reach))
+    for key in range(max(0, first - reach), end, BLOCK):
         yield Tile(problems, rows, slice(key, min(key + BLOCK, end)))
 
 
-def _distance(tile: Tile, like: Tensor) -> Tensor:
+def _distance(call: Call, tile: Tile, like: Tensor) -> Tensor:
     """i - j (rows, keys)."""
     i, j = (torch.arange(x.start, x.stop, dtype=like.dtype, device=like.device) for x in tile[1:])
-    return i[:, None] - j
+    return i[:, None] + (call.mask.query_offset - j)
 
 
 def _between(f: Factors, tile: Tile) -> Tensor:
@@ -264,15 +265,15 @@ def _logits(call: Call, p: Problems, f: Factors, tile: Tile) -> tuple[Tensor, Te
             forces = x.copy_(inverse) if power == 1.0 else x.pow_(-power)
             x = forces.mul_(f.strength[of, rows]).mul_(mass).clone()
     if f.log_decay is not None:
-        x.addcmul_(_distance(tile, x).abs_(), f.log_decay[of])
+        x.addcmul_(_distance(call, tile, x).abs_(), f.log_decay[of])
     if f.query_clock is not None:
         x.sub_(_between(f, tile).abs_())
     if p.bias is not None:
         x.add_(p.bias[of, :, keys])
     if p.pairs is not None:
         _add_pairs(x, p.pairs, p.heads, tile)
-    if call.causal and keys.stop > rows.start + 1:
-        x.masked_fill_(_distance(tile, x) < 0, -math.inf)
+    if call.mask.causal and keys.stop > call.mask.query_offset + rows.start + 1:
+        x.masked_fill_(_distance(call, tile, x) < 0, -math.inf)
     return x, forces, inverse
 
 
@@ -302,7 +303,7 @@ def _forward(call: Call, p: Problems, t: int) -> tuple[Tensor, Tensor]:
     for of, rows in _rows_of(p):
         top = torch.full_like(log_sum[of, rows], -math.inf)
         total, read = torch.zeros_like(top), torch.zeros_like(output[of, rows])
-        for tile in _tiles_of(p, t, of, rows, call.causal):
+        for tile in _tiles_of(call, p, t, of, rows):
             x, _, _ = _logits(call, p, f, tile)
             new_top = torch.maximum(top, x.amax(-1, keepdim=True))
             finite = new_top.masked_fill(new_top == -math.inf, 0.0)
@@ -324,7 +325,7 @@ def _backward(
     """Add the gradients by the factors of a timescale. output and doutput (B, L, D), log_sum (B, L, 1)."""
     f, delta = p.factors.of(t), (doutput * output).sum(-1, keepdim=True)
     slope = 1.0 if isinstance(call.score, DotProduct) else -call.score.distance_power / 2
-    for tile in (tile for of_rows in _rows_of(p) for tile in _tiles_of(p, t, *of_rows, call.causal)):
+    for tile in (tile for of_rows in _rows_of(p) for tile in _tiles_of(call, p, t, *of_rows)):
         of, rows, keys = tile
         x, forces, inverse = _logits(call, p, f, tile)
         weights = torch.threshold_(x.sub_(log_sum[of, rows]).exp_(), VANISHED, 0.0)
@@ -335,7 +336,7 @@ def _backward(
         by.v[of, keys] += torch.bmm(used.mT, doutput[of, rows])
         ds.sub_(delta[of, rows]).mul_(weights)
         if by.log_decay is not None:
-            by.log_decay[of] += (ds.flatten(1) @ _distance(tile, ds).abs_().flatten())[:, None, None]
+            by.log_decay[of] += (ds.flatten(1) @ _distance(call, tile, ds).abs_().flatten())[:, None, None]
         if by.query_clock is not None and by.key_clock is not None:
             signed = _between(f, tile).sign_().mul_(ds)
             by.query_clock[of, rows] -= signed.sum(-1, keepdim=True)

@@ -163,7 +163,7 @@ class FusedAttention(torch.autograd.Function):
             tensors = q, k, v, key_mass, strength, one, log_decay, None, None, padding, pairs
             of_q, of_k, of_v, of_strength, of_mass, of_decay = ctx.needs_input_grad[:6]
             needed = of_q, of_k, of_v, of_mass, of_strength, False, of_decay, *[False] * 4
-            found = dense_gradients(ctx.plan.score, ctx.plan.mask.causal, tensors, needed, upstream)
+            found = dense_gradients(ctx.plan.score, ctx.plan.mask, tensors, needed, upstream)
             dq, dk, dv, dmass, dstrength, _, drate, *_ = found
             return dq, dk, dv, dstrength, dmass, drate, None, None, None, None
         plan = replace(ctx.plan, mask=Mask(padding, pairs, ctx.plan.mask.causal), reach=reach)

@@ -56,8 +56,9 @@ def test_constructor_and_forward_have_the_names_order_and_defaults_of_pytorch(na
     module = type(make(name))
     theirs = inspect.signature(nn.MultiheadAttention.forward).parameters
     ours = inspect.signature(module.forward).parameters
-    assert list(ours) == list(theirs)
-    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+    assert list(ours) == [*theirs, "query_offset"]
+    assert [p.default for p in ours.values()] == [*(p.default for p in theirs.values()), 0]
+    assert ours["query_offset"].kind is inspect.Parameter.KEYWORD_ONLY
     created = inspect.signature(module.__init__).parameters
     leading = ["self", "embed_dim", "num_heads", "dropout", "bias"]
     assert list(created)[:5] == leading

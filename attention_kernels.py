@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention_engine import native_attention
-from attention_engine.attention_scores import DotProduct, Mask, Score
+from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score
 from attention_engine.dense_attention import dense_weights, only_dense_derivatives
 from attention_engine.tiled_attention import tiled_attention
 
@@ -93,6 +93,8 @@ def attend(
     if reason:
         raise ValueError(f"backend {backend!r} {reason}")
     with without_autocast(q.device):
+        if isinstance(score, Gravity) and backend != "dense":
+            q, k, score = score.as_euclidean(q, k)
         if backend == "sdpa":
             return sdpa_attention(q, k, v, score, mask), None
         if backend == "triton":
@@ -132,6 +134,11 @@ def cannot(backend: str, q: Tensor, score: Score, mask: Mask, dropout: float, ne
         return "is for the dot product without decay only: use 'tiled'"
     if score.clock is not None and backend == "triton":
         return "has no clocks: use 'tiled'"
+    if isinstance(score, Gravity) and backend in ("native", "triton"):
+        if score.distance == "manhattan":
+            return "has no Manhattan distance: use 'tiled'"
+        if isinstance(score.softening, Tensor) or isinstance(score.distance_power, Tensor):
+            return "has no learned power and softening: use 'tiled'"
     if mask.query_offset and backend == "triton":
         return "places the first query at position 0: use 'tiled'"
     if score.log_decay is not None and score.discount == "logits":

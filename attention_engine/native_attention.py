@@ -88,7 +88,7 @@ def native_attention(
         plan = Plan(DOT_PRODUCT, score.scale, timescales, without, mask.without_tensors())
     else:
         kind = GRAVITY if score.normalization == "softmax" else FORCE
-        shape = score.softening, score.distance_power
+        shape = float(score.softening), float(score.distance_power)
         plan = Plan(kind, 1.0, score.key_mass.shape[1], without, mask.without_tensors(), *shape)
         key_mass = score.key_mass.float()
         if score.query_mass is not None and score.log_gravity is not None:
@@ -178,9 +178,9 @@ class NativeAttention(torch.autograd.Function):
         plan: Plan = ctx.plan
         if backward_is_differentiated(upstream):
             one = None if strength is None else strength.new_zeros(strength.shape[1:3])  # log G: A_i has G
-            tensors = q, k, v, key_mass, strength, one, log_decay, None, None, padding, pairs
+            tensors = q, k, v, key_mass, strength, one, log_decay, *[None] * 4, padding, pairs
             of_q, of_k, of_v, of_strength, of_mass, of_decay = ctx.needs_input_grad[:6]
-            needed = of_q, of_k, of_v, of_mass, of_strength, False, of_decay, *[False] * 4
+            needed = of_q, of_k, of_v, of_mass, of_strength, False, of_decay, *[False] * 6
             found = dense_gradients(plan.score, plan.mask, tensors, needed, upstream)
             dq, dk, dv, dmass, dstrength, _, drate, *_ = found
             return dq, dk, dv, dstrength, dmass, drate, None, None, None, None

@@ -12,9 +12,9 @@ A tile of scores is made, used and forgotten (online softmax, Milakov and Gimels
         ds -> q, k, masses, decay and clocks, by the sums of its rows and columns
 
 The softened distance of gravity is one product of vectors that carry their squared norm, less a centre that
-no distance sees: `r2 + softening = [-2 q / D, |q|^2 / D + softening, 1] . [k, 1, |k|^2 / D]`. Where float32
-is not enough for it the call is computed in float64, see `needs_float64`. Far keys are skipped where decay
-makes them negligible (far_keys.py).
+no distance sees: `r2 = [-2 q / D, |q|^2 / D, 1] . [k, 1, |k|^2 / D]`. Where float32 is not enough for it the
+call is computed in float64, see `needs_float64`. Far keys are skipped where decay makes them negligible
+(far_keys.py), but with Manhattan distances and learned powers or softening.
 
 Symbols and masks: see attention_module.py. B problems are (example, head).
 """
@@ -108,11 +108,13 @@ class TiledAttention(torch.autograd.Function):
 class Factors(NamedTuple):
     """What logits are made of, (T or 1, B, ...), or of one timescale (B, ...); or the gradients by it."""
 
-    a: Tensor  # (B, L, A): logits, or softened distances, are a_i . b_j
+    a: Tensor  # (B, L, A): logits, or r2, are a_i . b_j, or with "manhattan" |a_i - b_j|_1^2
     b: Tensor  # (B, S, A)
     v: Tensor  # (B, S, D)
     strength: Tensor | None  # (B, L, 1): G m_i
     key_mass: Tensor | None  # (B, 1, S): m_j, or log m_j with "force"
+    softening: Tensor | None  # (B, 1, 1)
+    power: Tensor | None  # (B, 1, 1): p / 2
     log_decay: Tensor | None  # (B, 1, 1)
     query_clock: Tensor | None  # (B, L, 1)
     key_clock: Tensor | None  # (B, 1, S)
@@ -138,12 +140,17 @@ class Problems:
 def needs_float64(q: Tensor, k: Tensor, score: Gravity, mask: Mask) -> bool:
     """Whether float32 is not enough: for `|q|^2 - 2 q . k + |k|^2`, which cancels terms of the size of |q|^2,
     beside the softening; or for the gradients of masses, where one key may take all weight of a row."""
-    if score.softening ** (-score.distance_power / 2) > LARGEST_UNIT_FORCE:
+    softening = float(torch.as_tensor(score.softening).min())
+    # A learned power starts far beyond that: there the gradients of masses are as good as nothing.
+    fixed_power = None if isinstance(score.distance_power, Tensor) else score.distance_power
+    if fixed_power is not None and softening ** (-fixed_power / 2) > LARGEST_UNIT_FORCE:
         return True
+    if score.distance == "manhattan":
+        return False
     padding = None if mask.padding is None else mask.padding[:, None, None, :, None]
     q, k = centred(q, k, padding, by_median=False)
     largest = q.square().sum(-1).amax() + k.square().sum(-1).amax()
-    return not bool(largest * torch.finfo(q.dtype).eps <= ROUNDING * q.shape[-1] * score.softening)
+    return not bool(largest * torch.finfo(q.dtype).eps <= ROUNDING * q.shape[-1] * softening)
 
 
 def centred(q: Tensor, k: Tensor, padding: Tensor | None, by_median: bool) -> tuple[Tensor, Tensor]:
@@ -156,14 +163,14 @@ def centred(q: Tensor, k: Tensor, padding: Tensor | None, by_median: bool) -> tu
 
 def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
     """The tensors of a call as `Problems`, by operations that autograd can follow."""
-    of_pairs, (padding, pairs) = tensors[:9], tensors[9:]
+    of_pairs, (padding, pairs) = tensors[:-2], tensors[-2:]
     dtype = torch.float64 if call.wide or tensors[0] is None else tensors[0].dtype
-    q, k, v, key_mass, query_mass, log_gravity, log_decay, query_clock, key_clock = (
+    q, k, v, key_mass, query_mass, log_gravity, log_decay, softening, power, query_clock, key_clock = (
         None if x is None else x.to(dtype) for x in of_pairs
     )
     assert q is not None and k is not None and v is not None
     heads, score, strength, absent = q.shape[2], call.score, None, None
-    ends, bias = [k.shape[3]] * (len(q) * heads), None
+    ends, bias, may_skip = [k.shape[3]] * (len(q) * heads), None, call.skip_far_keys
     if padding is not None:
         absent = padding[:, None, None, :, None]
         k, v = k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
@@ -173,24 +180,33 @@ def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
         last = (~padding * torch.arange(1, k.shape[3] + 1, device=k.device)).amax(-1)
         ends = last.repeat_interleave(heads).tolist()
     if isinstance(score, DotProduct):
-        a, b, constants = q * score.scale, k, (score.scale, 1.0, 1.0)
+        a, b = q * score.scale, k
+        constants: tuple[Any, ...] = (score.scale, 1.0, 1.0)
     else:
         if query_mass is not None and log_gravity is not None:
             strength = log_gravity.exp().unsqueeze(-1) * query_mass
         elif key_mass is not None:
             key_mass = key_mass.log()
         q, k = centred(q, k, absent, by_median=call.wide)
-        norm_q, norm_k = (x.square().mean(-1, keepdim=True) for x in (q, k))  # |q|^2 / D
-        a = torch.cat([q * (-2 / q.shape[-1]), norm_q + score.softening, torch.ones_like(norm_q)], -1)
-        b = torch.cat([k, torch.ones_like(norm_k), norm_k], -1)
-        constants = (1.0, score.softening, score.distance_power / 2)
+        if score.distance == "manhattan":
+            a, b = q / q.shape[-1], k / q.shape[-1]
+        else:
+            norm_q, norm_k = (x.square().mean(-1, keepdim=True) for x in (q, k))  # |q|^2 / D
+            a = torch.cat([q * (-2 / q.shape[-1]), norm_q, torch.ones_like(norm_q)], -1)
+            b = torch.cat([k, torch.ones_like(norm_k), norm_k], -1)
+        may_skip = may_skip and softening is None and power is None and score.distance != "manhattan"
+        constants = (1.0, score.softening, score.distance_power / 2) if may_skip else ()
+        softening = k.new_full((1, heads), float(score.softening)) if softening is None else softening
+        power = k.new_full((1, heads), float(score.distance_power)) if power is None else power
     reach = [[max(call.mask.query_offset + q.shape[3], k.shape[3])] * len(ends)]
     given_decay = of_pairs[6]  # which tells whether it is learned
-    if call.skip_far_keys and given_decay is not None and pairs is None and query_clock is None:
+    if may_skip and given_decay is not None and pairs is None and query_clock is None:
         mask = replace(call.mask, padding=padding)
         found = reach_of_rows(q, k, strength, key_mass, given_decay, mask, *constants)
         reach = found.transpose(0, 1).flatten(1).tolist()
-    log_decay = None if log_decay is None else log_decay.expand(len(q), -1, -1)
+    log_decay, softening, power = (
+        None if x is None else x.expand(len(q), -1, -1) for x in (log_decay, softening, power)
+    )
 
     def by_timescale(x: Tensor | None, *shape: int) -> Any:
         """(N, T or 1, H, ...) -> (T or 1, B, *shape)."""
@@ -200,6 +216,8 @@ def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
     vectors = (
         (strength, column),
         (key_mass, row),
+        (softening, number),
+        (None if power is None else power / 2, number),
         (log_decay, number),
         (query_clock, column),
         (key_clock, row),
@@ -253,16 +271,22 @@ def _between(f: Factors, tile: Tile) -> Tensor:
 def _logits(call: Call, p: Problems, f: Factors, tile: Tile) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The logits (B, rows, keys), masked; and for gravity the forces ("softmax") and 1 / (r2 + softening)."""
     of, rows, keys = tile
-    x = torch.bmm(f.a[of, rows], f.b[of, keys].mT)
+    a, b = f.a[of, rows], f.b[of, keys]
     forces = inverse = None
-    if isinstance(call.score, Gravity) and f.key_mass is not None:
-        power, mass = call.score.distance_power / 2, f.key_mass[of, :, keys]
-        x.clamp_(min=call.score.softening)
+    if isinstance(call.score, DotProduct) or f.key_mass is None or f.softening is None or f.power is None:
+        x = torch.bmm(a, b.mT)
+    else:
+        softening, power, mass = f.softening[of], f.power[of], f.key_mass[of, :, keys]
+        if call.score.distance == "manhattan":
+            x = torch.cdist(a, b, p=1.0).square_().add_(softening)
+        else:
+            x = torch.baddbmm(softening, a, b.mT)
+            torch.maximum(x, softening, out=x)
         inverse = x.reciprocal()
         if f.strength is None:
-            x = torch.add(mass, x.log_(), alpha=-power)
+            x = x.log_().mul_(-power).add_(mass)
         else:
-            forces = x.copy_(inverse) if power == 1.0 else x.pow_(-power)
+            forces = x.copy_(inverse) if call.score.distance_power == 2.0 else x.pow_(-power)
             x = forces.mul_(f.strength[of, rows]).mul_(mass).clone()
     if f.log_decay is not None:
         x.addcmul_(_distance(call, tile, x).abs_(), f.log_decay[of])
@@ -324,7 +348,9 @@ def _backward(
 ) -> None:
     """Add the gradients by the factors of a timescale. output and doutput (B, L, D), log_sum (B, L, 1)."""
     f, delta = p.factors.of(t), (doutput * output).sum(-1, keepdim=True)
-    slope = 1.0 if isinstance(call.score, DotProduct) else -call.score.distance_power / 2
+    of_power, of_softening = (
+        x is not None and x.requires_grad for x in (p.factors.power, p.factors.softening)
+    )
     for tile in (tile for of_rows in _rows_of(p) for tile in _tiles_of(call, p, t, *of_rows)):
         of, rows, keys = tile
         x, forces, inverse = _logits(call, p, f, tile)
@@ -346,6 +372,23 @@ def _backward(
         if by.key_mass is not None and f.key_mass is not None and inverse is not None:
             of_keys = ds.sum(-2, keepdim=True)
             by.key_mass[of, :, keys] += of_keys if f.strength is None else of_keys / f.key_mass[of, :, keys]
+            if by.power is not None and of_power:
+                by.power[of] += (inverse.log() * ds).sum((1, 2), keepdim=True)
             ds.mul_(inverse)
-        by.a[of, rows] += torch.bmm(ds, f.b[of, keys]) * slope
-        by.b[of, keys] += torch.bmm(ds.mT, f.a[of, rows]) * slope
+        slope = 1.0 if f.power is None else -f.power[of]
+        if by.softening is not None and of_softening:
+            by.softening[of] += ds.sum((1, 2), keepdim=True) * slope
+        of_a, of_b = _product_gradients(call, f.a[of, rows], f.b[of, keys], ds)
+        by.a[of, rows] += of_a * slope
+        by.b[of, keys] += of_b * slope
+
+
+def _product_gradients(call: Call, a: Tensor, b: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients by a (B, rows, A) and b (B, keys, A) of what is made of them, whose own is ds."""
+    if isinstance(call.score, DotProduct) or call.score.distance != "manhattan":
+        return torch.bmm(ds, b), torch.bmm(ds.mT, a)
+    with torch.enable_grad():
+        a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+        distance = torch.cdist(a, b, p=1.0)
+    of_a, of_b = torch.autograd.grad(distance, (a, b), distance.detach() * ds * 2)
+    return of_a, of_b

@@ -56,7 +56,7 @@ def test_training_data_differ_by_epoch_and_seed_and_from_what_is_tested_and_can_
     assert np.array_equal(again.tokens, splits[1].tokens)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "torch.nn:MultiheadAttention"])
 @pytest.mark.parametrize("name", GENERATED)
 def test_a_later_token_changes_no_earlier_logit(name: str, model: str) -> None:
     task = load_task(name, SETTINGS)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import assert_same, relative
+from attention_cases import assert_same, has_backend, relative
 from torch import Tensor
 from triton_cases import KINDS, Case, Kind, errors
 
@@ -22,12 +22,14 @@ VARIANTS = (
     "gravitational,adaptive=true",
     "gravitational_multi_timescale,normalization=force",
     "gravitational_multi_timescale,adaptive=true",
+    "gravitational_multi_timescale,distance=manhattan",
+    "gravitational_multi_timescale,normalization=force,learned_power=true,learned_softening=true",
 )
 CASES = [
     (name, backend)
     for name in VARIANTS
     for backend in ("auto", "dense", "tiled", "native", "sdpa")
-    if (backend != "sdpa" or name == "conventional") and (backend != "native" or "adaptive" not in name)
+    if has_backend(name, backend)
 ]
 each_case = pytest.mark.parametrize(("name", "backend"), CASES)
 each_model = pytest.mark.parametrize("name", VARIANTS)
@@ -130,7 +132,7 @@ def test_fused_backends_follow_the_formula_wherever_queries_stand(
     mask = Mask(padding, causal=causal, query_offset=offset)
     case = Case(kind, queries=queries, keys=keys, decay=decay, timescales=2, mask=mask)
     found = errors(case.evaluate(backend), case.evaluate("dense"))
-    assert {key: error for key, error in found.items() if not error < (2e-4 if "log_" in key else 2e-5)} == {}
+    assert {key: error for key, error in found.items() if not error < (1e-3 if "log_" in key else 2e-5)} == {}
 
 
 @each_model

@@ -341,7 +341,8 @@ def run_and_compare(
     tried = [verified_cell(root, cell) for cell in plan.trials]
     own = {record.state for record in records if record.cell in chosen}
     own |= {record.state for record in tried if record.cell in chosen and record.state == "failed"}
-    code = EXIT_FAILED if own & set(GIVEN_UP) else EXIT_DONE if own <= {"done"} else EXIT_RUN_AGAIN
+    gave_up = bool(own & set(GIVEN_UP))
+    code = EXIT_FAILED if gave_up else EXIT_DONE if own <= {"done"} else EXIT_RUN_AGAIN
     if settled and not analyze_run(root):
         code = EXIT_FAILED
     print(result_table(plan, records))
@@ -351,7 +352,7 @@ def run_and_compare(
         print(f"left out: {task}: {why}")
     for cell, ended in executor.left.items():
         print(f"left to another process: {cell} ({ended.text})")
-    if code == EXIT_FAILED and settled:
+    if gave_up and settled:
         print(f"to try what failed again: {go_on} --retry-failed")
     elif not settled:
         print(f"not all cells are done: {go_on}")

@@ -23,6 +23,13 @@ from results_folder import AttentionPatterns, Cell, Results
 
 CONVERGENCE = "convergence_epoch_above_chance"
 NEAR = 16  # tokens: what counts as near in `attention_share_near`
+LEARNED = {"gamma": "horizon", "gravity": "G", "power": "p", "softening": "softening"}
+LEARNED_WORDS = {
+    "horizon": "horizons in tokens",
+    "G": "strength of gravity G",
+    "p": "power of the distance p",
+    "softening": "softening",
+}
 RESULT_METRICS = (
     "test_loss_best",
     "test_loss_last",
@@ -139,8 +146,8 @@ def epoch_table(results: Results) -> pd.DataFrame:
 
 
 def learned_table(results: Results) -> pd.DataFrame:
-    """Horizons 1 / (1 - gamma) and G of the finished cells: task, model, seed, epoch, scalar, layer,
-    timescale, head, value. Layers, timescales and heads count from 0."""
+    """Horizons 1 / (1 - gamma), G, and learned powers and softening of the finished cells: task, model, seed,
+    epoch, scalar, layer, timescale, head, value. Layers, timescales and heads count from 0."""
     rows = [
         (record.cell.task, record.cell.model, record.cell.seed, row["epoch"], *entry)
         for record in done_cells(results)
@@ -156,12 +163,12 @@ def _learned(learned: Any) -> Iterator[tuple[str, int, int, int, float]]:
         place = re.fullmatch(r"layer(\d{1,4})", layer)
         if place is None or not isinstance(scalars, dict):
             continue
-        for name, scalar in (("gamma", "horizon"), ("gravity", "G")):
+        for name, scalar in LEARNED.items():
             by_timescale = scalars.get(name)
             for timescale, heads in enumerate(by_timescale if isinstance(by_timescale, list) else ()):
                 for head, entry in enumerate(heads if isinstance(heads, list) else ()):
                     value = number(entry)
-                    if value is not None and (name == "gravity" or 0 < value < 1):
+                    if value is not None and (name != "gamma" or 0 < value < 1):
                         shown = 1 / (1 - value) if name == "gamma" else value
                         yield scalar, int(place[1]), timescale, head, shown
 

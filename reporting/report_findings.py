@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 
 from reporting.analysis import Analysis
-from reporting.comparison_tables import TIMED_METRICS, by_seed, length_table
+from reporting.comparison_tables import LEARNED_WORDS, TIMED_METRICS, by_seed, length_table
 from reporting.lra_literature import comparable
 from reporting.metrics import Metric
 from reporting.run_results import BASELINE, TaskFacts
@@ -244,7 +244,7 @@ def _learned_findings(analysis: Analysis, task: str) -> list[str]:
         start = lines[lines["epoch"] == first].groupby("timescale")["value"].mean()
         end = lines[lines["epoch"] == last].groupby("timescale")["value"].mean()
         moves = ", ".join(f"{short(start[one])} to {short(end[one])}" for one in start.index)
-        what = "horizons in tokens" if scalar == "horizon" else "strength of gravity G"
+        what = LEARNED_WORDS[str(scalar)]
         sentences.append(
             f"{analysis.names[str(model)]}: {what} from the end of the first epoch to that of the last, mean "
             f"over layers, heads and seeds{', by timescale' if len(start) > 1 else ''}: {moves}."

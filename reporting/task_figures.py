@@ -152,12 +152,12 @@ def task_figures(view: TaskView) -> Drawn:
     if len(learned):
         yield from view.figure(
             "learned",
-            "Learned horizons and strength of gravity",
+            "Learned horizons and laws of gravity",
             lambda title: learned_figure(learned, view.styles, title),
             "Horizon 1 / (1 - gamma): the distance in tokens over which the weight (with discount=logits: "
-            "the logit) falls to about a third; t: timescale. G: strength of gravity, 1 at the start. Line: "
-            "one per layer and timescale, mean over heads and seeds; band: smallest to largest. A flat line "
-            "has learned nothing.",
+            "the logit) falls to about a third; t: timescale. G: strength of gravity, 1 at the start; p, "
+            "softening: of its distance. Line: one per layer and timescale, mean over heads and seeds; band: "
+            "smallest to largest. A flat line has learned nothing.",
         )
 
 

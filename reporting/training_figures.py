@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from reporting.accuracy_against_cost import pareto_front
+from reporting.comparison_tables import LEARNED_WORDS
 from reporting.figure_style import LINE_STYLES, ModelStyle, model_legend, new_figure, no_data
 from reporting.metrics import PERCENT, Metric
 from reporting.seed_statistics import estimate
@@ -114,10 +115,9 @@ def plot_learned(learned: pd.DataFrame, style: ModelStyle, ax: Axes) -> Axes:
 
 
 def learned_figure(learned: pd.DataFrame, styles: dict[str, ModelStyle], title: str) -> Figure:
-    """A panel per model and learned scalar. `learned`: model, scalar ("horizon" or "G"), layer, timescale,
-    epoch, value."""
+    """A panel per model and learned scalar. `learned`: model, scalar, layer, timescale, epoch, value."""
     panels = list(learned.groupby(["scalar", "model"], sort=False))
-    names = {"horizon": "horizon 1 / (1 - gamma), tokens", "G": "strength of gravity G"}
+    names = LEARNED_WORDS | {"horizon": "horizon 1 / (1 - gamma), tokens"}
     columns = len(panels) if len(panels) <= 3 else 2
     rows = -(-len(panels) // columns)
     width = 0.6 + 3.6 * columns

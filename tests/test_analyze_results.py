@@ -68,6 +68,7 @@ def test_another_analysis_in_another_process_gives_the_same_bytes_and_needs_no_t
         "assert sys.modules['matplotlib.pyplot'].get_fignums() == []\n"  # seaborn imports it
     )
     environment = os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "PYTHONWARNINGS": "error"}
+    environment["MPLBACKEND"] = "none that there is"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True
     )

@@ -56,8 +56,9 @@ def test_constructor_and_forward_have_the_names_order_and_defaults_of_pytorch(na
     module = type(make(name))
     theirs = inspect.signature(nn.MultiheadAttention.forward).parameters
     ours = inspect.signature(module.forward).parameters
-    assert list(ours) == list(theirs)
-    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+    assert list(ours) == [*theirs, "query_offset"]
+    assert [p.default for p in ours.values()] == [*(p.default for p in theirs.values()), 0]
+    assert ours["query_offset"].kind is inspect.Parameter.KEYWORD_ONLY
     created = inspect.signature(module.__init__).parameters
     leading = ["self", "embed_dim", "num_heads", "dropout", "bias"]
     assert list(created)[:5] == leading
@@ -100,6 +101,12 @@ def test_an_illegal_shared_setting_raises_a_value_error_that_names_it(
         ({"distance_power": math.nan}, "distance_power"),
         ({"softening": 1e-3, "distance_power": 20.0}, "softening must be at least 0.00187 for .*got 0.001"),
         ({"softening": 1e-7}, "softening must be at least 1e-06 for distance_power=2.0, got 1e-07"),
+        ({"distance": "hamming"}, "distance must be one of .*'cosine', 'manhattan'.*got 'hamming'"),
+        ({"learned_power": True}, 'learned_power=True needs normalization="force"'),
+        (
+            {"learned_power": True, "normalization": "force", "softening": 1e-7},
+            "softening must be at least 1e-06 .*got 1e-07",
+        ),
         ({"normalization": "Softmax"}, "normalization must be one of .*'softmax', 'force'.*got 'Softmax'"),
     ],
 )
@@ -280,6 +287,8 @@ def test_learned_scalars_and_masses_have_their_shapes_and_no_gradient(name: str)
     expected = {"gamma"} if any(word in name for word in ("multi", "heads", "adaptive")) else set()
     if "gravitational" in name and "force" not in name:
         expected.add("gravity")
+    if "learned" in name:
+        expected |= {"power", "softening"}
     assert set(scalars) == expected
     assert all(value.shape == (timescales, H) and not value.requires_grad for value in scalars.values())
     if isinstance(module, GravitationalAttention | GravitationalMultiTimescaleAttention):

@@ -226,7 +226,7 @@ def encoder_of(model: str, task: TaskData) -> TransformerClassifier:
 
 BACKENDS = [(model, backend) for model in MODELS for backend in ("dense", "tiled", "native")]
 BACKENDS.remove(("adaptive", "native"))  # has no clocks
-BACKENDS.append(("conventional", "sdpa"))
+BACKENDS += [("conventional", "sdpa"), ("torch.nn:MultiheadAttention", "dense")]
 
 
 @pytest.mark.parametrize(("model", "backend"), BACKENDS)

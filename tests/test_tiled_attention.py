@@ -21,7 +21,10 @@ from training.device_memory import PeakMemory
 
 N, H, D, L, S = 2, 3, 8, 270, 301  # a batch with more queries and keys than a tile has
 OUTPUT, GRADIENT = 2e-6, 2e-5  # what float32 may err, relative to the norm
-KINDS = ("dot", "discounted", "clocked", "softmax", "force", "both softmax", "both force", "clocked force")
+KINDS = (
+    *("dot", "discounted", "clocked", "softmax", "force", "both softmax", "both force", "clocked force"),
+    *("softmax manhattan", "both force learned"),
+)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_discounted_kind = pytest.mark.parametrize("kind", ["discounted", "both softmax", "both force"])
 
@@ -53,7 +56,7 @@ def make_inputs(
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     batch, heads, queries, keys = sizes
-    timescales = 1 if kind in ("dot", "softmax", "force") else len(gammas)
+    timescales = 1 if kind in ("dot", "softmax", "force", "softmax manhattan") else len(gammas)
     own = timescales if kind in ("discounted", "clocked") else 1
     leaves = {
         "q": drawn(batch, own, heads, queries, D),
@@ -74,18 +77,21 @@ def make_inputs(
     if kind in ("dot", "discounted", "clocked"):
         return Inputs(leaves, lambda x: DotProduct(D**-0.5, **decay(x)))
     leaves["key_mass"] = F.softplus(drawn(batch, timescales, heads, keys))
-    if "force" in kind:
-        return Inputs(
-            leaves, lambda x: Gravity(x["key_mass"], None, None, softening, power, "force", **decay(x))
-        )
-    leaves["query_mass"] = F.softplus(drawn(batch, timescales, heads, queries))
-    leaves["log_gravity"] = drawn(timescales, heads) * 0.2
-    return Inputs(
-        leaves,
-        lambda x: Gravity(
-            x["key_mass"], x["query_mass"], x["log_gravity"], softening, power, "softmax", **decay(x)
-        ),
-    )
+    if "force" not in kind:
+        leaves["query_mass"] = F.softplus(drawn(batch, timescales, heads, queries))
+        leaves["log_gravity"] = drawn(timescales, heads) * 0.2
+    if "learned" in kind:
+        leaves["softening"] = softening * (1 + drawn(timescales, heads).tanh() / 2)
+        leaves["power"] = power * (2 + drawn(timescales, heads).tanh())
+
+    def score(x: dict[str, Tensor]) -> Gravity:
+        law = x.get("softening", softening), x.get("power", power)
+        form: Any = "force" if "force" in kind else "softmax"
+        distance: Any = "manhattan" if "manhattan" in kind else "euclidean"
+        masses = x["key_mass"], x.get("query_mass"), x.get("log_gravity")
+        return Gravity(*masses, *law, form, distance=distance, **decay(x))
+
+    return Inputs(leaves, score)
 
 
 def evaluate(

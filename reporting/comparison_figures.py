@@ -206,18 +206,17 @@ def forest_figure(rows: Sequence[Difference], styles: dict[str, ModelStyle], tit
 def plot_gain_at_cost(
     priced: Sequence[tuple[Difference, float]], styles: dict[str, ModelStyle], ax: Axes
 ) -> Axes:
-    """Gain of one metric against cost, a multiple of the baseline's; a verdict has its task's name beside."""
+    """Gain of one metric against cost, a multiple of the baseline's, each with its task's name."""
     metric = priced[0][0].metric
     ax.axhline(0, color="#555555", lw=1)
     ax.axvline(1, color="#555555", lw=1, ls=":")
     for row, cost in priced:
         _draw_difference(row, cost, row.gain.mean, styles[row.model], ax, "y")
-        if row.decided:
-            ax.annotate(
-                drawable(row.task, 14), (cost, row.gain.mean), (5, 3), textcoords="offset points", size=7
-            )
+        place: dict[str, Any] = {"xytext": (5, 3), "textcoords": "offset points", "size": 7, "zorder": 4}
+        ink = "black" if row.decided else "#777777"
+        ax.annotate(drawable(row.task, 14), (cost, row.gain.mean), **place, color=ink)
     ax.margins(x=0.12, y=0.1)
-    ax.xaxis.set_major_locator(MaxNLocator(7))
+    ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}x"))
     ax.grid(axis="both")
     ax.set_ylabel(_gain_label(metric))

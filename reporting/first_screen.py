@@ -1,7 +1,7 @@
 """The first screen of a report: a sentence of verdict for each model, and a matrix of models and tasks.
 
     screen = first_screen(analysis)
-    screen.sentences, screen.matrix
+    screen.verdicts, screen.matrix
 
 Both say the same numbers, and no more than these allow: "better" and "worse" are verdicts (verdicts.py), a
 difference without one is given as "open" or as of too few seeds, what did not finish is named, and a smoke
@@ -21,7 +21,7 @@ WORDS = {
     "better": f"the corrected p is at most {SIGNIFICANCE}, and the model is ahead",
     "worse": f"the corrected p is at most {SIGNIFICANCE}, and the model is behind",
     "no relevant difference": "the interval holds none that matters",
-    "open": "the interval holds differences that matter; more seeds would tell",
+    "open": "the interval holds differences that matter, so that more seeds would tell",
     "too few seeds": f"less than {LEAST_SEEDS} pairs allow no verdict",
     "no pair": "no seed finished with both models",
 }
@@ -50,19 +50,29 @@ class Matrix(NamedTuple):
         return TextTable("Verdicts", ["model", *self.tasks], rows, self.legend, names=1 + len(self.tasks))
 
 
+class Verdict(NamedTuple):
+    """A sentence or a few of a model: its name, and how they go on."""
+
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.text}".strip()
+
+
 class FirstScreen(NamedTuple):
     """matrix: None where there is nothing to compare."""
 
-    sentences: list[str]
+    verdicts: list[Verdict]
     matrix: Matrix | None
 
 
 def first_screen(analysis: Analysis) -> FirstScreen:
     if SMOKE in {analysis.notice(task) for task in analysis.facts}:
-        return FirstScreen(["A smoke test says nothing of any model."], None)
+        return FirstScreen([Verdict("A smoke test", "says nothing of any model.")], None)
     others = [model for model in analysis.names if model != analysis.baseline]
     if not any(analysis.quality(task, model).n for task in analysis.facts for model in analysis.names):
-        return FirstScreen(["No cell is done, so nothing can be said of any model."], None)
+        return FirstScreen([Verdict("No cell is done,", "so nothing can be said of any model.")], None)
     differences = {(row.task, row.model): row for row in analysis.differences}
     rows = [(f"{analysis.baseline_name} (baseline)", [_base(analysis, task) for task in analysis.facts])]
     for model in others:
@@ -70,8 +80,8 @@ def first_screen(analysis: Analysis) -> FirstScreen:
         rows.append((analysis.names[model], entries))
     kinds = {entry.kind for _, entries in rows for entry in entries}
     legend = "; ".join(f"{word}: {meaning}" for word, meaning in WORDS.items() if word in kinds)
-    sentences = [_baseline_sentence(analysis), *(_sentence(analysis, model, differences) for model in others)]
-    return FirstScreen(sentences, Matrix([_heading(analysis, task) for task in analysis.facts], rows, legend))
+    verdicts = [_of_baseline(analysis), *(_of_model(analysis, model, differences) for model in others)]
+    return FirstScreen(verdicts, Matrix([_heading(analysis, task) for task in analysis.facts], rows, legend))
 
 
 def _heading(analysis: Analysis, task: str) -> str:
@@ -104,52 +114,68 @@ def _entry(analysis: Analysis, task: str, model: str, row: Difference | None) ->
 
 
 def _numbers(analysis: Analysis, row: Difference) -> str:
-    """ "+43.1 points [38.0, 48.2], n = 8; 8 of 8 seeds learn against 3 of 8; 1 diverged"."""
+    """ "+43.1 points [38.0, 48.2], n = 8; seeds that learn: 8 of 8 against 3 of 8; 1 diverged"."""
     metric, (n, mean, low, high) = row.metric, row.mean
     text = f"{metric.difference(mean)} {metric.step}"
     if n > 1:
         text += f" [{metric.difference(low)}, {metric.difference(high)}]"
     text += f", n = {n}"
     if row.shares is not None:
-        text += f"; seeds that learn {row.shares}"
+        text += f"; seeds that learn: {row.shares}"
     return text + _lost(analysis, row.task, row.model)
 
 
-def _baseline_sentence(analysis: Analysis) -> str:
+def _of_baseline(analysis: Analysis) -> Verdict:
     """What the baseline reaches, and where it has nothing to compare with."""
     reached, without = [], []
     for task, facts in analysis.facts.items():
         mean = analysis.quality(task, analysis.baseline)
-        (reached if mean.n else without).append(
-            f"{facts.metric.shown(mean.mean)} on {task}" if mean.n else task
-        )
-    text = f"{analysis.baseline_name} is what the others are compared with"
-    text += f": {_listed(reached)}." if reached else "."
-    return text + (f" It has no result on {_listed(without)}: nothing is compared there." if without else "")
+        if mean.n:
+            reached.append(f"{facts.metric.shown(mean.mean)} on {task}")
+        else:
+            without.append(task)
+    text = f"is what the others are compared with{': ' if reached else ''}{_listed(reached)}."
+    if without:
+        text += f" It has no result on {_listed(without)}: nothing is compared there."
+    return Verdict(analysis.baseline_name, text)
 
 
-def _sentence(analysis: Analysis, model: str, differences: dict[tuple[str, str], Difference]) -> str:
+def _of_model(analysis: Analysis, model: str, differences: dict[tuple[str, str], Difference]) -> Verdict:
     """Where the model is better, worse, neither or unknown, how soon it learns and what it costs."""
-    base, name = analysis.baseline_name, analysis.names[model]
+    base = analysis.baseline_name
     rows = [row for (_, of), row in differences.items() if of == model and row.mean.n]
-    by_verdict: dict[str, list[str]] = {}
-    for row in rows:
-        by_verdict.setdefault(row.verdict, []).append(f"{row.task} ({_numbers(analysis, row)})")
     starts = {
-        "better": f"better than {base} on",
-        "worse": f"worse than {base} on",
-        "no relevant difference": f"no relevant difference to {base} on",
-        "open": f"not told apart from {base} on",
-        "too few seeds": f"no verdict, for too few seeds ({LEAST_SEEDS} pairs are the least), on",
+        "better": f"is better than {base} on",
+        "worse": f"is worse than {base} on",
+        "no relevant difference": f"has no relevant difference to {base} on",
+        "open": f"is not told apart from {base} on",
+        "too few seeds": f"has no verdict, for too few seeds ({LEAST_SEEDS} pairs are the least), on",
     }
-    parts = [f"{start} {_listed(by_verdict[key])}" for key, start in starts.items() if key in by_verdict]
-    nothing = [task for task in analysis.facts if task not in {row.task for row in rows}]
-    if nothing:
-        parts.append(f"nothing to compare on {_listed(nothing)}")
-    sentences = [f"{name}: {'; '.join(parts)}."]
+    parts = []
+    for verdict, start in starts.items():
+        if named := [f"{row.task}{_brief(analysis, row)}" for row in rows if row.verdict == verdict]:
+            parts.append(f"{start} {_listed(named)}")
+    if nothing := [task for task in analysis.facts if task not in {row.task for row in rows}]:
+        parts.append(f"has nothing to compare on {_listed(nothing)}")
+    sentences = [f"{'; '.join(parts)}."]
     if any("diverged" in analysis.lost(row.task, model) for row in rows):
         sentences.append("Seeds that diverged are in no mean, which flatters it.")
-    return " ".join([*sentences, *_soon(analysis, model), *_cost(analysis, model)])
+    sentences += [*_soon(analysis, model), *_cost(analysis, model)]
+    return Verdict(analysis.names[model], " ".join(sentences))
+
+
+def _brief(analysis: Analysis, row: Difference) -> str:
+    """The number of a verdict, or of what had too few seeds for one, and what did not finish."""
+    parts = []
+    if row.decided and row.shares is not None:
+        parts.append(f"seeds that learn: {row.shares}")
+    elif row.decided or row.mean.n < LEAST_SEEDS:
+        parts.append(f"{row.metric.difference(row.mean.mean)} {row.metric.step}")
+    if row.mean.n < LEAST_SEEDS:
+        parts.append(f"n = {row.mean.n}")
+    if lost := analysis.lost(row.task, row.model):
+        parts.append(lost)
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _soon(analysis: Analysis, model: str) -> list[str]:
@@ -165,17 +191,18 @@ def _soon(analysis: Analysis, model: str) -> list[str]:
 def _cost(analysis: Analysis, model: str) -> list[str]:
     """Time and parameters as multiples of the baseline's, the range over the tasks."""
     parts = []
-    for metric, what in (("seconds_per_epoch", "time per epoch"), ("parameters", "parameters")):
+    costs = (("seconds_per_epoch", "time per epoch", "much"), ("parameters", "parameters", "many"))
+    for metric, what, amount in costs:
         every = (analysis.multiple(task, model, metric) for task in analysis.facts)
         found = sorted(one for one in every if not math.isnan(one))
         ends = list(dict.fromkeys(map(short, found[:1] + found[-1:])))
         if ends:
-            parts.append(f"{' to '.join(ends)} times the {what}")
+            equal = {*ends} <= {"1", "1.00"}
+            parts.append(f"as {amount} {what}" if equal else f"{' to '.join(ends)} times the {what}")
     timed = {analysis.sharing(task) for task in analysis.facts} - {""}
     caution = f" ({'; '.join(sorted(timed))})" if timed else ""
     return [f"It takes {' and '.join(parts)}{caution}."] if parts else []
 
 
 def _listed(words: Sequence[str]) -> str:
-    *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))

@@ -61,7 +61,7 @@ def test_ten_seeds_are_given_the_verdicts_of_their_numbers(tmp_path: Path) -> No
     )
     assert both.startswith("Gravitational multi-timescale: worse than Conventional on listops (-2.0 points")
     assert "no relevant difference to Conventional on listops (+0.0 points" in discounted
-    assert "It takes 1 times the time per epoch and 1.17 times the parameters." in gravity
+    assert "It takes as much time per epoch and 1.17 times the parameters." in gravity
     rows = entries(screen)
     assert rows["Conventional (baseline)"] == ["40.4 %: n = 10"]
     assert rows["Gravitational"] == ["better: +3.0 points [+2.9, +3.1], n = 10"]
@@ -168,7 +168,7 @@ def test_who_learns_sooner_is_said_and_at_what_cost_with_its_caution(tmp_path: P
             note_sharing(place, 2)
     [_, sentence] = screen_of(root).sentences
     assert sentence.endswith(
-        "It reaches the target sooner on listops. It takes 1 times the time per epoch and 1.17 times the "
+        "It reaches the target sooner on listops. It takes as much time per epoch and 1.17 times the "
         "parameters (times and memory: 2 cells on a device)."
     )
 

@@ -120,8 +120,8 @@ def plot_lengths(lengths: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes,
     ax.axvline(lengths["length"].min(), color="#555555", ls=":", lw=1.2)
     shown = lengths.assign(shown=metric.scale * lengths["value"])
     look: dict[str, Any] = {"x": "length", "y": "shown", "legend": False, "ax": ax}
-    for model, style in styles.items():
-        mine = shown[shown["model"] == model]
+    for model, mine in shown.groupby("model", sort=False):
+        style = styles[str(model)]
         sns.lineplot(mine, **look, units="seed", estimator=None, color=style.color, lw=0.7, alpha=0.45)
         look_of: dict[str, Any] = {"color": style.color, "marker": style.marker, "mec": style.color}
         bars: dict[str, Any] = {"errorbar": t_interval, "err_style": "bars", "err_kws": {"capsize": 3}}

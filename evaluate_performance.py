@@ -77,8 +77,9 @@ def draw_run(
     figures: dict[str, Callable[[], Any]] = {}
     if record.metrics:
         epochs = epoch_table(only)
-        levels: dict[str, Any] = {"chance": facts.chance, "metric": facts.metric}
-        figures["learning_curves"] = lambda: curves_figure(epochs, styles, title, **levels)
+        figures["learning_curves"] = lambda: curves_figure(
+            epochs, styles, title, metric=facts.metric, level=facts.level
+        )
     learned = learned_table(only)
     if len(learned):
         figures["learned"] = lambda: learned_figure(learned, styles, title)

@@ -60,7 +60,7 @@ from experiment.plan_files import (
     write_cells,
     write_plan,
 )
-from experiment.run_overview import dry_run, failure_table, listing, result_table
+from experiment.run_overview import dry_run, failure_table, listing, results_table
 from experiment.run_plan import PRESETS, RunPlan, check_output_folder, find_device, load_tasks, make_plan
 from experiment.run_progress import RunProgress, make_progress
 from experiment.stop_request import EXIT_RUN_AGAIN, StoppedError, StopRequest
@@ -345,7 +345,7 @@ def run_and_compare(
     code = EXIT_FAILED if gave_up else EXIT_DONE if own <= {"done"} else EXIT_RUN_AGAIN
     if settled and not analyze_run(root):
         code = EXIT_FAILED
-    print(result_table(plan, records))
+    print(results_table(plan, records))
     if failures := failure_table([*tried, *records]):
         print(failures)
     for task, why in plan.unavailable.items():

@@ -131,27 +131,27 @@ def examples_at(dataset: TokenDataset, quantile: float, count: int) -> TokenData
     return dataset.take(order[start : start + count])
 
 
-def result_table(plan: RunPlan, records: list[CellRecord]) -> str:
-    """Test results by model and task, the mean over the seeds that are done, and the cells that are not."""
+def results_table(plan: RunPlan, records: list[CellRecord]) -> str:
+    """The test metric by model and task, the mean of the seeds that are done, and the cells that are not."""
+    width = max(len(model.name) for model in plan.models) + 2
     metrics = {record.cell.task: metric_of(record) for record in records if record.result}
-    measured = " and ".join(dict.fromkeys(metric.title for metric in metrics.values())) or PERCENT.title
-    width = max(len(f"test {measured}"), *(len(model.name) for model in plan.models)) + 2
-    lines = [f"test {measured}".ljust(width) + "".join(f"{task:>24}" for task in plan.tasks)]
+    titles = list(dict.fromkeys(metric.title for metric in metrics.values())) or [PERCENT.title]
+    head = f"test {' or '.join(titles)}".ljust(width)
+    lines = [head + "".join(f"{task:>24}" for task in plan.tasks)]
     for model in plan.models:
         entries = []
         for task in plan.tasks:
             here = [
                 record for record in records if (record.cell.task, record.cell.model) == (task, model.name)
             ]
-            metric = metrics.get(task, PERCENT)
-            read = [metric.read(record.result, "test_{}_best") for record in here if record.result]
+            read = [metrics[task].read(record.result, "test_{}_best") for record in here if record.result]
             done = [value for value in read if value is not None]
-            entry = metric.shown(float(np.mean(done))) if done else "-"
-            if len(plan.seeds) > 1 and done:
+            entry = metrics[task].shown(float(np.mean(done))) if done else "-"
+            if len(plan.seeds_of(task)) > 1 and done:
                 entry += f" (n = {len(done)})"
             lost = sorted({record.state for record in here if not record.result})
             entries.append(" ".join([entry, *lost]) if done or not lost else " ".join(lost))
-        lines.append(model.name.ljust(width) + "".join(f"{entry:>24}" for entry in entries))
+        lines.append(model.name.ljust(len(head)) + "".join(f"{entry:>24}" for entry in entries))
     return "\n".join(lines)
 
 

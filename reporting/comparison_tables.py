@@ -18,7 +18,7 @@ import pandas as pd
 from reporting.attention_numbers import attention_entropy, share_within
 from reporting.metrics import METRICS, PERCENT, Metric, number
 from reporting.run_results import BASELINE, done_cells, task_facts
-from reporting.seed_statistics import estimate, paired_differences
+from reporting.seed_statistics import estimate
 from results_folder import AttentionPatterns, Cell, Results
 
 CONVERGENCE = "convergence_epoch_above_chance"
@@ -53,13 +53,7 @@ TIMED_METRICS = (
     "seconds_to_best",
     "seconds_to_target",
 )
-EPOCH_COLUMNS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
-# What less of is better, and how a radar names it.
-COSTS = {
-    CONVERGENCE: "fewest epochs to\nconverge / epochs",
-    "seconds_per_epoch": "shortest time\nper epoch / time",
-    "peak_memory_bytes": "smallest peak\nmemory / memory",
-}
+EPOCH_COLUMNS = ("steps", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 
 
 def metric_in(table: pd.DataFrame) -> Metric:
@@ -202,37 +196,8 @@ def by_seed(table: pd.DataFrame, task: str, model: str, metric: str) -> dict[int
     return dict(zip(mine["seed"].tolist(), mine["value"].tolist(), strict=True))
 
 
-def improvements(table: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
-    """Percent by which a model improves on the baseline with the same seed: task, model, metric, seed, value.
-
-    For accuracy 100 (x - b) / b; for bits, epochs, time and memory 100 (b - x) / b: less is better."""
-    rows = []
-    for task in table["task"].unique():
-        of_task = table[table["task"] == task]
-        quality = metric_in(of_task)
-        for metric in (quality.best, *COSTS):
-            sign = quality.gain(1.0) if metric == quality.best else -1.0
-            base = by_seed(of_task, task, baseline, metric)
-            for model in of_task["model"].unique():
-                values = by_seed(of_task, task, model, metric)
-                for seed, difference in paired_differences(values, base).items():
-                    if model != baseline and base[seed] > 0:
-                        rows.append((task, model, metric, seed, 100 * sign * difference / base[seed]))
-    return pd.DataFrame(rows, columns=["task", "model", "metric", "seed", "value"])
-
-
-def radar_scores(summary: pd.DataFrame, task: str) -> pd.DataFrame:
-    """Scores in 0..1, a row per model, a column per axis: 1 is the best model of the task on that axis.
-
-    Where more is better: mean / largest mean; where less is: smallest mean / mean."""
-    of_task = summary[summary["task"] == task]
-    quality = metric_in(of_task)
-    means = of_task.pivot(index="model", columns="metric", values="mean").reindex(of_task["model"].unique())
-    scores = pd.DataFrame(index=means.index)
-    words = "accuracy /\nhighest" if quality.more_is_better else f"lowest /\n{quality.title}"
-    for metric, axis in {quality.best: words, **COSTS}.items():
-        column = means[metric] if metric in means else pd.Series(math.nan, index=means.index)
-        column = column.where(column > 0)
-        more = metric == quality.best and quality.more_is_better
-        scores[axis] = column / column.max() if more else column.min() / column
-    return scores[scores.notna().any(axis=1)]
+def mean_ratio(table: pd.DataFrame, task: str, model: str, metric: str, baseline: str = BASELINE) -> float:
+    """The metric as a multiple of the baseline's: the mean of the ratios by seed, NaN without a pair."""
+    values, base = (by_seed(table, task, one, metric) for one in (model, baseline))
+    ratios = [values[seed] / base[seed] for seed in values if base.get(seed, 0) > 0]
+    return math.fsum(ratios) / len(ratios) if ratios else math.nan

@@ -25,7 +25,7 @@ TEXT = "the film was not bad, but its end is a mess"
 
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let an analysis draw nothing, for tests of its texts: drawing takes nearly all of its time."""
-    monkeypatch.setattr(analyze_results, "task_figures", lambda view: iter(()))
+    monkeypatch.setattr(analyze_results, "all_figures", lambda analysis: iter(()))
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:

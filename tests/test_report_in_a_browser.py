@@ -30,7 +30,7 @@ LOOK = """<script>
 addEventListener("load", () => {
   const column = (table, place) => Array.from(table.tBodies[0].rows, row => row.cells[place].textContent);
   const sorted = [];
-  for (const table of document.querySelectorAll("table"))
+  for (const table of document.querySelectorAll("table:has(th button)"))
     for (const heading of table.tHead.rows[0].cells) {
       const button = heading.querySelector("button"), seen = { numeric: heading.className === "number" };
       for (const order of ["ascending", "descending"]) {

@@ -36,7 +36,8 @@ def test_the_page_and_the_markdown_say_the_same(tmp_path: Path) -> None:
     text = report_of(make_results(tmp_path, states=states, patterns=False))
     page = (tmp_path / "analysis" / "report.html").read_text(encoding="utf-8")
     main = re.sub(r"<[^>]+>", " ", page.split("<main>")[1].split("</main>")[0])
-    plain = re.sub(r"^```(sh)?$|^\| [-:| ]+\|$", "", text, flags=re.MULTILINE).replace("\\", "")
+    plain = re.sub(r"^```(sh)?$|^\| [-:| ]+\|$|</?(details|summary)>", " ", text, flags=re.MULTILINE)
+    plain = plain.replace("\\", "")
     assert words(html.unescape(main)) == words(html.unescape(plain))
 
 

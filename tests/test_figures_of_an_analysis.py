@@ -120,7 +120,7 @@ def test_metrics_of_unlike_units_have_panels_of_their_own_and_right_is_a_gain() 
         assert "gain in points of accuracy" in labels[:2] and "bits per byte saved" in labels[2:]
         for ax, gain in ((points, 10 + 5 / 3), (bits, 0.2 - 0.05 / 3)):
             [mark] = [line for line in ax.get_lines() if line.get_marker() == "s"]
-            [at] = mark.get_ydata() if ax.get_ylabel() else mark.get_xdata()
+            [at] = np.asarray(mark.get_ydata() if ax.get_ylabel() else mark.get_xdata())
             assert at == pytest.approx(gain)
 
 

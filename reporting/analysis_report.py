@@ -19,6 +19,7 @@ import jinja2
 
 from reporting.accuracy_against_cost import TARGET_SHARE
 from reporting.analysis import Analysis
+from reporting.attention_explorer import explorer_data
 from reporting.comparison_tables import NEAR
 from reporting.metrics import METRICS
 from reporting.report_findings import findings
@@ -86,6 +87,9 @@ def render_report(analysis: Analysis, figures: dict[str, list[DrawnFigure]], fol
         "no_patterns": _without_patterns(analysis),
         "tables": tables(analysis),
         "figures": figures,
+        "explorer": explorer_data(
+            analysis.patterns, analysis.names, {name: task.title for name, task in analysis.facts.items()}
+        ),
         "definitions": DEFINITIONS,
         "reproduce": _how_to_reproduce(analysis),
     }

@@ -229,7 +229,7 @@ def test_a_hovered_token_says_and_shades_where_it_looks_and_who_looks_at_it(told
         name = ["Conventional", "Both <b>"][number]
         expected = f"{name}: “{letters[5]}” (6) looks at “{letters[most]}” ({most + 1}) "
         assert seen["readouts"][number].startswith(expected)
-        shown = re.findall(r"\) ([\d.]+) %", seen["readouts"][number])
+        shown = re.findall(r"\) ([\d.]+)\xa0%", seen["readouts"][number])
         assert (
             abs(float(shown[0]) - float(given[:-1])) <= 1 and abs(float(shown[3]) - float(received[:-1])) <= 1
         )
@@ -248,7 +248,7 @@ def test_masses_shade_the_tokens_of_the_model_that_has_them(told: dict[str, Any]
 
 def test_choices_say_what_is_shown_and_timescales_how_far_they_reach(told: dict[str, Any]) -> None:
     assert step(told, "start")["facts"][1].startswith("Layer 2 of 2, mean of 4 heads, mean of 3 timescales. ")
-    assert step(told, "hovered")["facts"][0].startswith("Layer 1 of 2, head 3 of 4, 1 timescale. ")
+    assert step(told, "hovered")["facts"][0].startswith("Layer 1 of 2, head 3 of 4. ")
     assert step(told, "hovered")["facts"][1].startswith("Layer 1 of 2, head 3 of 4, timescale 2 of 3. ")
     assert step(told, "hovered")["facts"][1].endswith("Its answer: class 0, wrong: it is class 1.")
     strips = step(told, "hovered")["strips"]
@@ -256,7 +256,7 @@ def test_choices_say_what_is_shown_and_timescales_how_far_they_reach(told: dict[
         *(f"head {number}" for number in (1, 2, 3, 4)),
         *(f"timescale {number}" for number in (1, 2, 3)),
     ]
-    assert all(re.search(r"within \d+ tokens; .* within [\d.]+$", text) for text in strips)
+    assert all(re.fullmatch(r".*: \d+ \([\d.]+\)", text) for text in strips)
     assert told["options"]["timescale"] == ["mean of 1"]  # beside itself, the first model has one
     assert told["options"]["model1"] == ["nothing", "Conventional", "Both <b>"]
     assert told["inked"] > 100 and told["size"] == TOKENS

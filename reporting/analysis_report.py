@@ -20,6 +20,7 @@ import jinja2
 
 from reporting.accuracy_against_cost import TARGET_SHARE
 from reporting.analysis import Analysis
+from reporting.attention_explorer import explorer_data
 from reporting.comparison_tables import NEAR
 from reporting.first_screen import first_screen
 from reporting.metrics import METRICS
@@ -102,6 +103,9 @@ def render_report(analysis: Analysis, figures: dict[str, list[DrawnFigure]], fol
         "sections": [_section(analysis, task, figures.get(task, [])) for task in analysis.facts],
         "run_tables": run_tables(analysis),
         "no_patterns": _without_patterns(analysis),
+        "explorer": explorer_data(
+            analysis.patterns, analysis.names, {name: task.title for name, task in analysis.facts.items()}
+        ),
         "definitions": DEFINITIONS,
         "reproduce": _how_to_reproduce(analysis),
     }

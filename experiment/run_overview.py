@@ -137,7 +137,7 @@ def results_table(plan: RunPlan, records: list[CellRecord]) -> str:
     metrics = {record.cell.task: metric_of(record) for record in records if record.result}
     titles = list(dict.fromkeys(metric.title for metric in metrics.values())) or [PERCENT.title]
     head = f"test {' or '.join(titles)}".ljust(width)
-    lines = [head + "".join(f"{task:>24}" for task in plan.tasks)]
+    lines = [head + "".join(f"  {task:>22}" for task in plan.tasks)]
     for model in plan.models:
         entries = []
         for task in plan.tasks:
@@ -151,7 +151,7 @@ def results_table(plan: RunPlan, records: list[CellRecord]) -> str:
                 entry += f" (n = {len(done)})"
             lost = sorted({record.state for record in here if not record.result})
             entries.append(" ".join([entry, *lost]) if done or not lost else " ".join(lost))
-        lines.append(model.name.ljust(len(head)) + "".join(f"{entry:>24}" for entry in entries))
+        lines.append(model.name.ljust(len(head)) + "".join(f"  {entry:>22}" for entry in entries))
     return "\n".join(lines)
 
 

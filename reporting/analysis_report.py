@@ -95,8 +95,6 @@ def render_report(analysis: Analysis, figures: dict[str, list[DrawnFigure]], fol
         "title": "Comparison of attention mechanisms",
         "notices": _notices(analysis),
         "facts": _facts(analysis),
-        "cells": len(analysis.results.cells),
-        "lost": analysis.unfinished(),
         "screen": first_screen(analysis),
         "overview": figures.get("", []),
         "differences": difference_tables(analysis),

@@ -93,19 +93,14 @@ def _heading(analysis: Analysis, task: str) -> str:
     return f"{task} ({words}{none})"
 
 
-def _lost(analysis: Analysis, task: str, model: str) -> str:
-    lost = analysis.lost(task, model)
-    return f"; {lost}" if lost else ""
-
-
 def _base(analysis: Analysis, task: str) -> Entry:
     mean, metric = analysis.quality(task, analysis.baseline), analysis.metric(task)
     if not mean.n:
         return Entry(
             f"no result ({analysis.lost(task, analysis.baseline) or 'not planned'})", "", "no result"
         )
-    lost = _lost(analysis, task, analysis.baseline)
-    return Entry(metric.shown(mean.mean), f"n = {mean.n}{lost}", "baseline")
+    parts = [f"n = {mean.n}", analysis.lost(task, analysis.baseline)]
+    return Entry(metric.shown(mean.mean), "; ".join(filter(None, parts)), "baseline")
 
 
 def _entry(analysis: Analysis, task: str, model: str, row: Difference | None) -> Entry:
@@ -122,10 +117,8 @@ def _numbers(analysis: Analysis, row: Difference) -> str:
     text = metric.difference(mean)
     if n > 1:
         text += f" [{metric.difference(low)}, {metric.difference(high)}]"
-    text += f", n = {n}"
-    if row.shares is not None:
-        text += f"; seeds that learn: {row.shares}"
-    return text + _lost(analysis, row.task, row.model)
+    learned = "" if row.shares is None else f"seeds that learn: {row.shares}"
+    return "; ".join(filter(None, [f"{text}, n = {n}", learned, analysis.lost(row.task, row.model)]))
 
 
 def _of_baseline(analysis: Analysis) -> Verdict:

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
-from results_fixture import MODELS, make_results
+from results_fixture import MODELS, make_results, tidy
 
 from reporting.comparison_figures import (
     Panel,
@@ -41,16 +41,6 @@ from results_folder import Cell, Results, read_results
 STATES = {Cell("listops", "multi_timescale", 1): "diverged"} | {
     Cell("listops", "gravitational", seed): "failed" for seed in range(3)
 }
-
-
-def tidy(values: dict[str, list[float]], metric: str = ACCURACY, task: str = "listops") -> pd.DataFrame:
-    """The tidy table of one metric, from the values by seed of each model."""
-    rows = [
-        (task, model, seed, metric, value)
-        for model, numbers in values.items()
-        for seed, value in enumerate(numbers)
-    ]
-    return pd.DataFrame(rows, columns=["task", "model", "seed", "metric", "value"])
 
 
 @pytest.fixture(scope="module")

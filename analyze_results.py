@@ -27,7 +27,7 @@ from reporting.comparison_tables import TIMED_METRICS
 from reporting.figure_style import figure_style, save_figure
 from reporting.run_results import MIXED, read_joined
 from reporting.summary_tables import tables
-from reporting.task_figures import DrawnFigure, TaskView, file_stems, task_figures
+from reporting.task_figures import DrawnFigure, all_figures
 from reporting.text_tables import latex_table, markdown_table
 from results_folder import ANALYSIS, replaced_folder, write_text
 
@@ -56,11 +56,9 @@ def analyze(
     drawn: dict[str, list[DrawnFigure]] = {}
     with replaced_folder(target) as fresh, figure_style():
         (fresh / "figures").mkdir()
-        for task, stem in file_stems(list(analysis.facts)).items():
-            drawn[task] = []
-            for note, figure in task_figures(TaskView(analysis, task, stem)):
-                save_figure(figure, fresh / "figures", note.stem)
-                drawn[task].append(note)
+        for task, note, figure in all_figures(analysis):
+            save_figure(figure, fresh / "figures", note.stem)
+            drawn.setdefault(task, []).append(note)
         shown = tables(analysis)
         write_text(fresh / "summary.csv", summary_csv(analysis))
         write_text(fresh / "summary.md", "\n\n".join(map(markdown_table, shown)) + "\n")

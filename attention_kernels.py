@@ -8,8 +8,9 @@ Backends, all exact:
 - "native": `native_attention`, O(L + S) memory, float32 on the CPU: compiled by your own compiler at its
   first use. Where float32 does not hold the distances it is "tiled", which goes to float64.
 - "sdpa": `F.scaled_dot_product_attention`, the dot product without decay only.
-- "triton": `triton_attention`, O(L + S) memory, the scores of "tiled" without clocks, CUDA (or Triton's
-  interpreter, for tests), in the inputs' own type. Triton is imported only when it is asked for.
+- "triton": `triton_attention`, O(L + S) memory, the scores of "tiled" without clocks, queries from position
+  0 on, CUDA (or Triton's interpreter, for tests), in the inputs' own type. Triton is imported only when it is
+  asked for.
 
 Under `torch.func` and in forward-mode differentiation "auto" is "dense"; a backward that is differentiated or
 batched itself is that of the dense formula, too.
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention_engine import native_attention
-from attention_engine.attention_scores import DotProduct, Mask, Score
+from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score
 from attention_engine.dense_attention import dense_weights, only_dense_derivatives
 from attention_engine.tiled_attention import tiled_attention
 
@@ -92,6 +93,8 @@ def attend(
     if reason:
         raise ValueError(f"backend {backend!r} {reason}")
     with without_autocast(q.device):
+        if isinstance(score, Gravity) and backend != "dense":
+            q, k, score = score.as_euclidean(q, k)
         if backend == "sdpa":
             return sdpa_attention(q, k, v, score, mask), None
         if backend == "triton":
@@ -131,6 +134,13 @@ def cannot(backend: str, q: Tensor, score: Score, mask: Mask, dropout: float, ne
         return "is for the dot product without decay only: use 'tiled'"
     if score.clock is not None and backend == "triton":
         return "has no clocks: use 'tiled'"
+    if isinstance(score, Gravity) and backend in ("native", "triton"):
+        if score.distance == "manhattan":
+            return "has no Manhattan distance: use 'tiled'"
+        if isinstance(score.softening, Tensor) or isinstance(score.distance_power, Tensor):
+            return "has no learned power and softening: use 'tiled'"
+    if mask.query_offset and backend == "triton":
+        return "places the first query at position 0: use 'tiled'"
     if score.log_decay is not None and score.discount == "logits":
         return "discounts weights, not logits: use 'dense'"
     if backend == "sdpa" and dropout:
@@ -167,7 +177,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, score: Score, mask: Mask) ->
     assert isinstance(score, DotProduct)
     batch, timescales = q.shape[:2]
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    if mask.padding is None and mask.pairs is None:
+    if mask.padding is None and mask.pairs is None and not (mask.causal and mask.query_offset):
         output = F.scaled_dot_product_attention(q, k, v, is_causal=mask.causal, scale=score.scale)
         return output.unflatten(0, (batch, timescales))
     blocked, added = mask.dense(q.shape[2], k.shape[2], q.device)

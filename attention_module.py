@@ -30,6 +30,15 @@ from attention_engine.dense_attention import dense_weights
 from attention_kernels import attend, without_autocast
 
 
+def causal_arguments(attention: nn.Module, length: int, device: torch.device) -> dict[str, Any]:
+    """What makes self-attention causal: of `nn.MultiheadAttention`, for which `is_causal` is no more than a
+    hint, the mask itself as well."""
+    if isinstance(attention, AttentionModule):
+        return {"is_causal": True}
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+    return {"is_causal": True, "attn_mask": mask}
+
+
 class AttentionModule(nn.Module):
     """Projections, masks and the calling convention; the weighing of pairs is left to `score`.
 
@@ -111,7 +120,8 @@ class AttentionModule(nn.Module):
 
     def clock(self, query: Tensor, key: Tensor, padding: Tensor | None) -> Clock | None:
         """For a decay by time in place of distance: the time at each token. padding: (N, S), True = blocked;
-        padded tokens must not advance it. In self-attention query is the same tensor as key."""
+        padded tokens must not advance it. In self-attention query is the same tensor as key, and so it is
+        with a `query_offset`: queries then have the time of the keys at their positions."""
         return None
 
     def project_out(self, read: Tensor) -> Tensor:
@@ -132,18 +142,23 @@ class AttentionModule(nn.Module):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        query_offset: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from query (N, L, E) to value (N, S, E) by key (N, S, E), or unbatched (L, E), (S, E).
 
         key_padding_mask: (N, S) or (S,); attn_mask: (L, S) or (N * H, L, S). Boolean: True = blocked; float:
         added to the logits. is_causal: block j > i, together with the other masks.
+        query_offset: the position of the first query, where that of the first key is 0: in generation with a
+        cache, of as many tokens as came before. `|i - j|`, clocks and `is_causal` count from it.
         Returns the output (N, L, E) and, with `need_weights`, the weights before dropout, the mean over
         timescales: (N, L, S), the mean over heads, or (N, H, L, S) without `average_attn_weights`.
         A query with no key to attend to gets a row of zero weights.
         Raises ValueError where shapes do not fit.
         """
         batched = query.dim() == 3
-        query, key, value, mask = self._checked(query, key, value, key_padding_mask, attn_mask, is_causal)
+        masks = key_padding_mask, attn_mask, is_causal, query_offset
+        query, key, value, mask = self._checked(query, key, value, *masks)
         heads, weights = attend(
             *self._project(query, key, value),
             self._score(query, key, mask),
@@ -167,9 +182,12 @@ class AttentionModule(nn.Module):
         key_padding_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        *,
+        query_offset: int = 0,
     ) -> Tensor:
         """The weights of every timescale and head, (N, T, H, L, S), float32; arguments as in `forward`."""
-        query, key, _, mask = self._checked(query, key, key, key_padding_mask, attn_mask, is_causal)
+        masks = key_padding_mask, attn_mask, is_causal, query_offset
+        query, key, _, mask = self._checked(query, key, key, *masks)
         q, k, _ = self._project(query, key, key)
         with without_autocast(q.device):
             dtype = torch.promote_types(q.dtype, torch.float32)
@@ -183,6 +201,7 @@ class AttentionModule(nn.Module):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         is_causal: bool,
+        query_offset: int,
     ) -> tuple[Tensor, Tensor, Tensor, Mask]:
         """Batched inputs and the merged mask; ValueError where a shape does not fit."""
         if query.is_nested or key.is_nested or value.is_nested:
@@ -211,8 +230,8 @@ class AttentionModule(nn.Module):
         ):
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-        lengths = query_length, key.shape[1]
-        mask = merge_masks(key_padding_mask, attn_mask, is_causal, batch, self.num_heads, *lengths)
+        sizes = batch, self.num_heads, query_length, key.shape[1]
+        mask = merge_masks(key_padding_mask, attn_mask, is_causal, *sizes, query_offset)
         return query, key, value, mask
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,5 +252,14 @@ class AttentionModule(nn.Module):
     def _score(self, query: Tensor, key: Tensor, mask: Mask) -> Score:
         """The score with its tensors in float32 at least: masses and rates are small numbers that matter."""
         with without_autocast(query.device):
-            score, clock = self.score(query, key), self.clock(query, key, mask.padding)
+            score = self.score(query, key)
+            clock = self.clock(key if mask.query_offset else query, key, mask.padding)
+        if clock is not None and mask.query_offset:
+            end = mask.query_offset + query.shape[1]
+            if end > key.shape[1]:
+                raise ValueError(
+                    f"query_offset + L must be at most S = {key.shape[1]} where time passes at rates of "
+                    f"tokens, got {end}: pass the keys of all tokens up to the last query"
+                )
+            clock = replace(clock, query=clock.query[..., mask.query_offset : end])
         return score if clock is None else replace(score, clock=clock)

@@ -10,10 +10,12 @@
 | listops | 96,000 / 2,000 / 2,000 expressions (tasks/listops.py), 10 classes | 15 symbols |
 | pathfinder | 40,000 / 4,000 / 4,000 pictures (tasks/pathfinder.py), 2 classes | 1,024 pixels |
 | image | 45,000 / 5,000 / 10,000 pictures (tasks/cifar_images.py), 10 classes | 1,024 pixels |
-| recall, hold | drawn anew each epoch (tasks/generated_tasks.py), a target at marked tokens | ids |
+| bytes | windows of the same reviews, drawn anew each epoch; the next byte, 256 classes | bytes |
+| recall, hold, latest, nearest, lookup | drawn anew each epoch (tasks/generated_tasks.py) | ids |
 
 The validation split of IMDb and CIFAR-10 is a stratified tenth of the training set, drawn by --data-seed
 before any subset is taken; the test set is never used for it. Identical reviews stay on one side of it.
+bytes and the generated tasks have a target at tokens, and tests at lengths beyond the trained one.
 A new task is a function from DataSettings to TaskData in TASKS.
 """
 
@@ -23,6 +25,7 @@ import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,8 @@ from command_line import (
 from tasks import cifar_images, imdb, listops, listops_tsv, pathfinder
 from tasks.archives import DataUnavailableError, download_archive, holds_data
 from tasks.array_cache import Arrays, cached_arrays
-from tasks.generated_tasks import load_hold, load_recall
+from tasks.byte_windows import bytes_task
+from tasks.generated_tasks import GENERATED, load_generated
 from tasks.task_data import DataSettings, TaskData
 from tasks.text_tokenizers import (
     WORD_VERSION,
@@ -84,12 +88,13 @@ __all__ = [
 TEXT_LENGTH = 4096
 LISTOPS_SIZES = {"train": 96_000, "val": 2_000, "test": 2_000}
 PATHFINDER_SIZES = {"train": 40_000, "val": 4_000, "test": 4_000}
+NO_WORDS = ("min_length", "tokenizer", "word_vocabulary")
 MEANINGLESS = {  # settings that a task has no use for
     "imdb": ("min_length",),
     "pathfinder": ("min_length", "max_length"),
     "image": ("min_length", "max_length"),
-    "recall": ("min_length",),
-    "hold": ("min_length",),
+    "bytes": NO_WORDS,
+    **dict.fromkeys(GENERATED, NO_WORDS),
 }
 CLASS_NAMES = ("negative", "positive")
 
@@ -107,15 +112,12 @@ LISTOPS_HELP = {
 }
 PERCENTILES = (1, 10, 50, 90, 99)
 SHOWN_TOKENS = 200
+SHOWN_CLASSES = 32
 
 
 def load_imdb(settings: DataSettings) -> TaskData:
     """Film reviews of IMDb, 0 negative, 1 positive. Raises DataUnavailableError where they cannot be had."""
-    folder = given_path(settings.data_dir, "--data-dir") if settings.data_dir else None
-    reviews = imdb.load_reviews(folder, settings.cache_folder)
-    validation, rest = imdb.separate_copies(reviews.train, _validation(reviews.train, settings))
-    texts = concatenate([reviews.train, reviews.test])
-    chosen = _chosen(texts, rest, validation, settings)
+    reviews, texts, chosen = _split_reviews(settings)
     length = settings.max_length or TEXT_LENGTH
     tokenizer: ByteTokenizer | WordTokenizer
     if settings.tokenizer == "byte":
@@ -140,6 +142,30 @@ def load_imdb(settings: DataSettings) -> TaskData:
     }
     title = f"IMDb, {settings.tokenizer}s" + (" (LRA Text)" if settings.tokenizer == "byte" else "")
     return _task("imdb", title, CLASS_NAMES, splits, tokenizer, settings, about)
+
+
+def load_bytes(settings: DataSettings) -> TaskData:
+    """The next byte of the same reviews. Raises DataUnavailableError where they cannot be had."""
+    whole = replace(settings, train_size=None, val_size=None, test_size=None)
+    reviews, texts, chosen = _split_reviews(whole)
+    found = {split: [texts.example(i).tobytes() for i in positions] for split, positions in chosen.items()}
+    about = {
+        "source": reviews.source,
+        "sha256_of_reviews": reviews.sha256,
+        "official_archive": reviews.official,
+    }
+    return bytes_task(found, settings, about)
+
+
+def _split_reviews(
+    settings: DataSettings,
+) -> tuple[imdb.Reviews, TokenDataset, dict[str, NDArray[np.int64]]]:
+    """IMDb's reviews, all of them as bytes, and the positions of each split among these."""
+    folder = given_path(settings.data_dir, "--data-dir") if settings.data_dir else None
+    reviews = imdb.load_reviews(folder, settings.cache_folder)
+    validation, rest = imdb.separate_copies(reviews.train, _validation(reviews.train, settings))
+    texts = concatenate([reviews.train, reviews.test])
+    return reviews, texts, _chosen(texts, rest, validation, settings)
 
 
 def _validation(train: TokenDataset, settings: DataSettings) -> NDArray[np.int64]:
@@ -336,8 +362,8 @@ TASKS: dict[str, Callable[[DataSettings], TaskData]] = {
     "listops": load_listops,
     "pathfinder": load_pathfinder,
     "image": load_image,
-    "recall": load_recall,
-    "hold": load_hold,
+    "bytes": load_bytes,
+    **{name: partial(load_generated, name) for name in GENERATED},
 }
 
 
@@ -345,7 +371,7 @@ def load_task(name: str, settings: DataSettings) -> TaskData:
     """A task's data. Raises InputError for an unknown task, a setting that means nothing to it or data that
     cannot be used, and its subclass DataUnavailableError where an archive is not to be had."""
     for setting in MEANINGLESS.get(name, ()):
-        if getattr(settings, setting) is not None:
+        if getattr(settings, setting) != getattr(DataSettings(), setting):
             raise InputError(f"{option_name(setting)} means nothing to {name}; leave it out")
     return TASKS[choose(name, TASKS, "task")](settings)
 
@@ -418,10 +444,10 @@ def print_stats(arguments: argparse.Namespace) -> int:
     for name, split in splits.items():
         asked = split.labels[split.labels != IGNORED]
         counts = np.bincount(asked, minlength=task.num_classes)
-        shares = "  ".join(
-            f"{label} {share:.1%}" for label, share in zip(task.class_names, counts / len(asked), strict=True)
-        )
-        print(f"labels of {name}: {shares}")
+        most = np.sort(np.argsort(-counts, kind="stable")[:SHOWN_CLASSES])
+        shares = "  ".join(f"{task.class_names[label]} {counts[label] / len(asked):.1%}" for label in most)
+        which = f", the {SHOWN_CLASSES} most frequent" if len(counts) > SHOWN_CLASSES else ""
+        print(f"labels of {name}{which}: {shares}")
     shown = task.train.example(0)[:SHOWN_TOKENS]
     tokens = ["+".join(task.symbols(int(i)) for i in np.atleast_1d(ids)) for ids in shown]
     label = "" if task.train.token_targets else f" ({task.class_names[task.train.labels[0]]})"

@@ -3,7 +3,8 @@
     python evaluate_performance.py RESULTS/listops/gravitational/seed0
 
 prints the numbers and draws the figures into RESULTS/analysis/listops_gravitational_seed0/ (which a new
-analysis of RESULTS clears away). Everything is read from the results folder; no checkpoint is opened.
+analysis of RESULTS clears away), with explorer.html: where each token looks, and who looks at it. Everything
+is read from the results folder; no checkpoint is opened.
 """
 
 import functools
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import EXIT_DONE, InputError, Parser, described, exit_code
+from reporting.attention_explorer import explorer_page
 from reporting.attention_figures import attention_figure, distance_figure, shown_maps
 from reporting.attention_numbers import attention_entropy, share_within, token_masses
 from reporting.comparison_tables import CONVERGENCE, distance_table, epoch_table, learned_table, metric_table
@@ -32,9 +34,11 @@ from results_folder import (
     read_attention_patterns,
     read_results,
     replaced_folder,
+    write_text,
 )
 
 PROG = "evaluate_performance.py"
+EXPLORER = "explorer.html"
 MAP_TOKENS, MAP_HEADS = 32, 8  # the most of a map that can be read
 
 
@@ -68,7 +72,8 @@ def run_numbers(results: Results, record: CellRecord, patterns: AttentionPattern
 def draw_run(
     results: Results, record: CellRecord, patterns: AttentionPatterns | None, folder: Path
 ) -> list[str]:
-    """Draw the run's learning curves, learned scalars and attention into `folder`; returns the file names."""
+    """Draw the run's learning curves, learned scalars and attention into `folder`, and make the explorer of
+    its attention; returns the file names."""
     styles = model_styles(models_of(results))
     facts = task_facts(results, record.cell.task)
     notice = " (smoke test)" if results.config.get("preset") == "smoke" else ""
@@ -77,7 +82,9 @@ def draw_run(
     figures: dict[str, Callable[[], Any]] = {}
     if record.metrics:
         epochs = epoch_table(only)
-        figures["learning_curves"] = lambda: curves_figure(epochs, styles, title, chance=facts.chance)
+        figures["learning_curves"] = lambda: curves_figure(
+            epochs, styles, title, metric=facts.metric, level=facts.level
+        )
     learned = learned_table(only)
     if len(learned):
         figures["learned"] = lambda: learned_figure(learned, styles, title)
@@ -96,7 +103,13 @@ def draw_run(
     with figure_style():
         for stem, draw in figures.items():
             save_figure(draw(), folder, stem)
-    return [f"{stem}.png" for stem in figures]
+    drawn = [f"{stem}.png" for stem in figures]
+    if patterns is None:
+        return drawn
+    names = {record.cell.model: styles[record.cell.model].name}
+    page = explorer_page(title, {record.cell: patterns}, names, {record.cell.task: facts.title})
+    write_text(folder / EXPLORER, page)
+    return [*drawn, EXPLORER]
 
 
 def find_run(folder: Path) -> tuple[Results, CellRecord]:

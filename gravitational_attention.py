@@ -20,25 +20,30 @@ from attention_module import AttentionModule
 from timescales import Discounts
 
 NORMALIZATIONS = ("softmax", "force")
+DISTANCES = ("euclidean", "cosine", "manhattan")
+LEAST_SOFTENING = 1e-6  # r2 is exact to about 1e-7 at best
 UNIT_MASS = math.log(math.e - 1)  # softplus of it is 1
 
 
 def least_softening(distance_power: float) -> float:
-    """The least softening for which a coincident pair is within float32: r2 is exact to about 1e-7 at best,
-    and the slope of a force, at most softening^-(p / 2 + 1), has to stay below 1e30."""
-    return max(1e-6, 1e-30 ** (1 / (distance_power / 2 + 1)))
+    """The least softening for which a coincident pair is within float32: the slope of a force, at most
+    softening^-(p / 2 + 1), has to stay below 1e30."""
+    return max(LEAST_SOFTENING, 1e-30 ** (1 / (distance_power / 2 + 1)))
 
 
 class GravitationalField(nn.Module):
-    """Masses and G for T timescales: everything of a gravitational score but the positions q and k.
+    """Masses, G and law for T timescales: everything of a gravitational score but the positions q and k.
 
     `m = softplus(W x + b + log(e - 1)) > 0` for each token, head and timescale, with separate W, b for the
     query and the key role; b starts at 0, so that masses start around 1. `G = exp(log_gravity)` for each
     timescale and head, (T H,), 1 at the start. With normalization "force" G and the query mass cancel and do
-    not exist.
+    not exist. A learned power is `p exp(log_power)`, a learned softening `least + (softening - least)
+    exp(log_softening)`, which never gets below `least_softening`; both logarithms (T H,) are 0 at the start.
     """
 
     log_gravity: Tensor | None
+    log_power: Tensor | None
+    log_softening: Tensor | None
     query_mass: nn.Linear | None
 
     def __init__(
@@ -47,38 +52,52 @@ class GravitationalField(nn.Module):
         num_heads: int,
         num_timescales: int,
         softening: float,
-        distance_power: float,
+        distance_power: float | None,
         normalization: Literal["softmax", "force"],
+        distance: Literal["euclidean", "cosine", "manhattan"],
+        learned_power: bool,
+        learned_softening: bool,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        if distance_power is None:
+            distance_power = embed_dim // num_heads if learned_power else 2.0
         for name, value in (("softening", softening), ("distance_power", distance_power)):
             if not (0.0 < value < math.inf):
                 raise ValueError(f"{name} must be above 0 and finite, got {value}")
-        least = least_softening(distance_power)
-        if softening < least:
-            raise ValueError(
-                f"softening must be at least {least:.3g} for distance_power={distance_power}, got {softening}"
-            )
         if normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
+        if distance not in DISTANCES:
+            raise ValueError(f"distance must be one of {DISTANCES}, got {distance!r}")
+        if learned_power and normalization == "softmax":
+            raise ValueError(
+                'learned_power=True needs normalization="force": exponentials of a steep force overflow'
+            )
+        # With a learned power only logarithms of forces are computed.
+        self.least_softening = LEAST_SOFTENING if learned_power else least_softening(distance_power)
+        if softening < self.least_softening:
+            raise ValueError(
+                f"softening must be at least {self.least_softening:.3g} for distance_power={distance_power}, "
+                f"got {softening}"
+            )
         self.softening, self.distance_power = float(softening), float(distance_power)
         self.normalization: Literal["softmax", "force"] = normalization
+        self.distance: Literal["euclidean", "cosine", "manhattan"] = distance
         self.shape = (num_timescales, num_heads)
 
         def mass_projection() -> nn.Linear:
             return nn.Linear(embed_dim, num_timescales * num_heads, device=device, dtype=dtype)
 
+        def number(exists: bool) -> nn.Parameter | None:
+            empty = torch.empty(num_timescales * num_heads, device=device, dtype=dtype)
+            return nn.Parameter(empty) if exists else None
+
         self.key_mass = mass_projection()
-        if normalization == "softmax":
-            self.query_mass = mass_projection()
-            self.log_gravity = nn.Parameter(
-                torch.empty(num_timescales * num_heads, device=device, dtype=dtype)
-            )
-        else:
-            self.query_mass = None
-            self.register_parameter("log_gravity", None)
+        self.query_mass = mass_projection() if normalization == "softmax" else None
+        self.register_parameter("log_gravity", number(normalization == "softmax"))
+        self.register_parameter("log_power", number(learned_power))
+        self.register_parameter("log_softening", number(learned_softening))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -86,8 +105,22 @@ class GravitationalField(nn.Module):
             if projection is not None:
                 projection.reset_parameters()
                 nn.init.zeros_(projection.bias)
-        if self.log_gravity is not None:
-            nn.init.zeros_(self.log_gravity)
+        for number in (self.log_gravity, self.log_power, self.log_softening):
+            if number is not None:
+                nn.init.zeros_(number)
+
+    def _exp(self, number: Tensor) -> Tensor:
+        """(T H,) -> (T, H), in float32 at least."""
+        return number.to(torch.promote_types(number.dtype, torch.float32)).exp().view(self.shape)
+
+    def law(self) -> tuple[float | Tensor, float | Tensor]:
+        """Softening and power, (T, H) where they are learned."""
+        least = self.least_softening
+        softening, power = self.log_softening, self.log_power
+        return (
+            self.softening if softening is None else least + (self.softening - least) * self._exp(softening),
+            self.distance_power if power is None else self.distance_power * self._exp(power),
+        )
 
     def mass(self, projection: nn.Linear, x: Tensor) -> Tensor:
         """(N, L, E) -> (N, T, H, L), above 0 also where softplus underflows."""
@@ -103,15 +136,17 @@ class GravitationalField(nn.Module):
         log_decay: Tensor | None = None,
         discount: Literal["weights", "logits"] = "weights",
     ) -> Gravity:
+        softening, distance_power = self.law()
         return Gravity(
             key_mass=self.mass(self.key_mass, key),
             query_mass=None if self.query_mass is None else self.mass(self.query_mass, query),
             log_gravity=None if self.log_gravity is None else self.log_gravity.view(self.shape),
-            softening=self.softening,
-            distance_power=self.distance_power,
+            softening=softening,
+            distance_power=distance_power,
             normalization=self.normalization,
             log_decay=log_decay,
             discount=discount,
+            distance=self.distance,
         )
 
     def masses(self, query: Tensor, key: Tensor) -> dict[str, Tensor]:
@@ -121,9 +156,11 @@ class GravitationalField(nn.Module):
             return found if self.query_mass is None else found | {"query": self.mass(self.query_mass, query)}
 
     def learned_scalars(self) -> dict[str, Tensor]:
-        return (
-            {} if self.log_gravity is None else {"gravity": self.log_gravity.detach().exp().view(self.shape)}
-        )
+        softening, power = self.law()
+        found = {"softening": softening, "power": power}
+        if self.log_gravity is not None:
+            found["gravity"] = self._exp(self.log_gravity)
+        return {name: x.detach() for name, x in found.items() if isinstance(x, Tensor)}
 
 
 class GravitationalAttention(AttentionModule):
@@ -149,8 +186,14 @@ class GravitationalAttention(AttentionModule):
     softening: Plummer softening of N-body simulation, at least `least_softening(p)`: 1e-6, and more for p
         above 8; default 0.1, a tenth of the mean r2 at the start. Without it a coincident pair has infinite
         force.
-    distance_power: p, above 0; default 2, the inverse square law.
+    distance_power: p, above 0; default 2, the inverse square law, or D where it is learned.
     normalization: "softmax" (default) or "force".
+    distance: "euclidean" (default), "cosine": `r2 = 1 - cos(q, k)`, the Euclidean distance of `q / (2 *
+        q.square().mean(-1, keepdim=True) + 1e-6) ** 0.5` and k alike, as fast; or "manhattan": `r2 =
+        (q[:, None] - k[None]).abs().mean(-1) ** 2`, which is slower.
+    learned_power: whether p is trained, for each head, from `distance_power` on; default False. With "force"
+        only. A steep force looks up one key, as a dot product can; the inverse square law is too flat for it.
+    learned_softening: whether the softening is trained, for each head; default False.
     adaptive: whether the pull fades with time, which passes at a rate of each token's own, head by head;
         default False. The weights are then multiplied by `exp(-(time[:, None] - time).abs())` and normalised,
         `time = F.softplus(x @ w + b).cumsum(0)`, horizons log-spaced over the heads at the start: see
@@ -165,8 +208,11 @@ class GravitationalAttention(AttentionModule):
         bias: bool = True,
         *,
         softening: float = 0.1,
-        distance_power: float = 2.0,
+        distance_power: float | None = None,
         normalization: Literal["softmax", "force"] = "softmax",
+        distance: Literal["euclidean", "cosine", "manhattan"] = "euclidean",
+        learned_power: bool = False,
+        learned_softening: bool = False,
         adaptive: bool = False,
         batch_first: bool = True,
         device: Any = None,
@@ -177,7 +223,17 @@ class GravitationalAttention(AttentionModule):
         )
         self.out_proj = self.make_out_proj(embed_dim, bias, device, dtype)
         self.field = GravitationalField(
-            embed_dim, num_heads, 1, softening, distance_power, normalization, device, dtype
+            embed_dim,
+            num_heads,
+            1,
+            softening,
+            distance_power,
+            normalization,
+            distance,
+            learned_power,
+            learned_softening,
+            device,
+            dtype,
         )
         self.discounts: Discounts | None = None
         if adaptive:

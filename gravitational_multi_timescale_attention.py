@@ -37,7 +37,8 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
     num_timescales, gammas, learn_gammas, decoder, discount: as in `MultiTimescaleAttention`.
     adaptive: whether time passes at a rate of each token's own, as in `MultiTimescaleAttention`; default
         False.
-    softening, distance_power, normalization: as in `GravitationalAttention`.
+    softening, distance_power, normalization, distance: as in `GravitationalAttention`.
+    learned_power, learned_softening: as in `GravitationalAttention`, for each timescale and head.
 
     With discount="logits" the weights are `(force * gamma[t] ** distance).softmax(-1)`: far tokens pull with
     no force and keep the weight e^0. It raises with normalization="force": there the logit is log(force),
@@ -56,8 +57,11 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
         learn_gammas: bool = True,
         decoder: Literal["laplace", "linear", "mlp"] = "laplace",
         softening: float = 0.1,
-        distance_power: float = 2.0,
+        distance_power: float | None = None,
         normalization: Literal["softmax", "force"] = "softmax",
+        distance: Literal["euclidean", "cosine", "manhattan"] = "euclidean",
+        learned_power: bool = False,
+        learned_softening: bool = False,
         discount: Literal["weights", "logits"] = "weights",
         adaptive: bool = False,
         batch_first: bool = True,
@@ -95,7 +99,17 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
         )
         self.out_proj = self.make_out_proj(self.decoder.out_features, bias, device, dtype)
         self.field = GravitationalField(
-            embed_dim, num_heads, num_timescales, softening, distance_power, normalization, device, dtype
+            embed_dim,
+            num_heads,
+            num_timescales,
+            softening,
+            distance_power,
+            normalization,
+            distance,
+            learned_power,
+            learned_softening,
+            device,
+            dtype,
         )
 
     def score(self, query: Tensor, key: Tensor) -> Gravity:

@@ -60,7 +60,7 @@ from experiment.plan_files import (
     write_cells,
     write_plan,
 )
-from experiment.run_overview import accuracy_table, dry_run, failure_table, listing
+from experiment.run_overview import dry_run, failure_table, listing, results_table
 from experiment.run_plan import PRESETS, RunPlan, check_output_folder, find_device, load_tasks, make_plan
 from experiment.run_progress import RunProgress, make_progress
 from experiment.stop_request import EXIT_RUN_AGAIN, StoppedError, StopRequest
@@ -341,17 +341,18 @@ def run_and_compare(
     tried = [verified_cell(root, cell) for cell in plan.trials]
     own = {record.state for record in records if record.cell in chosen}
     own |= {record.state for record in tried if record.cell in chosen and record.state == "failed"}
-    code = EXIT_FAILED if own & set(GIVEN_UP) else EXIT_DONE if own <= {"done"} else EXIT_RUN_AGAIN
+    gave_up = bool(own & set(GIVEN_UP))
+    code = EXIT_FAILED if gave_up else EXIT_DONE if own <= {"done"} else EXIT_RUN_AGAIN
     if settled and not analyze_run(root):
         code = EXIT_FAILED
-    print(accuracy_table(plan, records))
+    print(results_table(plan, records))
     if failures := failure_table([*tried, *records]):
         print(failures)
     for task, why in plan.unavailable.items():
         print(f"left out: {task}: {why}")
     for cell, ended in executor.left.items():
         print(f"left to another process: {cell} ({ended.text})")
-    if code == EXIT_FAILED and settled:
+    if gave_up and settled:
         print(f"to try what failed again: {go_on} --retry-failed")
     elif not settled:
         print(f"not all cells are done: {go_on}")

@@ -9,9 +9,10 @@ batch_first=True)`; nothing here knows which it is. With one seed all models hav
 outside attention, and see the same batches in the same order and the same dropout stream. Every random
 number comes from (seed, purpose, epoch), so an epoch can be repeated from the weights before it.
 
-Selection is on validation accuracy; the test split is read when training has ended, and never before.
-Losses and accuracies are sums over examples, divided once. Training resumes from the folder's last
-checkpoint, written after each epoch: on the CPU to the same bits as without the interruption.
+Selection is on validation, by accuracy or by bits per byte as the task has it; the test split is read when
+training has ended, and never before. Losses and accuracies are sums over predictions, divided once.
+Training resumes from the folder's last checkpoint, written after each epoch: on the CPU to the same bits as
+without the interruption.
 
 Symbols: see attention_module.py; C num_classes.
 """
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention_module import causal_arguments
 from command_line import check_settings, first_line, setting
 from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches, training_batches
 from results_folder import PATTERNS, SCHEMA_VERSION, WriteError, as_json, write_arrays, write_json_lines
@@ -77,7 +79,7 @@ class TrainingSettings:
     )
     weight_decay: float = setting(1e-5, "AdamW weight decay", minimum=0)
     max_epochs: int = setting(20, "epochs at most", minimum=1)
-    patience: int = setting(10, "stop after this many epochs without a better validation accuracy", minimum=1)
+    patience: int = setting(10, "stop after this many epochs without a better validation result", minimum=1)
     gradient_clip: float = setting(1.0, "largest norm of the gradient", above=0)
     pad_to: str = setting(
         "longest", "pad to the longest of a batch, or of the task", choices=("longest", "max")
@@ -142,7 +144,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, key_padding_mask: Tensor, causal: bool = False) -> Tensor:
         y = self.attention_norm(x)
-        only = {"is_causal": True} if causal else {}
+        only = causal_arguments(self.attention, y.shape[1], y.device) if causal else {}
         y, _ = self.attention(y, y, y, key_padding_mask=key_padding_mask, need_weights=False, **only)
         x = x + self.dropout(y)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
@@ -228,7 +230,7 @@ def loss_and_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Evaluation(NamedTuple):
-    """Mean loss and accuracy over the examples of a split."""
+    """Mean loss and accuracy over the predictions of a split: one an example, or one a marked token."""
 
     loss: float
     accuracy: float
@@ -283,7 +285,7 @@ class Trainer:
         with self.autocast():
             logits = self.forward(batch.tokens, batch.key_padding_mask)
         loss, correct = loss_and_correct(logits, batch.labels)
-        (loss / batch.predictions).backward()
+        (loss / max(1, batch.predictions)).backward()
         nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_clip)
         self.optimizer.step()
         return torch.stack([loss.detach(), correct])
@@ -298,7 +300,7 @@ class Trainer:
         meter = StepMeter(epoch, int(train.lengths.sum()), self.progress, self.settings.divergence_steps)
         with random_stream(self.device, self.seed, "dropout", epoch):
             for batch in self._checked(batches):
-                meter.add(self.step(batch), batch.predictions)
+                meter.add(self.step(batch), batch.predictions, len(batch.index))
                 if not self.warm:  # a process's first step compiles, allocates and tunes
                     meter.start_clock(without=batch)
                     self.warm = True

@@ -7,6 +7,7 @@ A new mechanism is a new score; only speed needs more.
 Symbols and masks: see attention_module.py. q is (N, T', H, L, D), k and v are (N, T', H, S, D).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -54,12 +55,14 @@ class DotProduct:
 
 @dataclass(frozen=True)
 class Gravity:
-    """Newton's law with Plummer softening: `F_ij = G m_i m_j / (r2_ij + softening)^(distance_power / 2)`,
-    where `r2_ij = |q_i - k_j|^2 / D`.
+    """Newton's law with Plummer softening: `F_ij = G m_i m_j / (r2_ij + softening)^(distance_power / 2)`.
 
+    distance "euclidean": `r2_ij = |q_i - k_j|^2 / D`. "cosine": `r2_ij = 1 - cos(q_i, k_j)`, which is the
+    Euclidean one of `normalised` q and k. "manhattan": `r2_ij = (|q_i - k_j|_1 / D)^2`.
     normalization "softmax": the weights are softmax_j(F_ij). "force": they are F_ij / sum_j F_ij, which is
     the softmax of log F_ij; G and m_i scale a whole row, cancel, and are None.
 
+    softening, distance_power: numbers above 0, or learned, (T, H); a learned power goes with "force" only.
     key_mass:    (N, T, H, S), above 0.
     query_mass:  (N, T, H, L), above 0, or None with "force".
     log_gravity: log G, (T, H), or None with "force".
@@ -71,43 +74,73 @@ class Gravity:
     key_mass: Tensor
     query_mass: Tensor | None
     log_gravity: Tensor | None
-    softening: float
-    distance_power: float = 2.0
+    softening: float | Tensor
+    distance_power: float | Tensor = 2.0
     normalization: Literal["softmax", "force"] = "softmax"
     log_decay: Tensor | None = None
     discount: Literal["weights", "logits"] = "weights"
     clock: Clock | None = None
+    distance: Literal["euclidean", "cosine", "manhattan"] = "euclidean"
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
         """(N, T, H, L, S) logits without decay."""
-        softened = squared_distance(q, k) / q.shape[-1] + self.softening
+        softening, power = (
+            x[:, :, None, None] if isinstance(x, Tensor) else x for x in (self.softening, self.distance_power)
+        )
+        softened = self.squared_distance(q, k) + softening
         if self.query_mass is None or self.log_gravity is None:
-            return self.key_mass.log().unsqueeze(-2) - self.distance_power / 2 * softened.log()
+            return self.key_mass.log().unsqueeze(-2) - power / 2 * softened.log()
         strength = self.log_gravity.exp().unsqueeze(-1) * self.query_mass  # G m_i: (N, T, H, L)
-        return strength.unsqueeze(-1) * self.key_mass.unsqueeze(-2) * softened.pow(-self.distance_power / 2)
+        return strength.unsqueeze(-1) * self.key_mass.unsqueeze(-2) * softened.pow(-power / 2)
+
+    def squared_distance(self, q: Tensor, k: Tensor) -> Tensor:
+        """`r2_ij` (N, T', H, L, S)."""
+        if self.distance == "manhattan":
+            # Entry by entry: an (L, S, D) tensor is made for a gradient only.
+            entries = zip(q.unbind(-1), k.unbind(-1), strict=True)
+            differences = ((a.unsqueeze(-1) - b.unsqueeze(-2)).abs() for a, b in entries)
+            return (functools.reduce(torch.add, differences) / q.shape[-1]).square()
+        q, k = (normalised(q), normalised(k)) if self.distance == "cosine" else (q, k)
+        return squared_distance(q, k) / q.shape[-1]
+
+    def as_euclidean(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, "Gravity"]:
+        """q, k and score of the same logits, without the cosine."""
+        if self.distance != "cosine":
+            return q, k, self
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        q, k = (normalised(x.to(dtype)).to(x.dtype) for x in (q, k))
+        return q, k, replace(self, distance="euclidean")
 
 
 Score = DotProduct | Gravity
-TENSORS_OF_SCORE = ("key_mass", "query_mass", "log_gravity", "log_decay", "query_clock", "key_clock")
+LARGEST_POSITION = 2**24  # up to which float32 has every distance
+FIELDS = ("key_mass", "query_mass", "log_gravity", "log_decay", "softening", "distance_power")
 
 
 def split_score(score: Score) -> tuple[Score, tuple[Tensor | None, ...]]:
-    """The score without its tensors, and those, in the order of TENSORS_OF_SCORE: an `autograd.Function` is
-    to be given them one by one."""
-    tensors = [getattr(score, name, None) for name in TENSORS_OF_SCORE[:4]]
-    tensors += [None, None] if score.clock is None else [score.clock.query, score.clock.key]
-    without = {name: None for name in TENSORS_OF_SCORE[:4] if hasattr(score, name)}
-    return replace(score, clock=None, **without), tuple(tensors)  # type: ignore[arg-type]
+    """The score without its tensors, and those, in the order of FIELDS, then the clocks': an
+    `autograd.Function` is to be given them one by one."""
+    found = {name: getattr(score, name, None) for name in FIELDS}
+    tensors = {name: x for name, x in found.items() if isinstance(x, Tensor)}
+    clock = (None, None) if score.clock is None else (score.clock.query, score.clock.key)
+    without: dict[str, Any] = dict.fromkeys(tensors)
+    return replace(score, clock=None, **without), (*map(tensors.get, FIELDS), *clock)
 
 
 def join_score(score: Score, tensors: Sequence[Tensor | None]) -> Score:
     """The inverse of `split_score`."""
     *of_score, query_clock, key_clock = tensors
-    named = zip(TENSORS_OF_SCORE, of_score, strict=False)
-    fields: dict[str, Any] = {name: x for name, x in named if hasattr(score, name)}
+    named = zip(FIELDS, of_score, strict=True)
+    fields: dict[str, Any] = {name: x for name, x in named if x is not None}
     if query_clock is not None and key_clock is not None:
         fields["clock"] = Clock(query_clock, key_clock)
     return replace(score, **fields)
+
+
+def normalised(x: Tensor) -> Tensor:
+    """`x / sqrt(2 mean_d x_d^2)` (..., D): of two such vectors `|a - b|^2 / D = 1 - cos(a, b)`. The small
+    number keeps the gradient of a vector of zeros finite."""
+    return x * (2 * x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def squared_distance(q: Tensor, k: Tensor) -> Tensor:
@@ -123,11 +156,21 @@ class Mask:
     padding: (N, S) bool, True = blocked, or None.
     pairs:   (N or 1, 1, H or 1, L or 1, S) bool (True = blocked) or float (added to the logits), or None.
     causal:  block j > i.
+    query_offset: the position of the first query; that of the first key is 0. Distances count from it, too.
     """
 
     padding: Tensor | None = None
     pairs: Tensor | None = None
     causal: bool = False
+    query_offset: int = 0
+
+    def positions(self, query_length: int, key_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of queries i (L, 1) and of keys j (S,)."""
+        i = torch.arange(self.query_offset, self.query_offset + query_length, device=device)
+        return i[:, None], torch.arange(key_length, device=device)
+
+    def without_tensors(self) -> "Mask":
+        return replace(self, padding=None, pairs=None)
 
     def dense(self, query_length: int, key_length: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """`blocked`, broadcastable to (N, T, H, L, S), and the finite part of the float mask, or None."""
@@ -141,8 +184,8 @@ class Mask:
             minus_infinity = self.pairs == -math.inf
             blocked, added = blocked | minus_infinity, self.pairs.masked_fill(minus_infinity, 0.0)
         if self.causal:
-            order = torch.ones(query_length, key_length, dtype=torch.bool, device=device).triu(1)
-            blocked = blocked | order
+            i, j = self.positions(query_length, key_length, device)
+            blocked = blocked | (j > i)
         return blocked, added
 
 
@@ -154,12 +197,16 @@ def merge_masks(
     num_heads: int,
     query_length: int,
     key_length: int,
+    query_offset: int = 0,
 ) -> Mask:
     """Check the masks of `nn.MultiheadAttention`'s forward and put them into one `Mask`.
 
     key_padding_mask: (N, S) bool or float. attn_mask: (L, S) or (N * H, L, S) bool or float. All given masks
     hold together. ValueError names both shapes where one does not fit.
     """
+    if type(query_offset) is not int or not 0 <= query_offset <= LARGEST_POSITION - query_length:
+        largest = f"from 0 to 2**24 less the number of queries, here {LARGEST_POSITION - query_length}"
+        raise ValueError(f"query_offset must be a whole number {largest}, got {query_offset!r}")
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
             raise ValueError(f"{name} must be of a boolean or floating type, got {mask.dtype}")
@@ -181,8 +228,8 @@ def merge_masks(
             if finite.requires_grad or bool(finite.any()):
                 added = finite[:, None, None, None, :]
                 pairs = added if pairs is None else _as_added(pairs, added.dtype) + added
-            return Mask(blocked, pairs, is_causal)
-    return Mask(key_padding_mask, pairs, is_causal)
+            return Mask(blocked, pairs, is_causal, query_offset)
+    return Mask(key_padding_mask, pairs, is_causal, query_offset)
 
 
 def _as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ Symbols and masks: see attention_module.py.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,20 +15,13 @@ from torch import Tensor
 from attention_engine.attention_scores import Mask, Score, join_score
 
 
-def token_distance(query_length: int, key_length: int, device: torch.device) -> Tensor:
-    """`|i - j|` (L, S), float32."""
-    i = torch.arange(query_length, device=device)
-    j = torch.arange(key_length, device=device)
-    return (i[:, None] - j).abs().float()
-
-
 def dense_weights(q: Tensor, k: Tensor, score: Score, mask: Mask) -> Tensor:
     """Attention weights (N, T, H, L, S) by the plain formula. A row with no key is zeros."""
     logits = score.logits(q, k)
     query_length, key_length = logits.shape[-2:]
     if score.log_decay is not None:
-        distance = token_distance(query_length, key_length, q.device).to(q.dtype)
-        log_discount = distance * score.log_decay[:, :, None, None]
+        i, j = mask.positions(query_length, key_length, q.device)
+        log_discount = (i - j).abs().to(q.dtype) * score.log_decay[:, :, None, None]
         logits = logits * log_discount.exp() if score.discount == "logits" else logits + log_discount
     if score.clock is not None:
         logits = logits + score.clock.log_discount().to(logits.dtype)
@@ -56,14 +50,14 @@ def backward_is_differentiated(upstream: Tensor) -> bool:
 
 def dense_gradients(
     score: Score,
-    causal: bool,
+    mask: Mask,
     tensors: Sequence[Tensor | None],
     needed: Sequence[bool],
     upstream: Tensor,
 ) -> list[Tensor | None]:
     """The gradients of dense attention by those of the tensors that are needed, in this order; each can be
     differentiated again where gradients are enabled. tensors: q, k, v, those that `split_score` took out of
-    the score, padding, pairs."""
+    the score, and the mask's padding and pairs."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Each a tensor of its own: one may come twice, and its gradient is asked for by each place.
@@ -72,7 +66,7 @@ def dense_gradients(
         q, k, v, *of_score, padding, pairs = tensors
         assert q is not None and k is not None and v is not None
         dtype = torch.promote_types(q.dtype, torch.float32)
-        mask = Mask(padding, pairs, causal)
+        mask = replace(mask, padding=padding, pairs=pairs)
         weights = dense_weights(q.to(dtype), k.to(dtype), join_score(score, of_score), mask)
         output, options = weights @ v.to(dtype), {"create_graph": again, "materialize_grads": True}
         found = iter(torch.autograd.grad(output, inputs, upstream.to(dtype), **options))

@@ -19,12 +19,12 @@ def nearest_keys(
 ) -> tuple[Tensor, Tensor]:
     """For each row the nearest key that it may attend to, and how far it is, both (N or 1, L). Where there is
     none, the distance is negative and the key is any."""
-    far = 2 * (query_length + key_length)  # from any row, farther than any key
-    j = torch.arange(key_length, device=device).unsqueeze(0)
+    i, j = (x.flatten() for x in mask.positions(query_length, key_length, device))
+    far = 2 * (mask.query_offset + query_length + key_length)  # from any row, farther than any key
+    j = j.unsqueeze(0)
     absent = torch.zeros_like(j, dtype=torch.bool) if mask.padding is None else mask.padding
     before = torch.where(absent, -far, j).cummax(-1).values
     after = torch.where(absent, far, j).flip(-1).cummin(-1).values.flip(-1)
-    i = torch.arange(query_length, device=device)
     own = i.clamp(max=key_length - 1)
     before, after = before[:, own], after[:, own]
     nearest = before if mask.causal else torch.where(i - before <= after - i, before, after)
@@ -76,6 +76,6 @@ def reach_of_rows(
     log_decay = log_decay.unsqueeze(-1)  # (T, H, 1)
     beyond = (2 / -log_decay.expm1()).log() - math.log(tolerance)
     steps = (spread + beyond) / -log_decay + distance[:, None, None]  # (N, T, H, L)
-    everything = max(query_length, key_length)
+    everything = max(mask.query_offset + query_length, key_length)
     steps = steps.ceil().nan_to_num(nan=everything).clamp(0, everything)
     return steps.masked_fill(distance[:, None, None] < 0, 0).amax(-1).int()

@@ -164,7 +164,7 @@ struct View {  // of floats (N, T or 1, H, L or S, D), of which D is contiguous;
 };
 
 struct Call {
-  int32_t kind, shared, causal, batch, timescales, heads, queries, keys, head_dim, threads;
+  int32_t kind, shared, causal, offset, batch, timescales, heads, queries, keys, head_dim, threads;
   float scale, softening;                     // the factor of q . k for DOT_PRODUCT; for the others, x = r2 + softening
   View q, k, v;
   const float *strength, *key_mass, *log_decay;  // A_i (N, T, H, L), m_j (N, T, H, S), log gamma (T, H), or null
@@ -347,11 +347,12 @@ INLINE bool pair_is_blocked(const Call& c, const Problem& problem, int64_t i, in
 
 // Distance of a row from the nearest key that it may attend to; infinite, where there is none.
 static float nearest_key(const Call& c, const Problem& problem, const Keys& keys, int i) {
-  int before = keys.before(i + 1), after = before;
+  const int position = i + c.offset;
+  int before = keys.before(position + 1), after = before;
   while (before > 0 && pair_is_blocked(c, problem, i, keys.place[before - 1])) before--;
   while (after < keys.count && pair_is_blocked(c, problem, i, keys.place[after])) after++;
-  float nearest = before > 0 ? i - keys.place[before - 1] : INFINITY;
-  if (!c.causal && after < keys.count) nearest = std::min(nearest, keys.place[after] - i);
+  float nearest = before > 0 ? position - keys.place[before - 1] : INFINITY;
+  if (!c.causal && after < keys.count) nearest = std::min(nearest, keys.place[after] - position);
   return nearest;
 }
 
@@ -483,7 +484,7 @@ NOINLINE void gradient_panel(const Panel p, const float* X, const float* P, cons
 template <Kind KIND>
 static float mask_row(const Call& c, const Problem& problem, const Keys& keys, int i, int j0, int count, int columns,
                       float value, float* row) {
-  const int kept = c.causal ? std::min(count, keys.before(i + 1) - j0) : count;
+  const int kept = c.causal ? std::min(count, keys.before(i + c.offset + 1) - j0) : count;
   float found = KIND == FORCE ? 0 : NOTHING;
   for (int j = 0; j < columns; j++) {
     if (j >= kept || pair_is_blocked(c, problem, i, keys.place[j0 + j])) row[j] = value;
@@ -494,11 +495,13 @@ static float mask_row(const Call& c, const Problem& problem, const Keys& keys, i
 
 // Whether a timescale looks from rows [i0, i1) at any of the keys [j0, j1).
 INLINE bool is_reached(const Call& c, const Problem& problem, const Keys& keys, int t, int i0, int i1, int j0, int j1) {
-  return !c.reach || std::max(keys.place[j0] - (i1 - 1), i0 - keys.place[j1 - 1]) <= c.reach[problem.row(c, t)];
+  if (!c.reach) return true;
+  i0 += c.offset, i1 += c.offset;
+  return std::max(keys.place[j0] - (i1 - 1), i0 - keys.place[j1 - 1]) <= c.reach[problem.row(c, t)];
 }
 
 static int widest_reach(const Call& c, const Problem& problem) {
-  int widest = c.reach ? 0 : std::max(c.queries, c.keys);
+  int widest = c.reach ? 0 : std::max(c.offset + c.queries, c.keys);
   for (int t = 0; c.reach && t < problem.timescales; t++) widest = std::max(widest, c.reach[problem.row(c, t)]);
   return widest;
 }
@@ -535,19 +538,19 @@ static Extent forward(const Call& c, const Problem& problem, int first, int last
     std::fill_n(top, T * TILE_ROWS, NOTHING);
     std::fill_n(total, T * TILE_ROWS, 0.0f);
     std::fill_n(O, T * TILE_ROWS * WIDTH, 0.0f);
-    const int end = keys.before(c.causal ? i1 : i1 + widest);
-    for (int j0 = keys.before(i0 - widest) / PAIR * PAIR; j0 < end; j0 += TILE_KEYS) {
+    const int end = keys.before(c.offset + (c.causal ? i1 : i1 + widest));
+    for (int j0 = keys.before(c.offset + i0 - widest) / PAIR * PAIR; j0 < end; j0 += TILE_KEYS) {
       const int count = std::min<int>(TILE_KEYS, end - j0), columns = rounded_up(count, PAIR);
       for (int r0 = 0; r0 < i1 - i0; r0 += ROWS) {
         const int i = i0 + r0;
         product<KIND != DOT_PRODUCT, KIND != DOT_PRODUCT>(rows.q + r0 * WIDTH, K + j0 * WIDTH, X, columns,
                                                           rows.norm + r0, key_norm + j0);
-        const bool masked = columns > count || c.pairs || (c.causal && keys.place[j0 + count - 1] > i);
+        const bool masked = columns > count || c.pairs || (c.causal && keys.place[j0 + count - 1] > i + c.offset);
         bool is_first = true;
         for (int t = 0; t < T; t++) {
           if (!is_reached(c, problem, keys, t, i0, i1, j0, j0 + count)) continue;
           const int at = t * TILE_ROWS + r0;
-          const Panel panel{columns, (float)i, keys.place + j0, strength + at, keys.mass + t * S + j0,
+          const Panel panel{columns, (float)(i + c.offset), keys.place + j0, strength + at, keys.mass + t * S + j0,
                             rows.nearest + r0, problem.decay(c, t)};
           float of_row[ROWS], *logits = KIND == DOT_PRODUCT && !DECAY ? X : P;
           if (is_first) score_panel<KIND, DECAY, true, true>(panel, X, P, of_row, closest);
@@ -680,8 +683,8 @@ static void backward(const Call& c, const Problem& problem, int part, int parts,
     if (KIND != DOT_PRODUCT) norms(k, count, columns, c.head_dim, 0, key_norm, &largest);
     std::fill_n(dk, columns * WIDTH, 0.0f), std::fill_n(dv, columns * WIDTH, 0.0f);
     std::fill_n(of_mass, T * TILE_KEYS, 0.0f), std::fill_n(of_key, TILE_KEYS, 0.0f);
-    const int begin = std::max<int>(0, c.causal ? first : first - widest) / ROWS * ROWS;
-    const int end = std::min<int>(c.queries, last + widest + 1);
+    const int begin = std::max<int>(0, (c.causal ? first : first - widest) - c.offset) / ROWS * ROWS;
+    const int end = std::min<int>(c.queries, last + widest + 1 - c.offset);
     for (int i0 = begin; i0 < end; i0 += TILE_ROWS) {
       const int i1 = std::min<int>(end, i0 + TILE_ROWS), tile_rows = rounded_up(i1 - i0, ROWS);
       int first_t = T, last_t = -1;
@@ -691,12 +694,12 @@ static void backward(const Call& c, const Problem& problem, int part, int parts,
       for (int r0 = 0; r0 < tile_rows; r0 += ROWS) {
         const int i = i0 + r0;
         product<KIND != DOT_PRODUCT, KIND != DOT_PRODUCT>(rows.q + i * WIDTH, K, X, columns, rows.norm + i, key_norm);
-        const bool masked = columns > count || c.pairs || (c.causal && last > i);
+        const bool masked = columns > count || c.pairs || (c.causal && last > i + c.offset);
         for (int t = first_t; t <= last_t; t++) {
           if (!is_reached(c, problem, keys, t, i0, i1, j0, j0 + count)) continue;
           const int64_t row = t * L + i;
           product<true, false>(upstream + row * WIDTH, V, G, columns, delta + row, nullptr);
-          const Panel panel{columns, (float)i, place, strength + row, keys.mass + t * S + j0, rows.nearest + i,
+          const Panel panel{columns, (float)(i + c.offset), place, strength + row, keys.mass + t * S + j0, rows.nearest + i,
                             problem.decay(c, t)};
           float *weights = P + (t * TILE_ROWS + r0) * STRIDE, *c_panel = E + r0 * STRIDE;
           const bool raw = KIND == DOT_PRODUCT && !DECAY;
@@ -840,11 +843,9 @@ extern "C" int64_t multiply_adds(int64_t rounds, int threads, Parallel parallel)
     Vector sums[12];
     UNROLL for (int i = 0; i < 12; i++) sums[i] = broadcast(i);
     Vector factor = broadcast(0.999f);
-    for (int64_t round = *(int64_t*)argument; round; round--) {
+    for (int64_t round = *(int64_t*)argument; round; round--)
       UNROLL for (int i = 0; i < 12; i++) sums[i] = sums[i] * factor + factor;
-      asm volatile("" : "+m"(*(int64_t*)argument));
-    }
-    for (int i = 0; i < 12; i++) asm volatile("" ::"r"(sum_of(sums[i]) > 0));
+    UNROLL for (int i = 0; i < 12; i++) asm volatile("" ::"r"(sum_of(sums[i]) > 0));  // or nothing would be done
   }, &rounds, threads, parallel);
   return rounds * 12 * W * 2 * std::max(threads, 1);
 }

@@ -46,7 +46,7 @@ class Plan:
     scale: float
     timescales: int
     score: Score  # without tensors
-    causal: bool
+    mask: Mask  # without tensors
     softening: float = 0.0
     power: float = 2.0
 
@@ -85,11 +85,11 @@ def native_attention(
     without = split_score(score)[0]
     if isinstance(score, DotProduct):
         timescales = projections if log_decay is None else len(log_decay)
-        plan = Plan(DOT_PRODUCT, score.scale, timescales, without, mask.causal)
+        plan = Plan(DOT_PRODUCT, score.scale, timescales, without, mask.without_tensors())
     else:
         kind = GRAVITY if score.normalization == "softmax" else FORCE
-        shape = score.softening, score.distance_power
-        plan = Plan(kind, 1.0, score.key_mass.shape[1], without, mask.causal, *shape)
+        shape = float(score.softening), float(score.distance_power)
+        plan = Plan(kind, 1.0, score.key_mass.shape[1], without, mask.without_tensors(), *shape)
         key_mass = score.key_mass.float()
         if score.query_mass is not None and score.log_gravity is not None:
             strength = score.log_gravity.float().exp().unsqueeze(-1) * score.query_mass.float()
@@ -178,10 +178,10 @@ class NativeAttention(torch.autograd.Function):
         plan: Plan = ctx.plan
         if backward_is_differentiated(upstream):
             one = None if strength is None else strength.new_zeros(strength.shape[1:3])  # log G: A_i has G
-            tensors = q, k, v, key_mass, strength, one, log_decay, None, None, padding, pairs
+            tensors = q, k, v, key_mass, strength, one, log_decay, *[None] * 4, padding, pairs
             of_q, of_k, of_v, of_strength, of_mass, of_decay = ctx.needs_input_grad[:6]
-            needed = of_q, of_k, of_v, of_mass, of_strength, False, of_decay, *[False] * 4
-            found = dense_gradients(plan.score, plan.causal, tensors, needed, upstream)
+            needed = of_q, of_k, of_v, of_mass, of_strength, False, of_decay, *[False] * 6
+            found = dense_gradients(plan.score, plan.mask, tensors, needed, upstream)
             dq, dk, dv, dmass, dstrength, _, drate, *_ = found
             return dq, dk, dv, dstrength, dmass, drate, None, None, None, None
         dq, dk, dv = (_heads_last(*x.shape) for x in (q, k, v))
@@ -229,7 +229,8 @@ class Arguments:
         self.call = Call(
             kind=plan.kind,
             shared=projections != plan.timescales,
-            causal=plan.causal,
+            causal=plan.mask.causal,
+            offset=plan.mask.query_offset,
             batch=batch,
             timescales=plan.timescales,
             heads=heads,

@@ -51,8 +51,8 @@ class Call(ctypes.Structure):
     """The struct of the same name in native_attention.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("kind", "shared", "causal", "batch", "timescales", "heads")),
-        *((name, ctypes.c_int32) for name in ("queries", "keys", "head_dim", "threads")),
+        *((name, ctypes.c_int32) for name in ("kind", "shared", "causal", "offset", "batch", "timescales")),
+        *((name, ctypes.c_int32) for name in ("heads", "queries", "keys", "head_dim", "threads")),
         *((name, ctypes.c_float) for name in ("scale", "softening")),
         *((name, View) for name in ("q", "k", "v")),
         *((name, ctypes.c_void_p) for name in ("strength", "key_mass", "log_decay", "padding", "pairs")),

@@ -12,9 +12,9 @@ A tile of scores is made, used and forgotten (online softmax, Milakov and Gimels
         ds -> q, k, masses, decay and clocks, by the sums of its rows and columns
 
 The softened distance of gravity is one product of vectors that carry their squared norm, less a centre that
-no distance sees: `r2 + softening = [-2 q / D, |q|^2 / D + softening, 1] . [k, 1, |k|^2 / D]`. Where float32
-is not enough for it the call is computed in float64, see `needs_float64`. Far keys are skipped where decay
-makes them negligible (far_keys.py).
+no distance sees: `r2 = [-2 q / D, |q|^2 / D, 1] . [k, 1, |k|^2 / D]`. Where float32 is not enough for it the
+call is computed in float64, see `needs_float64`. Far keys are skipped where decay makes them negligible
+(far_keys.py), but with Manhattan distances and learned powers or softening.
 
 Symbols and masks: see attention_module.py. B problems are (example, head).
 """
@@ -22,7 +22,7 @@ Symbols and masks: see attention_module.py. B problems are (example, head).
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ def tiled_attention(
     without, tensors = split_score(score)
     seed = int(torch.randint(2**31, ()).item()) if dropout else 0
     wide = isinstance(score, Gravity) and needs_float64(q, k, score, mask)
-    call = Call(without, mask.causal, wide, dropout, seed, skip_far_keys)
+    call = Call(without, mask.without_tensors(), wide, dropout, seed, skip_far_keys)
     output: Tensor = TiledAttention.apply(call, q, k, v, *tensors, mask.padding, mask.pairs)
     return output
 
@@ -56,7 +56,7 @@ class Call:
     """What a call asks for, besides its tensors."""
 
     score: Score  # without tensors
-    causal: bool
+    mask: Mask  # without tensors
     wide: bool  # whether it is computed in float64
     dropout: float
     seed: int
@@ -86,7 +86,7 @@ class TiledAttention(torch.autograd.Function):
         if backward_is_differentiated(doutput):
             if call.dropout:
                 raise RuntimeError("backend 'tiled' has no double backward with dropout: use 'dense'")
-            return None, *dense_gradients(call.score, call.causal, tensors, needed, doutput)
+            return None, *dense_gradients(call.score, call.mask, tensors, needed, doutput)
         leaves = [None if x is None else x.detach() for x in tensors]
         wanted = [x.requires_grad_() for x in itertools.compress(leaves, needed) if x is not None]
         with torch.autocast(doutput.device.type, enabled=False):
@@ -108,11 +108,13 @@ class TiledAttention(torch.autograd.Function):
 class Factors(NamedTuple):
     """What logits are made of, (T or 1, B, ...), or of one timescale (B, ...); or the gradients by it."""
 
-    a: Tensor  # (B, L, A): logits, or softened distances, are a_i . b_j
+    a: Tensor  # (B, L, A): logits, or r2, are a_i . b_j, or with "manhattan" |a_i - b_j|_1^2
     b: Tensor  # (B, S, A)
     v: Tensor  # (B, S, D)
     strength: Tensor | None  # (B, L, 1): G m_i
     key_mass: Tensor | None  # (B, 1, S): m_j, or log m_j with "force"
+    softening: Tensor | None  # (B, 1, 1)
+    power: Tensor | None  # (B, 1, 1): p / 2
     log_decay: Tensor | None  # (B, 1, 1)
     query_clock: Tensor | None  # (B, L, 1)
     key_clock: Tensor | None  # (B, 1, S)
@@ -138,12 +140,17 @@ class Problems:
 def needs_float64(q: Tensor, k: Tensor, score: Gravity, mask: Mask) -> bool:
     """Whether float32 is not enough: for `|q|^2 - 2 q . k + |k|^2`, which cancels terms of the size of |q|^2,
     beside the softening; or for the gradients of masses, where one key may take all weight of a row."""
-    if score.softening ** (-score.distance_power / 2) > LARGEST_UNIT_FORCE:
+    softening = float(torch.as_tensor(score.softening).min())
+    # A learned power starts far beyond that: there the gradients of masses are as good as nothing.
+    fixed_power = None if isinstance(score.distance_power, Tensor) else score.distance_power
+    if fixed_power is not None and softening ** (-fixed_power / 2) > LARGEST_UNIT_FORCE:
         return True
+    if score.distance == "manhattan":
+        return False
     padding = None if mask.padding is None else mask.padding[:, None, None, :, None]
     q, k = centred(q, k, padding, by_median=False)
     largest = q.square().sum(-1).amax() + k.square().sum(-1).amax()
-    return not bool(largest * torch.finfo(q.dtype).eps <= ROUNDING * q.shape[-1] * score.softening)
+    return not bool(largest * torch.finfo(q.dtype).eps <= ROUNDING * q.shape[-1] * softening)
 
 
 def centred(q: Tensor, k: Tensor, padding: Tensor | None, by_median: bool) -> tuple[Tensor, Tensor]:
@@ -156,14 +163,14 @@ def centred(q: Tensor, k: Tensor, padding: Tensor | None, by_median: bool) -> tu
 
 def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
     """The tensors of a call as `Problems`, by operations that autograd can follow."""
-    of_pairs, (padding, pairs) = tensors[:9], tensors[9:]
+    of_pairs, (padding, pairs) = tensors[:-2], tensors[-2:]
     dtype = torch.float64 if call.wide or tensors[0] is None else tensors[0].dtype
-    q, k, v, key_mass, query_mass, log_gravity, log_decay, query_clock, key_clock = (
+    q, k, v, key_mass, query_mass, log_gravity, log_decay, softening, power, query_clock, key_clock = (
         None if x is None else x.to(dtype) for x in of_pairs
     )
     assert q is not None and k is not None and v is not None
     heads, score, strength, absent = q.shape[2], call.score, None, None
-    ends, bias = [k.shape[3]] * (len(q) * heads), None
+    ends, bias, may_skip = [k.shape[3]] * (len(q) * heads), None, call.skip_far_keys
     if padding is not None:
         absent = padding[:, None, None, :, None]
         k, v = k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
@@ -173,24 +180,33 @@ def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
         last = (~padding * torch.arange(1, k.shape[3] + 1, device=k.device)).amax(-1)
         ends = last.repeat_interleave(heads).tolist()
     if isinstance(score, DotProduct):
-        a, b, constants = q * score.scale, k, (score.scale, 1.0, 1.0)
+        a, b = q * score.scale, k
+        constants: tuple[Any, ...] = (score.scale, 1.0, 1.0)
     else:
         if query_mass is not None and log_gravity is not None:
             strength = log_gravity.exp().unsqueeze(-1) * query_mass
         elif key_mass is not None:
             key_mass = key_mass.log()
         q, k = centred(q, k, absent, by_median=call.wide)
-        norm_q, norm_k = (x.square().mean(-1, keepdim=True) for x in (q, k))  # |q|^2 / D
-        a = torch.cat([q * (-2 / q.shape[-1]), norm_q + score.softening, torch.ones_like(norm_q)], -1)
-        b = torch.cat([k, torch.ones_like(norm_k), norm_k], -1)
-        constants = (1.0, score.softening, score.distance_power / 2)
-    reach = [[max(q.shape[3], k.shape[3])] * len(ends)]
+        if score.distance == "manhattan":
+            a, b = q / q.shape[-1], k / q.shape[-1]
+        else:
+            norm_q, norm_k = (x.square().mean(-1, keepdim=True) for x in (q, k))  # |q|^2 / D
+            a = torch.cat([q * (-2 / q.shape[-1]), norm_q, torch.ones_like(norm_q)], -1)
+            b = torch.cat([k, torch.ones_like(norm_k), norm_k], -1)
+        may_skip = may_skip and softening is None and power is None and score.distance != "manhattan"
+        constants = (1.0, score.softening, score.distance_power / 2) if may_skip else ()
+        softening = k.new_full((1, heads), float(score.softening)) if softening is None else softening
+        power = k.new_full((1, heads), float(score.distance_power)) if power is None else power
+    reach = [[max(call.mask.query_offset + q.shape[3], k.shape[3])] * len(ends)]
     given_decay = of_pairs[6]  # which tells whether it is learned
-    if call.skip_far_keys and given_decay is not None and pairs is None and query_clock is None:
-        mask = Mask(padding, causal=call.causal)
+    if may_skip and given_decay is not None and pairs is None and query_clock is None:
+        mask = replace(call.mask, padding=padding)
         found = reach_of_rows(q, k, strength, key_mass, given_decay, mask, *constants)
         reach = found.transpose(0, 1).flatten(1).tolist()
-    log_decay = None if log_decay is None else log_decay.expand(len(q), -1, -1)
+    log_decay, softening, power = (
+        None if x is None else x.expand(len(q), -1, -1) for x in (log_decay, softening, power)
+    )
 
     def by_timescale(x: Tensor | None, *shape: int) -> Any:
         """(N, T or 1, H, ...) -> (T or 1, B, *shape)."""
@@ -200,6 +216,8 @@ def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
     vectors = (
         (strength, column),
         (key_mass, row),
+        (softening, number),
+        (None if power is None else power / 2, number),
         (log_decay, number),
         (query_clock, column),
         (key_clock, row),
@@ -229,18 +247,19 @@ def _rows_of(p: Problems) -> Iterator[tuple[slice, slice]]:
             yield slice(first, min(first + size, count)), slice(row, min(row + BLOCK, length))
 
 
-def _tiles_of(p: Problems, t: int, problems: slice, rows: slice, causal: bool) -> Iterator[Tile]:
+def _tiles_of(call: Call, p: Problems, t: int, problems: slice, rows: slice) -> Iterator[Tile]:
     """The tiles of some queries, but those of which every key is padding, after the queries, or far."""
     reach = max(p.reach[min(t, len(p.reach) - 1)][problems])
-    end = min(max(p.ends[problems]), rows.stop + (0 if causal else reach))
-    for key in range(max(0, rows.start - reach), end, BLOCK):
+    first, behind = (call.mask.query_offset + x for x in (rows.start, rows.stop))  # positions
+    end = min(max(p.ends[problems]), behind + (0 if call.mask.causal else reach))
+    for key in range(max(0, first - reach), end, BLOCK):
         yield Tile(problems, rows, slice(key, min(key + BLOCK, end)))
 
 
-def _distance(tile: Tile, like: Tensor) -> Tensor:
+def _distance(call: Call, tile: Tile, like: Tensor) -> Tensor:
     """i - j (rows, keys)."""
     i, j = (torch.arange(x.start, x.stop, dtype=like.dtype, device=like.device) for x in tile[1:])
-    return i[:, None] - j
+    return i[:, None] + (call.mask.query_offset - j)
 
 
 def _between(f: Factors, tile: Tile) -> Tensor:
@@ -252,27 +271,33 @@ def _between(f: Factors, tile: Tile) -> Tensor:
 def _logits(call: Call, p: Problems, f: Factors, tile: Tile) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The logits (B, rows, keys), masked; and for gravity the forces ("softmax") and 1 / (r2 + softening)."""
     of, rows, keys = tile
-    x = torch.bmm(f.a[of, rows], f.b[of, keys].mT)
+    a, b = f.a[of, rows], f.b[of, keys]
     forces = inverse = None
-    if isinstance(call.score, Gravity) and f.key_mass is not None:
-        power, mass = call.score.distance_power / 2, f.key_mass[of, :, keys]
-        x.clamp_(min=call.score.softening)
+    if isinstance(call.score, DotProduct) or f.key_mass is None or f.softening is None or f.power is None:
+        x = torch.bmm(a, b.mT)
+    else:
+        softening, power, mass = f.softening[of], f.power[of], f.key_mass[of, :, keys]
+        if call.score.distance == "manhattan":
+            x = torch.cdist(a, b, p=1.0).square_().add_(softening)
+        else:
+            x = torch.baddbmm(softening, a, b.mT)
+            torch.maximum(x, softening, out=x)
         inverse = x.reciprocal()
         if f.strength is None:
-            x = torch.add(mass, x.log_(), alpha=-power)
+            x = x.log_().mul_(-power).add_(mass)
         else:
-            forces = x.copy_(inverse) if power == 1.0 else x.pow_(-power)
+            forces = x.copy_(inverse) if call.score.distance_power == 2.0 else x.pow_(-power)
             x = forces.mul_(f.strength[of, rows]).mul_(mass).clone()
     if f.log_decay is not None:
-        x.addcmul_(_distance(tile, x).abs_(), f.log_decay[of])
+        x.addcmul_(_distance(call, tile, x).abs_(), f.log_decay[of])
     if f.query_clock is not None:
         x.sub_(_between(f, tile).abs_())
     if p.bias is not None:
         x.add_(p.bias[of, :, keys])
     if p.pairs is not None:
         _add_pairs(x, p.pairs, p.heads, tile)
-    if call.causal and keys.stop > rows.start + 1:
-        x.masked_fill_(_distance(tile, x) < 0, -math.inf)
+    if call.mask.causal and keys.stop > call.mask.query_offset + rows.start + 1:
+        x.masked_fill_(_distance(call, tile, x) < 0, -math.inf)
     return x, forces, inverse
 
 
@@ -302,7 +327,7 @@ def _forward(call: Call, p: Problems, t: int) -> tuple[Tensor, Tensor]:
     for of, rows in _rows_of(p):
         top = torch.full_like(log_sum[of, rows], -math.inf)
         total, read = torch.zeros_like(top), torch.zeros_like(output[of, rows])
-        for tile in _tiles_of(p, t, of, rows, call.causal):
+        for tile in _tiles_of(call, p, t, of, rows):
             x, _, _ = _logits(call, p, f, tile)
             new_top = torch.maximum(top, x.amax(-1, keepdim=True))
             finite = new_top.masked_fill(new_top == -math.inf, 0.0)
@@ -323,8 +348,10 @@ def _backward(
 ) -> None:
     """Add the gradients by the factors of a timescale. output and doutput (B, L, D), log_sum (B, L, 1)."""
     f, delta = p.factors.of(t), (doutput * output).sum(-1, keepdim=True)
-    slope = 1.0 if isinstance(call.score, DotProduct) else -call.score.distance_power / 2
-    for tile in (tile for of_rows in _rows_of(p) for tile in _tiles_of(p, t, *of_rows, call.causal)):
+    of_power, of_softening = (
+        x is not None and x.requires_grad for x in (p.factors.power, p.factors.softening)
+    )
+    for tile in (tile for of_rows in _rows_of(p) for tile in _tiles_of(call, p, t, *of_rows)):
         of, rows, keys = tile
         x, forces, inverse = _logits(call, p, f, tile)
         weights = torch.threshold_(x.sub_(log_sum[of, rows]).exp_(), VANISHED, 0.0)
@@ -335,7 +362,7 @@ def _backward(
         by.v[of, keys] += torch.bmm(used.mT, doutput[of, rows])
         ds.sub_(delta[of, rows]).mul_(weights)
         if by.log_decay is not None:
-            by.log_decay[of] += (ds.flatten(1) @ _distance(tile, ds).abs_().flatten())[:, None, None]
+            by.log_decay[of] += (ds.flatten(1) @ _distance(call, tile, ds).abs_().flatten())[:, None, None]
         if by.query_clock is not None and by.key_clock is not None:
             signed = _between(f, tile).sign_().mul_(ds)
             by.query_clock[of, rows] -= signed.sum(-1, keepdim=True)
@@ -345,6 +372,23 @@ def _backward(
         if by.key_mass is not None and f.key_mass is not None and inverse is not None:
             of_keys = ds.sum(-2, keepdim=True)
             by.key_mass[of, :, keys] += of_keys if f.strength is None else of_keys / f.key_mass[of, :, keys]
+            if by.power is not None and of_power:
+                by.power[of] += (inverse.log() * ds).sum((1, 2), keepdim=True)
             ds.mul_(inverse)
-        by.a[of, rows] += torch.bmm(ds, f.b[of, keys]) * slope
-        by.b[of, keys] += torch.bmm(ds.mT, f.a[of, rows]) * slope
+        slope = 1.0 if f.power is None else -f.power[of]
+        if by.softening is not None and of_softening:
+            by.softening[of] += ds.sum((1, 2), keepdim=True) * slope
+        of_a, of_b = _product_gradients(call, f.a[of, rows], f.b[of, keys], ds)
+        by.a[of, rows] += of_a * slope
+        by.b[of, keys] += of_b * slope
+
+
+def _product_gradients(call: Call, a: Tensor, b: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients by a (B, rows, A) and b (B, keys, A) of what is made of them, whose own is ds."""
+    if isinstance(call.score, DotProduct) or call.score.distance != "manhattan":
+        return torch.bmm(ds, b), torch.bmm(ds.mT, a)
+    with torch.enable_grad():
+        a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+        distance = torch.cdist(a, b, p=1.0)
+    of_a, of_b = torch.autograd.grad(distance, (a, b), distance.detach() * ds * 2)
+    return of_a, of_b

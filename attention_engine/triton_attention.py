@@ -65,8 +65,8 @@ def triton_attention(
             score.key_mass.shape[1],
             without,
             causal,
-            score.softening,
-            score.distance_power / 2,
+            float(score.softening),
+            float(score.distance_power) / 2,
         )
         strength, key_mass = _masses(score, mask)
     if skip_far_keys and log_decay is not None and mask.pairs is None and q.numel() and k.numel():
@@ -160,10 +160,10 @@ class FusedAttention(torch.autograd.Function):
         q, k, v, strength, key_mass, log_decay, padding, pairs, reach, output, log_sum = ctx.saved_tensors
         if backward_is_differentiated(upstream):
             one = None if strength is None else strength.new_zeros(strength.shape[1:3])  # log G: A_i has G
-            tensors = q, k, v, key_mass, strength, one, log_decay, None, None, padding, pairs
+            tensors = q, k, v, key_mass, strength, one, log_decay, *[None] * 4, padding, pairs
             of_q, of_k, of_v, of_strength, of_mass, of_decay = ctx.needs_input_grad[:6]
-            needed = of_q, of_k, of_v, of_mass, of_strength, False, of_decay, *[False] * 4
-            found = dense_gradients(ctx.plan.score, ctx.plan.mask.causal, tensors, needed, upstream)
+            needed = of_q, of_k, of_v, of_mass, of_strength, False, of_decay, *[False] * 6
+            found = dense_gradients(ctx.plan.score, ctx.plan.mask, tensors, needed, upstream)
             dq, dk, dv, dmass, dstrength, _, drate, *_ = found
             return dq, dk, dv, dstrength, dmass, drate, None, None, None, None
         plan = replace(ctx.plan, mask=Mask(padding, pairs, ctx.plan.mask.causal), reach=reach)

@@ -73,7 +73,7 @@ from training.device_memory import PeakMemory
 SHORT_HORIZONS, DEFAULT_GAMMAS = (0.6, 0.9, 0.99), (0.9, 0.99, 0.999)
 SOFTENING = 0.1  # the modules' default
 ANCHOR, DIFFERENCES = "sdpa", "differences"
-LINES = {"native": "-", "tiled": (0, (6, 2)), "triton": "-.", "dense": "--", DIFFERENCES: ":"}
+LINES: dict[str, Any] = {"native": "-", "tiled": (0, (6, 2)), "triton": "-.", "dense": "--", DIFFERENCES: ":"}
 
 
 class Mechanism(NamedTuple):
@@ -346,7 +346,8 @@ def draw(
         label = f"{mechanism}, {backend}"
         if len(set(lengths)) > 1:
             label += f": N^{slope(lengths, values):.2f}"
-        ax.plot(lengths, values, LINES.get(backend, "-"), color=color, marker="o", markersize=3, label=label)
+        style = LINES.get(backend, "-")
+        ax.plot(lengths, values, linestyle=style, color=color, marker="o", markersize=3, label=label)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(sorted({row["length"] for row in rows}))

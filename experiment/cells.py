@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import filelock
 
+from command_line import InputError
 from experiment.plan_files import check_data, placed, read_plan
 from experiment.run_plan import RunPlan, load_once, settings_by_cell
 from experiment.stop_request import StoppedError
@@ -265,6 +266,12 @@ def _why_not_done(record: CellRecord) -> str:
     result = record.result or {}
     if result.get("schema_version") != SCHEMA_VERSION:
         return f"result.json has schema version {result.get('schema_version')!r}, not {SCHEMA_VERSION}"
+    try:
+        metric = metric_of(record)
+    except InputError as error:
+        return f"result.json: {error}"
+    if metric.read(result, "test_{}_best") is None:
+        return f"result.json has no test_{metric.source}_best"
     for name in ("test_accuracy_best", "test_accuracy_last"):
         if not _is_share(result.get(name)):
             return f"result.json has no {name}"

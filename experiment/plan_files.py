@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from command_line import InputError, given_settings, option_name
-from data_pipeline import TASKS, DataSettings, TaskData
+from data_pipeline import MEANINGLESS, TASKS, DataSettings, TaskData
 from experiment.models import Model
 from experiment.run_plan import (
     RunPlan,
@@ -83,6 +83,7 @@ def _task_info(task: TaskData) -> dict[str, Any]:
         "chance": 1 / task.num_classes,
         "majority": float(counts.max() / counts.sum()),
         "test_size": len(task.test),
+        "test_predictions": len(labels),
         "class_names": list(task.class_names),
         "provenance": task.provenance,
     }
@@ -253,7 +254,7 @@ def refuse_changes(root: Path, plan: RunPlan, arguments: argparse.Namespace) -> 
             found.append((option_name(name), there, value))
     for name, value in given_settings(arguments, DataSettings).items():
         for task in plan.tasks:
-            if name not in PLACES and (name != "min_length" or task == "listops"):
+            if name not in (*PLACES, *MEANINGLESS.get(task, ())):
                 found.append((option_name(name), getattr(plan.data_settings[task], name), value))
     differences = [
         f"{option} is {_shown(there)} there and {_shown(here)} here"

@@ -18,6 +18,8 @@ from experiment.cells import ERROR, verified_cell
 from experiment.models import COMPARED, MODELS, SYNTAX, Model, build, mechanism_settings
 from experiment.run_plan import PRESETS, RunPlan, parameter_counts, settings_by_cell
 from experiment.run_progress import duration
+from reporting.metrics import PERCENT
+from reporting.run_results import metric_of
 from results_folder import CellRecord
 from train_and_evaluate import ModelSettings, Trainer, TrainingSettings
 from training.model_cost import count_parameters
@@ -129,23 +131,27 @@ def examples_at(dataset: TokenDataset, quantile: float, count: int) -> TokenData
     return dataset.take(order[start : start + count])
 
 
-def accuracy_table(plan: RunPlan, records: list[CellRecord]) -> str:
-    """Test accuracy by model and task, the mean over the seeds that are done, and the cells that are not."""
+def results_table(plan: RunPlan, records: list[CellRecord]) -> str:
+    """The test metric by model and task, the mean of the seeds that are done, and the cells that are not."""
     width = max(len(model.name) for model in plan.models) + 2
-    lines = ["test accuracy".ljust(width) + "".join(f"{task:>24}" for task in plan.tasks)]
+    metrics = {record.cell.task: metric_of(record) for record in records if record.result}
+    titles = list(dict.fromkeys(metric.title for metric in metrics.values())) or [PERCENT.title]
+    head = f"test {' or '.join(titles)}".ljust(width)
+    lines = [head + "".join(f"{task:>24}" for task in plan.tasks)]
     for model in plan.models:
         entries = []
         for task in plan.tasks:
             here = [
                 record for record in records if (record.cell.task, record.cell.model) == (task, model.name)
             ]
-            done = [record.result["test_accuracy_best"] for record in here if record.result]
-            entry = f"{np.mean(done):.1%}" if done else "-"
-            if len(plan.seeds) > 1 and done:
+            read = [metrics[task].read(record.result, "test_{}_best") for record in here if record.result]
+            done = [value for value in read if value is not None]
+            entry = metrics[task].shown(float(np.mean(done))) if done else "-"
+            if len(plan.seeds_of(task)) > 1 and done:
                 entry += f" (n = {len(done)})"
             lost = sorted({record.state for record in here if not record.result})
             entries.append(" ".join([entry, *lost]) if done or not lost else " ".join(lost))
-        lines.append(model.name.ljust(width) + "".join(f"{entry:>24}" for entry in entries))
+        lines.append(model.name.ljust(len(head)) + "".join(f"{entry:>24}" for entry in entries))
     return "\n".join(lines)
 
 

@@ -9,12 +9,11 @@ which warms up, are left out. Tokens are true ones, padding not counted, an exam
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import cast
 
 import pandas as pd
 
-from reporting.comparison_tables import metric_in
 from reporting.metrics import number
 from reporting.run_results import TaskFacts, task_facts
 from results_folder import Results
@@ -80,24 +79,3 @@ def progress_metrics(
             (task, model, seed, name, float(value)) for name, value in values.items() if math.isfinite(value)
         ]
     return pd.DataFrame(rows, columns=["task", "model", "seed", "metric", "value"])
-
-
-def trade_offs(table: pd.DataFrame) -> pd.DataFrame:
-    """Of each finished cell of a task: model, seed, seconds to the best epoch, test metric of its weights.
-
-    `table`: the tidy table of one task; cells that lack one of the two are left out."""
-    quality = metric_in(table).best
-    wanted = table[table["metric"].isin(["seconds_to_best", quality])]
-    wide = wanted.pivot(index=["model", "seed"], columns="metric", values="value")
-    wide = wide.reindex(columns=["seconds_to_best", quality]).dropna().reset_index()
-    return wide.set_axis(["model", "seed", "seconds", "quality"], axis=1)
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The positions of the (cost, gain) that no other point beats: none costs less or as much and gains more,
-    or costs less and gains as much. By rising cost."""
-    front: list[int] = []
-    for index in sorted(range(len(points)), key=lambda one: (points[one][0], -points[one][1])):
-        if not front or points[index][1] > points[front[-1]][1]:
-            front.append(index)
-    return front

@@ -5,6 +5,7 @@ analysis.quality("listops", "gravitational")                # Estimate(n=3, mean
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import pandas as pd
@@ -14,6 +15,7 @@ from reporting.accuracy_against_cost import progress_metrics, progress_table, ta
 from reporting.comparison_tables import (
     epoch_table,
     learned_table,
+    mean_ratio,
     metric_table,
     summarize,
 )
@@ -77,6 +79,16 @@ class Analysis:
 
     def unfinished(self) -> list[CellRecord]:
         return [record for record in self.results.cells if record.state != "done"]
+
+    def lost(self, task: str, model: str) -> str:
+        """The cells that are not done, in words: "2 failed, 1 missing"; "" where there are none."""
+        cells = [record for record in self.unfinished() if record.cell.task == task]
+        states = Counter(record.state for record in cells if record.cell.model == model)
+        return ", ".join(f"{n} {state}" for state, n in states.items())
+
+    def multiple(self, task: str, model: str, metric: str) -> float:
+        """The metric as a multiple of the baseline's, paired by seed; NaN without a pair."""
+        return mean_ratio(self.table, task, model, metric, self.baseline)
 
     def mean(self, task: str, model: str, metric: str) -> Estimate:
         """Over the seeds; n = 0 and NaN where there are none."""

@@ -1,16 +1,17 @@
-"""The report of a comparison: what was run, findings, tables, figures, how to reproduce it.
+"""The report of a comparison: the verdicts, a section for each task, what was run, how to reproduce it.
 
     for name, text in render_report(analysis, figures, folder).items():      # report.md, report.html
         write_text(root / name, text)
 
-Both files are templates (templates/) filled from the same numbers and sentences; those of the findings are
-made in report_findings.py. Everything a folder's files say is escaped, and the page forbids itself (Content-
-Security-Policy) to load anything.
+Both files are templates (templates/) filled from the same numbers and sentences, which are made in
+first_screen.py and report_findings.py. Everything a folder's files say is escaped, and the page forbids
+itself (Content-Security-Policy) to load anything.
 """
 
 import base64
 import shlex
 import struct
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,9 @@ import jinja2
 
 from reporting.accuracy_against_cost import TARGET_SHARE
 from reporting.analysis import Analysis
+from reporting.attention_explorer import explorer_data
 from reporting.comparison_tables import NEAR
+from reporting.first_screen import first_screen
 from reporting.metrics import METRICS
 from reporting.report_findings import findings
 from reporting.run_results import (
@@ -31,9 +34,9 @@ from reporting.run_results import (
     most_on_a_device,
     unavailable_tasks,
 )
-from reporting.summary_tables import tables
+from reporting.summary_tables import difference_tables, run_tables, task_tables
 from reporting.task_figures import DrawnFigure
-from reporting.text_tables import code_block, markdown, markdown_table, single_line
+from reporting.text_tables import TextTable, code_block, markdown, markdown_table, single_line
 from reporting.verdicts import LEARNED_GAP, LEARNED_SHARE, SIGNIFICANCE
 from results_folder import Results
 
@@ -41,7 +44,8 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 FIGURE_DPI, CSS_DPI = 150, 96  # of the PNG files (figure_style.py), and of a page
 _RELEVANT = " or ".join(one.margin for one in METRICS.values())
 DEFINITIONS = (
-    "The test metric is that of the weights of the best validation accuracy; the test set is read once.",
+    "The test metric is that of the weights of the epoch that is best by it on validation; the test set is "
+    "read once.",
     "Epochs to 90 % of best: the first epoch whose validation accuracy reaches 90 % of its maximum; "
     "above chance: the first with (accuracy - chance) / (maximum - chance) of at least 0.9.",
     "Time per epoch is that of the training steps, without evaluation and without the first step.",
@@ -74,18 +78,34 @@ class Notice(NamedTuple):
     text: str
 
 
+class Section(NamedTuple):
+    """A task's: its name and heading, figures, what its numbers say, tables."""
+
+    name: str
+    title: str
+    figures: list[DrawnFigure]
+    sentences: list[str]
+    tables: list[TextTable]
+
+
 def render_report(analysis: Analysis, figures: dict[str, list[DrawnFigure]], folder: Path) -> dict[str, str]:
-    """report.md and report.html by file name. figures: by task; folder: where their PNG files are."""
+    """report.md and report.html by file name. figures: by task, "" for those of all tasks; folder: where
+    their PNG files are."""
     context = {
         "title": "Comparison of attention mechanisms",
         "notices": _notices(analysis),
         "facts": _facts(analysis),
         "cells": len(analysis.results.cells),
         "lost": analysis.unfinished(),
-        "findings": findings(analysis),
+        "screen": first_screen(analysis),
+        "overview": figures.get("", []),
+        "differences": difference_tables(analysis),
+        "sections": [_section(analysis, task, figures.get(task, [])) for task in analysis.facts],
+        "run_tables": run_tables(analysis),
         "no_patterns": _without_patterns(analysis),
-        "tables": tables(analysis),
-        "figures": figures,
+        "explorer": explorer_data(
+            analysis.patterns, analysis.names, {name: task.title for name, task in analysis.facts.items()}
+        ),
         "definitions": DEFINITIONS,
         "reproduce": _how_to_reproduce(analysis),
     }
@@ -104,6 +124,12 @@ def render_report(analysis: Analysis, figures: dict[str, list[DrawnFigure]], fol
     }
     names = ("report.md", "report.html")
     return {name: environment.get_template(f"{name}.jinja").render(context) for name in names}
+
+
+def _section(analysis: Analysis, task: str, figures: list[DrawnFigure]) -> Section:
+    facts, notice = analysis.facts[task], analysis.notice(task)
+    title = f"{task} ({facts.title})" + (f": {notice}" if notice else "")
+    return Section(task, title, figures, findings(analysis, task), task_tables(analysis, facts))
 
 
 def _without_patterns(analysis: Analysis) -> list[str]:
@@ -145,8 +171,13 @@ def _notices(analysis: Analysis) -> list[Notice]:
             "the memory is that of each process by itself: compare costs with care."
         )
         notices.append(Notice("Shared devices.", text))
-    if not analysis.results.cells or len(analysis.unfinished()) == len(analysis.results.cells):
+    cells, lost = analysis.results.cells, analysis.unfinished()
+    if len(lost) == len(cells):
         notices.append(Notice("No cell is done.", "There are no results to compare."))
+    elif lost:
+        states = ", ".join(f"{n} {state}" for state, n in Counter(one.state for one in lost).items())
+        text = f"{states}: they are in no mean, and are named with their reasons under What was run."
+        notices.append(Notice(f"{len(lost)} of {len(cells)} cells are not done.", text))
     return notices
 
 
@@ -255,6 +286,8 @@ def _task_line(facts: TaskFacts) -> str:
     parts = [facts.title]
     if facts.test_size:
         parts.append(f"{facts.test_size:,} test examples")
+    if facts.test_predictions and facts.test_predictions != facts.test_size:
+        parts.append(f"{facts.test_predictions:,} predictions in them")
     if facts.num_classes:
         parts.append(f"{facts.num_classes} classes")
     majority = facts.majority if facts.metric.more_is_better else None

@@ -1,4 +1,5 @@
-"""Figures that compare models: accuracy as points, costs as bars, improvement over the baseline, radar.
+"""Figures that compare models: quality as points and by length, differences to the baseline over all tasks
+and against what they cost.
 
 Plot functions take data and `ax` and return `ax`; the *_figure functions lay panels out. `values` is a part
 of the tidy table (comparison_tables.py) with the columns model, seed, value, for one task and one metric.
@@ -6,8 +7,8 @@ Every mean is drawn with its 95 % t interval where two seeds or more allow one, 
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,91 +16,27 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.projections.polar import PolarAxes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from reporting.figure_style import ModelStyle, model_legend, new_figure, no_data
+from reporting.figure_style import ModelStyle, drawable, model_legend, new_figure
 from reporting.lra_literature import Published
 from reporting.metrics import PERCENT, Metric
 from reporting.run_results import TaskFacts
-from reporting.seed_statistics import Estimate, estimate
+from reporting.seed_statistics import estimate
+from reporting.verdicts import Difference
 
-BAR_ROOM = 0.42  # inches per bar
 Level = tuple[str, float, Any]  # a reference line: label, the metric's value, line style
-
-
-class Panel(NamedTuple):
-    """A panel of bars: the metric, its axis label, and how it is shown. unmeasured: said of a model without
-    a value; whole: ticks at whole numbers only."""
-
-    metric: str
-    label: str
-    scale: float = 1.0
-    form: Callable[[float], str] = "{:.1f}".format
-    unmeasured: str = "not measured"
-    whole: bool = False
-
-
-def _rows(
-    values: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes, scale: float, absent: Mapping[str, str]
-) -> Iterator[tuple[int, ModelStyle, list[float], Estimate]]:
-    """A row for each model: (row, style, values by ascending seed, their mean), to be drawn.
-
-    A model without a value is not given: its row holds its words in `absent`."""
-    for row, (model, style) in enumerate(styles.items()):
-        mine = values[values["model"] == model].sort_values("seed")
-        numbers = [scale * float(value) for value in mine["value"]]
-        if numbers:
-            yield row, style, numbers, estimate(numbers)
-        else:
-            words = absent.get(model, "not measured")
-            ax.text(0.01, row, words, transform=ax.get_yaxis_transform(), va="center", color="#666666")
-    ax.set_yticks(range(len(styles)), [style.label for style in styles.values()])
-    ax.set_ylim(len(styles) - 0.4, -0.6)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x")
-
-
-def _draw_seeds(
-    ax: Axes, numbers: Sequence[float], row: float, style: ModelStyle, reach: float = 0.2
-) -> None:
-    """A mark per seed, the first seed uppermost, up to `reach` above and below the row."""
-    spread = np.linspace(-reach, reach, len(numbers)) if len(numbers) > 1 else np.zeros(1)
-    look: dict[str, Any] = {"color": style.color, "marker": style.marker, "s": 22}
-    look |= {"edgecolor": "white", "linewidth": 0.5}
-    sns.scatterplot(x=numbers, y=row + spread, clip_on=False, legend=False, ax=ax, **look)
-
-
-def _draw_interval(ax: Axes, mean: Estimate, row: int) -> None:
-    if mean.n > 1:
-        half = mean.mean - mean.low
-        ax.errorbar(mean.mean, row, xerr=half, fmt="|", color="black", ms=9, capsize=3, lw=1.2, zorder=4)
-
-
-def _label(ax: Axes, text: str, x: float, row: int) -> None:
-    """A number right of x, legible also where a line passes behind it."""
-    ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
-    place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "zorder": 5, "bbox": ground}
-    ax.annotate(text, (x, row), (6, 0), size=8, **place)
-
-
-def _row_height(models: int, rows: int = 1) -> float:
-    return 1.3 + rows * (0.75 + BAR_ROOM * models)
 
 
 def _thousands(value: float, _: object) -> str:
     return f"{value:,.10g}"
 
 
-def _two_to_a_row(panels: int, models: int) -> tuple[Figure, np.ndarray]:
-    rows = (panels + 1) // 2
-    return new_figure(rows, 2, width=9.6, height=_row_height(models, rows) - 0.45, sharey=True)
-
-
 def reference_levels(facts: TaskFacts, published: Sequence[Published] = ()) -> list[Level]:
-    """The lines that qualities are held against; the largest class and published figures are accuracies."""
-    metric, chance = facts.metric, facts.level
-    majority = facts.majority if metric.more_is_better else None
+    """The lines that accuracies are held against; bits have none, since guessing lies far off."""
+    metric, chance, majority = facts.metric, facts.level, facts.majority
+    if not metric.more_is_better:
+        return []
     levels = [("chance", chance, ":"), ("largest class", majority, "--")]
     if chance is not None and majority is not None and abs(chance - majority) < 5e-4:
         levels = [("chance = largest class", chance, "--")]
@@ -123,15 +60,33 @@ def plot_quality(
 ) -> Axes:
     """The test metric: each model's mean with its interval, a mark per seed, the levels as lines.
 
-    The axis does not start at 0: points have no length to compare. absent: see `_rows`."""
+    The axis does not start at 0: points have no length to compare. absent: what is said of a model without
+    a value."""
     for label, level, line in levels:
         ax.axvline(metric.scale * level, color="#555555", ls=line, lw=1.2, label=label, zorder=1)
-    for row, style, numbers, mean in _rows(values, styles, ax, metric.scale, absent or {}):
-        _draw_seeds(ax, numbers, row + 0.28, style, reach=0.08)  # below the mean, which is not to hide them
+    for row, (model, style) in enumerate(styles.items()):
+        mine = values[values["model"] == model].sort_values("seed")
+        if mine.empty:
+            words = (absent or {}).get(model, "not measured")
+            ax.text(0.01, row, words, transform=ax.get_yaxis_transform(), va="center", color="#666666")
+            continue
+        numbers = (metric.scale * mine["value"]).tolist()
+        mean, end = estimate(numbers), max(numbers)
+        look: dict[str, Any] = {"color": style.color, "marker": style.marker, "edgecolor": "white", "s": 22}
+        below = row + 0.28 + np.linspace(-0.08, 0.08, len(numbers))  # the seeds are not to hide their mean
+        sns.scatterplot(x=numbers, y=below, **look, linewidth=0.5, clip_on=False, legend=False, ax=ax)
         ax.plot(mean.mean, row, style.marker, color=style.color, ms=8, mec="white", zorder=3)
-        _draw_interval(ax, mean, row)
-        end = max(*numbers, mean.high) if mean.n > 1 else numbers[0]
-        _label(ax, metric.shown(mean.mean / metric.scale) + ("" if mean.n > 1 else " (n = 1)"), end, row)
+        if mean.n > 1:
+            half, end = mean.high - mean.mean, max(end, mean.high)
+            ax.errorbar(mean.mean, row, xerr=half, fmt="|", color="black", ms=9, capsize=3, lw=1.2, zorder=4)
+        shown = metric.shown(mean.mean / metric.scale) + ("" if mean.n > 1 else " (n = 1)")
+        ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
+        place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "zorder": 5, "bbox": ground}
+        ax.annotate(shown, (end, row), (6, 0), size=8, **place)
+    ax.set_yticks(range(len(styles)), [style.label for style in styles.values()])
+    ax.set_ylim(len(styles) - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x")
     ax.margins(x=0.14)
     ax.xaxis.set_major_locator(MaxNLocator(7))
     ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
@@ -147,96 +102,31 @@ def quality_figure(
     absent: Mapping[str, str] | None = None,
     metric: Metric = PERCENT,
 ) -> Figure:
-    figure, axes = new_figure(1, 1, width=7, height=_row_height(len(styles)) + 0.12 * len(levels))
+    figure, axes = new_figure(1, 1, width=7, height=2.05 + 0.42 * len(styles) + 0.12 * len(levels))
     ax = plot_quality(values, styles, axes[0, 0], levels, absent, metric)
     model_legend(figure, [], [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")])
     figure.suptitle(title)
     return figure
 
 
-def plot_bars(
-    values: pd.DataFrame,
-    styles: dict[str, ModelStyle],
-    ax: Axes,
-    panel: Panel,
-    absent: Mapping[str, str] | None = None,
-) -> Axes:
-    """A horizontal bar from 0 to each model's mean. absent: what is said of a model without any result."""
-    reach, room = 0.0, 1.2
-    words = dict.fromkeys(styles, panel.unmeasured) | dict(absent or {})
-    for row, style, numbers, mean in _rows(values, styles, ax, panel.scale, words):
-        look: dict[str, Any] = {"color": style.color, "saturation": 1, "width": 0.66, "alpha": 0.3}
-        place: dict[str, Any] = {"orient": "y", "native_scale": True, "zorder": 1}
-        sns.barplot(x=[mean.mean], y=[row], errorbar=None, ax=ax, **look, **place)
-        _draw_seeds(ax, numbers, row, style)
-        _draw_interval(ax, mean, row)
-        end = max(*numbers, min(mean.high, 3 * max(numbers))) if mean.n > 1 else numbers[0]
-        _label(ax, panel.form(mean.mean) + ("" if mean.n > 1 else "  (n = 1)"), end, row)
-        room = max(room, 1.2 if mean.n > 1 else 1.35)
-        reach = max(reach, end)
-    ax.set_xlim(0, reach * room or 1)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=panel.whole, min_n_ticks=1))
-    ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
-    ax.set_xlabel(panel.label)
-    return ax
-
-
-def bars_figure(
-    table: pd.DataFrame,
-    styles: dict[str, ModelStyle],
-    panels: Sequence[Panel],
-    title: str,
-    absent: Mapping[str, str] | None = None,
-) -> Figure:
-    """The panels, two to a row. `table`: model, seed, metric, value of one task."""
-    figure, axes = _two_to_a_row(len(panels), len(styles))
-    for ax, panel in zip(axes.flat, panels, strict=True):
-        plot_bars(table[table["metric"] == panel.metric], styles, ax, panel, absent)
-    figure.suptitle(title)
-    return figure
-
-
-def plot_improvement(values: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes) -> Axes:
-    """Percent by which each model improves on the baseline, one mark per seed; right of 0 is better."""
-    ax.axvline(0, color="#555555", lw=1)
-    for row, style, numbers, mean in _rows(values, styles, ax, 1.0, dict.fromkeys(styles, "no pair")):
-        _draw_seeds(ax, numbers, row, style)
-        _draw_interval(ax, mean, row)
-        label = f"{mean.mean:+.1f} %" + ("" if mean.n > 1 else " (n = 1)")
-        ax.annotate(label, (mean.mean, row), (0, 13), textcoords="offset points", ha="center", size=8)
-    ax.margins(x=0.25)
-    ax.xaxis.set_major_locator(MaxNLocator(5))
-    return ax
-
-
-def improvement_figure(
-    improvements: pd.DataFrame,
-    styles: dict[str, ModelStyle],
-    panels: Sequence[tuple[str, str]],
-    title: str,
-) -> Figure:
-    """A panel per (metric, label). `improvements`: model, metric, seed, value in percent."""
-    figure, axes = _two_to_a_row(len(panels), len(styles))
-    for ax, (metric, label) in zip(axes.flat, panels, strict=True):
-        plot_improvement(improvements[improvements["metric"] == metric], styles, ax).set_xlabel(label)
-    figure.suptitle(title)
-    return figure
+def t_interval(values: pd.Series) -> tuple[float, float]:
+    """The ends of the 95 % t interval, for seaborn, which asks for none of a single value."""
+    return estimate(values.tolist())[2:]
 
 
 def plot_lengths(lengths: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes, metric: Metric) -> Axes:
     """The test metric by the length of the examples, on a logarithmic axis: thick: mean over seeds with its
     interval; thin: each seed. Dotted: the shortest length, which was trained on. `lengths`: model, seed,
     length, value."""
-    trained = lengths["length"].min()
-    ax.axvline(trained, color="#555555", ls=":", lw=1.2)
-    for model, style in styles.items():
-        mine = lengths[lengths["model"] == model]
-        for _, seed in mine.groupby("seed"):
-            ax.plot(seed["length"], metric.scale * seed["value"], color=style.color, lw=0.7, alpha=0.45)
-        means = {at: estimate((metric.scale * part["value"]).tolist()) for at, part in mine.groupby("length")}
-        half = [mean.mean - mean.low if mean.n > 1 else 0.0 for mean in means.values()]
-        middle = [mean.mean for mean in means.values()]
-        ax.errorbar(np.array([*means]), middle, yerr=half, color=style.color, marker=style.marker, capsize=3)
+    ax.axvline(lengths["length"].min(), color="#555555", ls=":", lw=1.2)
+    shown = lengths.assign(shown=metric.scale * lengths["value"])
+    look: dict[str, Any] = {"x": "length", "y": "shown", "legend": False, "ax": ax}
+    for model, mine in shown.groupby("model", sort=False):
+        style = styles[str(model)]
+        sns.lineplot(mine, **look, units="seed", estimator=None, color=style.color, lw=0.7, alpha=0.45)
+        look_of: dict[str, Any] = {"color": style.color, "marker": style.marker, "mec": style.color}
+        bars: dict[str, Any] = {"errorbar": t_interval, "err_style": "bars", "err_kws": {"capsize": 3}}
+        sns.lineplot(mine, **look, **look_of, **bars)
     ax.set_xscale("log", base=2)
     ax.set_xticks(sorted(lengths["length"].unique()))
     ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
@@ -256,36 +146,94 @@ def length_figure(lengths: pd.DataFrame, styles: dict[str, ModelStyle], title: s
     return figure
 
 
-def plot_radar(scores: pd.DataFrame, styles: dict[str, ModelStyle], ax: PolarAxes) -> PolarAxes:
-    """Scores 0 to 1 of each model (rows) on each axis (columns); an axis without a score is left open."""
-    angles = np.linspace(0, 2 * np.pi, scores.shape[1], endpoint=False)
-    closed = np.append(angles, angles[0])
-    for model, row in scores.iterrows():
-        style = styles[str(model)]
-        values = np.append(row.to_numpy(float), row.iloc[0])
-        ax.plot(closed, values, color=style.color, marker=style.marker, label=style.name)
-        if np.isfinite(values).all():
-            ax.fill(closed, values, color=style.color, alpha=0.06, lw=0)
-    ax.set_theta_offset(np.pi / 2)
-    ax.set_theta_direction(-1)
-    ax.set_xticks(angles, list(scores.columns))
-    for label, angle in zip(ax.get_xticklabels(), angles, strict=True):
-        side = float(np.sin(angle))
-        label.set_horizontalalignment("left" if side > 0.1 else "right" if side < -0.1 else "center")
-    ax.set_ylim(0, 1.05)
-    ax.set_yticks([0.25, 0.5, 0.75, 1.0], ["0.25", "0.5", "0.75", "1"])
-    ax.tick_params(axis="y", labelsize=7, labelcolor="#555555")
-    ax.set_rlabel_position(45)
+def _by_metric(rows: Sequence[Difference]) -> dict[Metric, list[Difference]]:
+    return {metric: [row for row in rows if row.metric == metric] for metric in {r.metric: 0 for r in rows}}
+
+
+def _gain_label(metric: Metric) -> str:
+    return f"gain in {metric.step} of {metric.title}" if metric.more_is_better else f"{metric.title} saved"
+
+
+def _draw_difference(row: Difference, x: float, y: float, style: ModelStyle, ax: Axes, along: str) -> None:
+    """A marker, filled where there is a verdict, with the interval along "x" or "y"."""
+    gain = row.gain
+    if gain.n > 1:
+        bar: dict[str, Any] = {f"{along}err": [[gain.mean - gain.low], [gain.high - gain.mean]]}
+        ax.errorbar(x, y, **bar, color=style.color, lw=1.1, zorder=2)
+    ground = style.color if row.decided else "white"
+    ax.plot(x, y, style.marker, color=style.color, mfc=ground, ms=6, zorder=3)
+
+
+def plot_forest(rows: Sequence[Difference], styles: dict[str, ModelStyle], ax: Axes) -> Axes:
+    """Paired differences of one metric, a line each under the name of its task, with number and verdict."""
+    metric = rows[0].metric
+    ax.axvspan(-metric.scale * metric.relevant, metric.scale * metric.relevant, color="#e8e8e8", zorder=0)
+    ax.axvline(0, color="#555555", lw=1)
+    labels: list[tuple[str, str]] = []
+    for task, mine in itertools.groupby(rows, key=lambda row: row.task):
+        labels.append((drawable(task), "bold"))
+        for row in mine:
+            gain, y, style = row.gain, len(labels), styles[row.model]
+            _draw_difference(row, gain.mean, y, style, ax, "x")
+            numbers = f"{gain.mean:+.{metric.digits}f}"
+            if gain.n > 1:
+                numbers += f" [{gain.low:.{metric.digits}f}, {gain.high:.{metric.digits}f}]"
+            words = f"{numbers}  {row.verdict}"
+            ax.annotate(words, (1.02, y), xycoords=ax.get_yaxis_transform(), va="center", size=7.5)
+            labels.append((drawable(style.name), "normal"))
+    ax.set_yticks(range(len(labels)), [label for label, _ in labels])
+    for tick, (_, weight) in zip(ax.get_yticklabels(), labels, strict=True):
+        tick.set_fontweight(weight)
+    ax.set_ylim(len(labels) - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0)
+    ax.xaxis.set_major_locator(MaxNLocator(6))
+    ax.grid(axis="x")
+    ax.set_xlabel(_gain_label(metric))
     return ax
 
 
-def radar_figure(scores: pd.DataFrame, styles: dict[str, ModelStyle], title: str) -> Figure:
-    figure, axes = new_figure(1, 1, width=8, height=5.6, subplot_kw={"projection": "polar"})
-    present = [style for model, style in styles.items() if model in scores.index]
-    if scores.notna().to_numpy().any():
-        plot_radar(scores, styles, axes[0, 0])
-    else:
-        no_data(axes[0, 0], "no scores")
+def forest_figure(rows: Sequence[Difference], styles: dict[str, ModelStyle], title: str) -> Figure:
+    """A panel for each metric, since their units differ."""
+    panels = _by_metric(rows)
+    lines = [len(mine) + len({row.task for row in mine}) + 2 for mine in panels.values()]
+    height = 0.6 + 0.17 * sum(lines) + 0.25 * len(lines)
+    figure, axes = new_figure(len(panels), 1, width=8, height=height, height_ratios=lines)
+    for ax, mine in zip(axes[:, 0], panels.values(), strict=True):
+        plot_forest(mine, styles, ax)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_gain_at_cost(
+    priced: Sequence[tuple[Difference, float]], styles: dict[str, ModelStyle], ax: Axes
+) -> Axes:
+    """Gain of one metric against cost, a multiple of the baseline's, each with its task's name."""
+    metric = priced[0][0].metric
+    ax.axhline(0, color="#555555", lw=1)
+    ax.axvline(1, color="#555555", lw=1, ls=":")
+    for row, cost in priced:
+        _draw_difference(row, cost, row.gain.mean, styles[row.model], ax, "y")
+        place: dict[str, Any] = {"xytext": (5, 3), "textcoords": "offset points", "size": 7, "zorder": 4}
+        ink = "black" if row.decided else "#777777"
+        ax.annotate(drawable(row.task, 14), (cost, row.gain.mean), **place, color=ink)
+    ax.margins(x=0.12, y=0.1)
+    ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}x"))
+    ax.grid(axis="both")
+    ax.set_ylabel(_gain_label(metric))
+    return ax
+
+
+def gain_at_cost_figure(
+    priced: Sequence[tuple[Difference, float]], styles: dict[str, ModelStyle], baseline: str, title: str
+) -> Figure:
+    """A panel for each metric, since their units differ; below 0 a model is behind the baseline."""
+    panels = _by_metric([row for row, _ in priced])
+    figure, axes = new_figure(1, len(panels), width=3.4 + 3.8 * len(panels), height=4.2)
+    for ax, metric in zip(axes[0], panels, strict=True):
+        mine = [(row, cost) for row, cost in priced if row.metric == metric]
+        plot_gain_at_cost(mine, styles, ax).set_xlabel(f"time per epoch, multiple of {drawable(baseline)}'s")
+    present = [style for model, style in styles.items() if model in {row.model for row, _ in priced}]
     model_legend(figure, present)
     figure.suptitle(title)
     return figure

@@ -18,11 +18,18 @@ import pandas as pd
 from reporting.attention_numbers import attention_entropy, share_within
 from reporting.metrics import METRICS, PERCENT, Metric, number
 from reporting.run_results import BASELINE, done_cells, task_facts
-from reporting.seed_statistics import estimate, paired_differences
+from reporting.seed_statistics import estimate
 from results_folder import AttentionPatterns, Cell, Results
 
 CONVERGENCE = "convergence_epoch_above_chance"
 NEAR = 16  # tokens: what counts as near in `attention_share_near`
+LEARNED = {"gamma": "horizon", "gravity": "G", "power": "p", "softening": "softening"}
+LEARNED_WORDS = {
+    "horizon": "horizons in tokens",
+    "G": "strength of gravity G",
+    "p": "power of the distance p",
+    "softening": "softening",
+}
 RESULT_METRICS = (
     "test_loss_best",
     "test_loss_last",
@@ -46,13 +53,7 @@ TIMED_METRICS = (
     "seconds_to_best",
     "seconds_to_target",
 )
-EPOCH_COLUMNS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
-# What less of is better, and how a radar names it.
-COSTS = {
-    CONVERGENCE: "fewest epochs to\nconverge / epochs",
-    "seconds_per_epoch": "shortest time\nper epoch / time",
-    "peak_memory_bytes": "smallest peak\nmemory / memory",
-}
+EPOCH_COLUMNS = ("steps", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 
 
 def metric_in(table: pd.DataFrame) -> Metric:
@@ -139,8 +140,8 @@ def epoch_table(results: Results) -> pd.DataFrame:
 
 
 def learned_table(results: Results) -> pd.DataFrame:
-    """Horizons 1 / (1 - gamma) and G of the finished cells: task, model, seed, epoch, scalar, layer,
-    timescale, head, value. Layers, timescales and heads count from 0."""
+    """Horizons 1 / (1 - gamma), G, and learned powers and softening of the finished cells: task, model, seed,
+    epoch, scalar, layer, timescale, head, value. Layers, timescales and heads count from 0."""
     rows = [
         (record.cell.task, record.cell.model, record.cell.seed, row["epoch"], *entry)
         for record in done_cells(results)
@@ -156,12 +157,12 @@ def _learned(learned: Any) -> Iterator[tuple[str, int, int, int, float]]:
         place = re.fullmatch(r"layer(\d{1,4})", layer)
         if place is None or not isinstance(scalars, dict):
             continue
-        for name, scalar in (("gamma", "horizon"), ("gravity", "G")):
+        for name, scalar in LEARNED.items():
             by_timescale = scalars.get(name)
             for timescale, heads in enumerate(by_timescale if isinstance(by_timescale, list) else ()):
                 for head, entry in enumerate(heads if isinstance(heads, list) else ()):
                     value = number(entry)
-                    if value is not None and (name == "gravity" or 0 < value < 1):
+                    if value is not None and (name != "gamma" or 0 < value < 1):
                         shown = 1 / (1 - value) if name == "gamma" else value
                         yield scalar, int(place[1]), timescale, head, shown
 
@@ -195,37 +196,8 @@ def by_seed(table: pd.DataFrame, task: str, model: str, metric: str) -> dict[int
     return dict(zip(mine["seed"].tolist(), mine["value"].tolist(), strict=True))
 
 
-def improvements(table: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
-    """Percent by which a model improves on the baseline with the same seed: task, model, metric, seed, value.
-
-    For accuracy 100 (x - b) / b; for bits, epochs, time and memory 100 (b - x) / b: less is better."""
-    rows = []
-    for task in table["task"].unique():
-        of_task = table[table["task"] == task]
-        quality = metric_in(of_task)
-        for metric in (quality.best, *COSTS):
-            sign = quality.gain(1.0) if metric == quality.best else -1.0
-            base = by_seed(of_task, task, baseline, metric)
-            for model in of_task["model"].unique():
-                values = by_seed(of_task, task, model, metric)
-                for seed, difference in paired_differences(values, base).items():
-                    if model != baseline and base[seed] > 0:
-                        rows.append((task, model, metric, seed, 100 * sign * difference / base[seed]))
-    return pd.DataFrame(rows, columns=["task", "model", "metric", "seed", "value"])
-
-
-def radar_scores(summary: pd.DataFrame, task: str) -> pd.DataFrame:
-    """Scores in 0..1, a row per model, a column per axis: 1 is the best model of the task on that axis.
-
-    Where more is better: mean / largest mean; where less is: smallest mean / mean."""
-    of_task = summary[summary["task"] == task]
-    quality = metric_in(of_task)
-    means = of_task.pivot(index="model", columns="metric", values="mean").reindex(of_task["model"].unique())
-    scores = pd.DataFrame(index=means.index)
-    words = "accuracy /\nhighest" if quality.more_is_better else f"lowest /\n{quality.title}"
-    for metric, axis in {quality.best: words, **COSTS}.items():
-        column = means[metric] if metric in means else pd.Series(math.nan, index=means.index)
-        column = column.where(column > 0)
-        more = metric == quality.best and quality.more_is_better
-        scores[axis] = column / column.max() if more else column.min() / column
-    return scores[scores.notna().any(axis=1)]
+def mean_ratio(table: pd.DataFrame, task: str, model: str, metric: str, baseline: str = BASELINE) -> float:
+    """The metric as a multiple of the baseline's: the mean of the ratios by seed, NaN without a pair."""
+    values, base = (by_seed(table, task, one, metric) for one in (model, baseline))
+    ratios = [values[seed] / base[seed] for seed in values if base.get(seed, 0) > 0]
+    return math.fsum(ratios) / len(ratios) if ratios else math.nan

@@ -26,6 +26,7 @@ from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
+from PIL import Image
 
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
@@ -53,6 +54,7 @@ STYLE: dict[str, Any] = {
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILLION, PURPLE, BLACK = "#0072B2", "#D55E00", "#CC79A7", "#000000"
 LONGEST_NAME = 40
+COLORS = 192  # of a PNG file
 # Of the layers or timescales of one model.
 LINE_STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
@@ -165,8 +167,11 @@ def save_figure(figure: Figure, folder: Path, stem: str) -> None:
         engine.execute(figure)
         figure.set_layout_engine("none")  # laid out once, not again for each file
     # The canvases' own methods: `savefig` would draw everything once more to lay it out.
-    fast = {"compress_level": 3}  # little larger than at the default 6
-    FigureCanvasAgg(figure).print_png(folder / f"{stem}.png", metadata={"Software": None}, pil_kwargs=fast)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    # A palette takes a third of the bytes, which a report holds in its page.
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(COLORS)
+    drawn.save(folder / f"{stem}.png", dpi=(figure.dpi, figure.dpi))
     no_metadata = {"CreationDate": None, "Creator": None, "Producer": None}
     FigureCanvasPdf(figure).print_pdf(folder / f"{stem}.pdf", metadata=no_metadata)
 

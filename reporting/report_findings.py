@@ -1,7 +1,7 @@
 """The findings of a comparison: sentences made from its numbers.
 
-    for task in findings(analysis):
-        print(task.title, task.sentences)
+    for sentence in findings(analysis, "listops"):
+        print(sentence)
 
 How strongly a sentence is worded follows from the numbers: with one seed there is no interval, with less than
 three no verdict, and only a difference that passes Holm's correction is called better or worse. Of another
@@ -9,10 +9,9 @@ it is said what its interval allows, and how many seeds would tell.
 """
 
 import math
-from typing import NamedTuple
 
 from reporting.analysis import Analysis
-from reporting.comparison_tables import TIMED_METRICS, by_seed, length_table
+from reporting.comparison_tables import LEARNED_WORDS, TIMED_METRICS, length_table
 from reporting.lra_literature import comparable
 from reporting.metrics import Metric
 from reporting.run_results import BASELINE, TaskFacts
@@ -21,31 +20,20 @@ from reporting.text_tables import short, short_p
 from reporting.verdicts import LEAST_SEEDS, SIGNIFICANCE, Difference
 
 
-class TaskFindings(NamedTuple):
-    """A task's heading and what its numbers say, a sentence or a few each."""
-
-    title: str
-    sentences: list[str]
-
-
-def findings(analysis: Analysis) -> list[TaskFindings]:
-    found = []
-    for task, facts in analysis.facts.items():
-        notice = analysis.notice(task)
-        sentences = [
-            *_quality_findings(analysis, facts),
-            *_published_findings(analysis, task),
-            *_difference_findings(analysis, task),
-            *_cost_findings(analysis, task),
-            *_speed_findings(analysis, task),
-            *_length_findings(analysis, task),
-            *_tuning_findings(analysis, task),
-            *_learned_findings(analysis, task),
-        ]
-        if not any(analysis.quality(task, model).n for model in analysis.names):
-            sentences = ["No cell of this task is done: nothing can be said."]
-        found.append(TaskFindings(f"{task} ({facts.title})" + (f": {notice}" if notice else ""), sentences))
-    return found
+def findings(analysis: Analysis, task: str) -> list[str]:
+    """What a task's numbers say, a sentence or a few each."""
+    if not any(analysis.quality(task, model).n for model in analysis.names):
+        return ["No cell of this task is done: nothing can be said."]
+    return [
+        *_quality_findings(analysis, analysis.facts[task]),
+        *_published_findings(analysis, task),
+        *_difference_findings(analysis, task),
+        *_cost_findings(analysis, task),
+        *_speed_findings(analysis, task),
+        *_length_findings(analysis, task),
+        *_tuning_findings(analysis, task),
+        *_learned_findings(analysis, task),
+    ]
 
 
 def _quality_findings(analysis: Analysis, facts: TaskFacts) -> list[str]:
@@ -60,22 +48,39 @@ def _quality_findings(analysis: Analysis, facts: TaskFacts) -> list[str]:
     sentences = [f"Test {metric.title}, from the {first}: {shown}."]
     if not metric.more_is_better:
         return sentences
-    if facts.test_size and facts.majority is not None:
-        error = math.sqrt(facts.majority * (1 - facts.majority) / facts.test_size)
-        near = [analysis.names[model] for model in means if means[model].mean <= facts.majority + 2 * error]
-        if near:
-            sentences.append(
-                f"Not told apart from always naming the largest class ({100 * facts.majority:.1f} %; two "
-                f"standard errors of the test set are {200 * error:.1f} points): {', '.join(near)}."
-            )
-    if any(mean.n == 1 for mean in means.values()) and facts.test_size:
-        typical = sum(mean.mean for mean in means.values()) / len(means)
-        error = math.sqrt(typical * (1 - typical) / facts.test_size)
+    count = facts.test_predictions or facts.test_size
+    if (near := guessing(analysis, facts.name)) and facts.majority is not None:
+        names = ", ".join(analysis.names[model] for model in near)
         sentences.append(
-            f"The {facts.test_size:,} test examples alone leave each accuracy a standard error of about "
+            f"Not told apart from always naming the largest class ({100 * facts.majority:.1f} %; two "
+            f"standard errors of the test set are {200 * _majority_error(facts):.1f} points): {names}."
+        )
+    if any(mean.n == 1 for mean in means.values()) and count:
+        typical = sum(mean.mean for mean in means.values()) / len(means)
+        error = math.sqrt(typical * (1 - typical) / count)
+        # Predictions in one example are no independent draws.
+        what, bound = ("examples", "about") if count == facts.test_size else ("predictions", "at least")
+        sentences.append(
+            f"The {count:,} test {what} alone leave each accuracy a standard error of {bound} "
             f"{100 * error:.1f} points."
         )
     return sentences
+
+
+def guessing(analysis: Analysis, task: str) -> list[str]:
+    """The models whose accuracy is within two standard errors of always naming the largest class."""
+    facts = analysis.facts[task]
+    if not facts.metric.more_is_better or facts.majority is None or not facts.test_size:
+        return []
+    level = facts.majority + 2 * _majority_error(facts)
+    means = {model: analysis.quality(task, model) for model in analysis.names}
+    return [model for model, mean in means.items() if mean.n and mean.mean <= level]
+
+
+def _majority_error(facts: TaskFacts) -> float:
+    """The standard error of the largest class's share on the test set; 0 where one of both is not known."""
+    share, count = facts.majority or 0.0, facts.test_predictions or facts.test_size
+    return math.sqrt(share * (1 - share) / count) if count else 0.0
 
 
 def _shown(metric: Metric, mean: Estimate) -> str:
@@ -157,17 +162,13 @@ def _cost_findings(analysis: Analysis, task: str) -> list[str]:
         ("parameters", "Parameters"),
         ("forward_flops", "Matrix products of a forward pass"),
     ):
-        base = by_seed(analysis.table, task, analysis.baseline, metric)
-        ratios = []
-        for model, name in analysis.names.items():
-            values = by_seed(analysis.table, task, model, metric)
-            shared = [seed for seed in values if base.get(seed, 0) > 0]
-            if model != analysis.baseline and shared:
-                ratio = sum(values[seed] / base[seed] for seed in shared) / len(shared)
-                ratios.append(f"{name} {short(ratio)}")
+        others = {model: name for model, name in analysis.names.items() if model != analysis.baseline}
+        multiples = {name: analysis.multiple(task, model, metric) for model, name in others.items()}
+        ratios = [f"{name} {short(value)}" for name, value in multiples.items() if not math.isnan(value)]
         if ratios:
             measured = metric in ("seconds_per_epoch", "peak_memory_bytes")
-            mean = " (mean of the seeds' ratios)" if len(base) > 1 and measured else ""
+            several = analysis.mean(task, analysis.baseline, metric).n > 1
+            mean = " (mean of the seeds' ratios)" if several and measured else ""
             if metric in TIMED_METRICS and (sharing := analysis.sharing(task)):
                 mean += f" ({sharing})"
             caveat = " A difference in quality may also come from a difference in size."
@@ -241,7 +242,7 @@ def _learned_findings(analysis: Analysis, task: str) -> list[str]:
         start = lines[lines["epoch"] == first].groupby("timescale")["value"].mean()
         end = lines[lines["epoch"] == last].groupby("timescale")["value"].mean()
         moves = ", ".join(f"{short(start[one])} to {short(end[one])}" for one in start.index)
-        what = "horizons in tokens" if scalar == "horizon" else "strength of gravity G"
+        what = LEARNED_WORDS[str(scalar)]
         sentences.append(
             f"{analysis.names[str(model)]}: {what} from the end of the first epoch to that of the last, mean "
             f"over layers, heads and seeds{', by timescale' if len(start) > 1 else ''}: {moves}."

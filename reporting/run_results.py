@@ -47,6 +47,7 @@ class TaskFacts:
     num_classes: int | None
     provenance: dict[str, Any]
     metric: Metric = PERCENT
+    test_predictions: int | None = None  # one an example, or more where tokens have targets
 
     @property
     def level(self) -> float | None:
@@ -105,6 +106,7 @@ def task_facts(results: Results, task: str) -> TaskFacts:
         num_classes=_count(facts.get("num_classes")),
         provenance=provenance if isinstance(provenance, dict) else {},
         metric=metric,
+        test_predictions=_count(facts.get("test_predictions")),
     )
 
 

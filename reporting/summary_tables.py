@@ -73,21 +73,28 @@ def _quality_columns(metric: Metric) -> tuple[Column, ...]:
 
 
 def tables(analysis: Analysis) -> list[TextTable]:
-    found = []
-    for facts in analysis.facts.values():
-        columns = _quality_columns(facts.metric)
-        found.append(_task_table(analysis, facts, f"{facts.metric.title} and convergence", columns))
-        for kind, columns in TABLES:
-            if kind != "attention" or (analysis.table["metric"] == columns[0][0]).any():
-                found.append(_task_table(analysis, facts, kind, columns))
-        if facts.name in analysis.targets:
-            found.append(_target_table(analysis, facts))
-        found += _length_table(analysis, facts)
-        if comparable(analysis.results, facts.name):
-            found.append(_published_table(analysis, facts))
-    if analysis.differences:
-        found.append(_difference_table(analysis))
-    found += _tuning_table(analysis)
+    """All of them: of each task, of the differences, of what was run."""
+    found = [table for facts in analysis.facts.values() for table in task_tables(analysis, facts)]
+    return [*found, *difference_tables(analysis), *run_tables(analysis)]
+
+
+def task_tables(analysis: Analysis, facts: TaskFacts) -> list[TextTable]:
+    columns = _quality_columns(facts.metric)
+    found = [_task_table(analysis, facts, f"{facts.metric.title} and convergence", columns)]
+    for kind, columns in TABLES:
+        if kind != "attention" or (analysis.table["metric"] == columns[0][0]).any():
+            found.append(_task_table(analysis, facts, kind, columns))
+    if facts.name in analysis.targets:
+        found.append(_target_table(analysis, facts))
+    found += _length_table(analysis, facts)
+    if comparable(analysis.results, facts.name):
+        found.append(_published_table(analysis, facts))
+    return found
+
+
+def run_tables(analysis: Analysis) -> list[TextTable]:
+    """The learning rates that were tried, and the cells that are not done."""
+    found = _tuning_table(analysis)
     if analysis.unfinished():
         rows = [[str(record.cell), record.state, record.reason or NONE] for record in analysis.unfinished()]
         found.append(TextTable("Cells that are not done", ["cell", "state", "reason"], rows, names=3))
@@ -197,7 +204,9 @@ def _published_table(analysis: Analysis, facts: TaskFacts) -> TextTable:
     return TextTable(_title(analysis, facts, "published test accuracy"), header, rows, names=2)
 
 
-def _difference_table(analysis: Analysis) -> TextTable:
+def difference_tables(analysis: Analysis) -> list[TextTable]:
+    if not analysis.differences:
+        return []
     rows = []
     for row in analysis.differences:
         notice = analysis.notice(row.task)
@@ -219,4 +228,4 @@ def _difference_table(analysis: Analysis) -> TextTable:
         "exact test of the shares where seeds either learn or do not, with Holm's correction over the "
         "models of a task"
     )
-    return TextTable(f"Differences to {analysis.baseline_name}", header, rows, note, names=2)
+    return [TextTable(f"Differences to {analysis.baseline_name}", header, rows, note, names=2)]

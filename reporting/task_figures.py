@@ -1,71 +1,48 @@
-"""Which figures a comparison has, one task at a time, and how each is to be read.
+"""Which figures a comparison has, those of all tasks first, and how each is to be read.
 
-    for drawn, figure in task_figures(TaskView(analysis, task, stem)):
+    for task, drawn, figure in all_figures(analysis):       # task: "" where it is of all tasks
         save_figure(figure, folder, drawn.stem)
 
 File names hold the task's own name. Every title holds the notice of smoke runs, and one with times also that
 of cells that shared a device.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from reporting.accuracy_against_cost import trade_offs
 from reporting.analysis import Analysis
 from reporting.attention_figures import attention_figure, distance_figure, shown_maps
-from reporting.attention_numbers import relative_masses, token_masses
+from reporting.attention_numbers import token_masses
 from reporting.comparison_figures import (
-    Panel,
-    bars_figure,
-    improvement_figure,
+    forest_figure,
+    gain_at_cost_figure,
     length_figure,
     quality_figure,
-    radar_figure,
     reference_levels,
 )
-from reporting.comparison_tables import (
-    CONVERGENCE,
-    distance_table,
-    improvements,
-    length_table,
-    radar_scores,
-)
+from reporting.comparison_tables import distance_table, length_table
 from reporting.figure_style import ModelStyle, drawable
 from reporting.lra_literature import PUBLISHED, comparable
-from reporting.mass_figures import mass_figure, shaded_figure
-from reporting.summary_tables import MIB
-from reporting.text_tables import short
-from reporting.training_figures import curves_figure, learned_figure, progress_figure
+from reporting.mass_figures import mass_figure
+from reporting.training_figures import curves_figure, learned_figure
 from results_folder import AttentionPatterns, Cell, file_name
 
 LONGEST_STEM = 60
-TIMED = ("accuracy_time", "cost", "improvement", "radar")  # figures with times or memory
-BARS = "Bar: mean over seeds; marks: one per seed; black: 95 % t interval of the mean, where n is at least 2."
-
-CONVERGENCE_PANELS = (
-    Panel("convergence_epoch", "epochs to 90 % of the best validation accuracy", form=short, whole=True),
-    Panel(CONVERGENCE, "the same, counted above chance", 1.0, short, "never above chance", whole=True),
-)
-COST_PANELS = (
-    Panel("seconds_per_epoch", "seconds per training epoch", form=short),
-    Panel("tokens_per_second", "training tokens per second", form=short),
-    Panel("peak_memory_bytes", "peak memory (MiB)", 1 / MIB, form=short),
-    Panel("parameters", "parameters", form=short),
-)
 
 
 class DrawnFigure(NamedTuple):
-    """A figure in figures/, by the stem of its two files, and how to read it."""
+    """A figure in figures/, by the stem of its two files, and how to read it. folded: whether a reader has to
+    ask for it."""
 
     stem: str
     title: str
     caption: str
+    folded: bool = False
 
 
 Drawn = Iterator[tuple[DrawnFigure, Figure]]
@@ -78,6 +55,46 @@ def file_stems(names: Sequence[str]) -> dict[str, str]:
         stem = file_name(name)[:LONGEST_STEM]
         stems[name] = f"{stem}_{number}" if stem in stems.values() else stem
     return stems
+
+
+def all_figures(analysis: Analysis) -> Iterator[tuple[str, DrawnFigure, Figure]]:
+    """One figure after the other, so that only one is in memory."""
+    yield from (("", *drawn) for drawn in overview_figures(analysis))
+    for task, stem in file_stems(list(analysis.facts)).items():
+        yield from ((task, *drawn) for drawn in task_figures(TaskView(analysis, task, stem)))
+
+
+def overview_figures(analysis: Analysis) -> Drawn:
+    """The figures over all tasks: what a model gains against what it costs, and every difference."""
+    found = [row for row in analysis.differences if row.mean.n]
+    if not found:
+        return
+    name, styles = analysis.baseline_name, analysis.styles
+    read = "Filled: a verdict; hollow: none. Bar: 95 % t interval of the paired differences, where n is at "
+    read += "least 2. Each metric keeps its own unit, so each has a panel."
+    priced = [(row, analysis.multiple(row.task, row.model, "seconds_per_epoch")) for row in found]
+    if priced := [(row, cost) for row, cost in priced if cost > 0]:
+        notices = {analysis.notice(row.task, timed=True) for row, _ in priced} - {""}
+        title = "\n".join([f"Gain over {drawable(name)} against cost", *sorted(notices)])
+        yield (
+            DrawnFigure(
+                "gain_at_cost",
+                f"Gain over {name} against cost",
+                f"A point for each model and task. Up: ahead of {name}, below 0: behind it; right: more time "
+                f"per training epoch, as a multiple of {name}'s with the same seed. {read}",
+            ),
+            gain_at_cost_figure(priced, styles, name, title),
+        )
+    notices = {analysis.notice(row.task) for row in found} - {""}
+    yield (
+        DrawnFigure(
+            "differences",
+            f"Differences to {name} on all tasks",
+            f"Test metric minus that of {name}, paired by seed, turned so that right is a gain. {read} Grey: "
+            f"differences too small to matter ({' or '.join({row.metric.margin: 0 for row in found})}).",
+        ),
+        forest_figure(found, styles, "\n".join([f"Differences to {drawable(name)}", *sorted(notices)])),
+    )
 
 
 @dataclass(frozen=True)
@@ -106,58 +123,54 @@ class TaskView:
 
     @cached_property
     def absent(self) -> dict[str, str]:
-        """Why a model has no result, by model: "no result (failed, 2 missing)"."""
-        words = {}
-        for model in self.styles:
-            states = Counter(
-                record.state
-                for record in self.analysis.results.cells
-                if (record.cell.task, record.cell.model) == (self.task, model)
-            )
-            if not states["done"]:
-                counts = (f"{count} {state}" if count > 1 else state for state, count in states.items())
-                words[model] = f"no result ({', '.join(counts) or 'not planned'})"
-        return words
+        """Why a model has no result, by model: "no result (1 failed, 2 missing)"."""
+        return {
+            model: f"no result ({self.analysis.lost(self.task, model) or 'not planned'})"
+            for model in self.styles
+            if not self.analysis.quality(self.task, model).n
+        }
 
-    def figure(self, kind: str, what: str, draw: Callable[[str], Figure], caption: str) -> Drawn:
+    def figure(
+        self, kind: str, what: str, draw: Callable[[str], Figure], caption: str, *, folded: bool = False
+    ) -> Drawn:
         """The figure, drawn under its title."""
-        notice = self.analysis.notice(self.task, timed=kind in TIMED)
+        notice = self.analysis.notice(self.task)
         title = f"{what}: {drawable(self.analysis.facts[self.task].title, 60)}"
-        drawn = DrawnFigure(f"{kind}_{self.stem}", f"{what}, {self.task}", caption)
+        drawn = DrawnFigure(f"{kind}_{self.stem}", f"{what}, {self.task}", caption, folded)
         yield drawn, draw(f"{title}\n{drawable(notice, 90)}" if notice else title)
 
 
 def task_figures(view: TaskView) -> Drawn:
-    """One figure after the other, so that only one is in memory."""
     some_done = len(view.absent) < len(view.styles)
     if some_done:
         yield from _accuracy(view)
     epochs = view.of_task(view.analysis.epochs)
     if not epochs.empty:
-        chance = view.analysis.facts[view.task].chance
+        facts, target = view.analysis.facts[view.task], view.analysis.targets.get(view.task)
+        shown: dict[str, Any] = {"metric": facts.metric, "level": facts.level, "target": target}
         yield from view.figure(
             "learning_curves",
             "Learning curves",
-            lambda title: curves_figure(epochs, view.styles, title, chance=chance),
+            lambda title: curves_figure(epochs, view.styles, title, **shown),
             "Thick: mean over the finished seeds, as far as all of them ran; band: from the smallest to the "
-            "largest seed; thin: each seed. Dotted, ending in a cross: a cell that did not finish. Training "
-            "accuracy is taken while the weights change and dropout is on, so it may lie below validation.",
+            "largest seed; thin: each seed. Dotted, ending in a cross: a cell that did not finish. The "
+            "target is one for all models: who crosses it further left learns in fewer steps. Training "
+            "values are taken while the weights change and dropout is on, so they may lie behind validation.",
         )
     if some_done:
-        yield from _progress(view)
-        yield from _comparisons(view)
         yield from _lengths(view)
     yield from _attention(view)
     learned = view.of_task(view.analysis.learned)
     if len(learned):
         yield from view.figure(
             "learned",
-            "Learned horizons and strength of gravity",
+            "Learned horizons and laws of gravity",
             lambda title: learned_figure(learned, view.styles, title),
             "Horizon 1 / (1 - gamma): the distance in tokens over which the weight (with discount=logits: "
-            "the logit) falls to about a third; t: timescale. G: strength of gravity, 1 at the start. Line: "
-            "one per layer and timescale, mean over heads and seeds; band: smallest to largest. A flat line "
-            "has learned nothing.",
+            "the logit) falls to about a third; t: timescale. G: strength of gravity, 1 at the start; p, "
+            "softening: of its distance. Line: one per layer and timescale, mean over heads and seeds; band: "
+            "smallest to largest. A flat line has learned nothing.",
+            folded=True,
         )
 
 
@@ -173,13 +186,16 @@ def _accuracy(view: TaskView) -> Drawn:
             "; published accuracies of the Long Range Arena are not drawn, since they hold for its full data "
             "and this run had other data settings"
         )
+    lines = f"Lines: guessing, and always naming the largest class{said}"
+    if not metric.more_is_better:
+        guess = "" if facts.level is None else f"; guessing costs {metric.shown(facts.level)}"
+        lines = f"Further left is better{guess}"
     return view.figure(
         "accuracy",
         f"Test {metric.title}",
         lambda title: quality_figure(values, view.styles, title, levels, view.absent, metric),
         "Large: mean over seeds, black: its 95 % t interval, where n is at least 2; small, below: each seed. "
-        f"Lines: guessing, and for an accuracy always naming the largest class{said}. The axis does not "
-        "start at 0." + ("" if metric.more_is_better else " Further left is better."),
+        f"{lines}. The axis does not start at 0.",
     )
 
 
@@ -193,72 +209,6 @@ def _lengths(view: TaskView) -> Drawn:
             "Of the best validation epoch's weights on examples of each length. Dotted: the length trained "
             "on; thick: mean over seeds, with its 95 % t interval where n is at least 2; thin: each seed.",
         )
-
-
-def _progress(view: TaskView) -> Drawn:
-    target = view.analysis.targets.get(view.task)
-    progress, points = view.of_task(view.analysis.progress), trade_offs(view.table)
-    metric = view.analysis.metric(view.task)
-    return view.figure(
-        "accuracy_time",
-        f"{metric.title.capitalize()} against time and tokens",
-        lambda title: progress_figure(progress, points, view.styles, title, target=target, metric=metric),
-        f"Left and middle: validation {metric.title} against the training time and the tokens spent so "
-        "far, a point per epoch; thick: mean over the finished seeds, as far as all of them ran; thin: "
-        f"each seed. Further left is cheaper. Right: test {metric.title} against the training time to the "
-        f"best epoch; large: means, with the 95 % t interval of {metric.title} where n is at least 2; "
-        f"small: seeds; {'up' if metric.more_is_better else 'down'} and left: more for less; no model on "
-        "the dashed line is beaten in both. Times hold for this machine and leave out "
-        "evaluation; their axes are logarithmic where they span much.",
-    )
-
-
-def _comparisons(view: TaskView) -> Drawn:
-    yield from view.figure(
-        "convergence",
-        "Convergence",
-        lambda title: bars_figure(view.table, view.styles, CONVERGENCE_PANELS, title, view.absent),
-        f"{BARS} Fewer is faster. Left: the first epoch at 90 % of the best validation accuracy, which "
-        "guessing already meets on two classes. Right: 90 % of the way from chance to the best.",
-    )
-    yield from view.figure(
-        "cost",
-        "Cost",
-        lambda title: bars_figure(view.table, view.styles, COST_PANELS, title, view.absent),
-        f"{BARS} Times hold for this machine only: compare models, not runs on different machines. Peak "
-        "memory on a CPU counts the whole process, its libraries included.",
-    )
-    baseline = view.analysis.baseline
-    gains = improvements(view.table, baseline)
-    others = {model: style for model, style in view.styles.items() if model != baseline}
-    if len(gains) and others:
-        quality = view.analysis.metric(view.task)
-        metrics = (
-            (quality.best, f"test {quality.title}: {'gain' if quality.more_is_better else 'saving'} (%)"),
-            (CONVERGENCE, "epochs to converge, above chance: saving (%)"),
-            ("seconds_per_epoch", "time per epoch: saving (%)"),
-            ("peak_memory_bytes", "peak memory: saving (%)"),
-        )
-        name = view.styles[baseline].name
-        yield from view.figure(
-            "improvement",
-            f"Relative improvement over {name}",
-            lambda title: improvement_figure(gains, others, metrics, title),
-            f"In percent of {name}'s value with the same seed: right of 0 the model gains accuracy or saves "
-            "bits, epochs, time or memory. Marks: one per seed; black: mean and 95 % t interval, where n "
-            "is at least 2. An interval that holds 0 is no sign of a difference.",
-        )
-    scores = radar_scores(view.analysis.summary, view.task)
-    yield from view.figure(
-        "radar",
-        "Quality and efficiency, 1 = best of these models",
-        lambda title: radar_figure(scores, view.styles, title),
-        "Each axis is scaled to the best model of this task, from means over seeds: accuracy / the highest "
-        "accuracy, or the fewest bits / bits; the fewest epochs to converge (above chance) / epochs; the "
-        "shortest time per epoch / time; the smallest peak memory / memory. 0.5 is half as good as the "
-        "best. An open line: a model without that number. The area has no meaning, and the radar shows no "
-        "uncertainty.",
-    )
 
 
 def _attention(view: TaskView) -> Drawn:
@@ -278,6 +228,7 @@ def _attention(view: TaskView) -> Drawn:
         "the right, where few pairs are so far apart. Left: mean over timescales. Others: each timescale of "
         "one model; grey: what its learned gamma^d alone would do to weights (mean over heads), through the "
         "measured value at distance 1.",
+        folded=True,
     )
     masses = {
         model: tokens
@@ -292,8 +243,8 @@ def _attention(view: TaskView) -> Drawn:
             "Mass of a token as a key over the mean mass of its example, mean over layers, timescales, "
             "heads, examples and seeds; in brackets how often it occurs there. 1: an average token. A token "
             "that occurs once or twice says little.",
+            folded=True,
         )
-        yield from _shaded(view)
 
 
 def _attention_map(view: TaskView, cell: Cell) -> Drawn:
@@ -311,27 +262,5 @@ def _attention_map(view: TaskView, cell: Cell) -> Drawn:
         "row: the query; column: the key it attends to. Bright: more weight, on a square-root scale that the "
         "maps share; the scale differs between models. A bright diagonal looks at near tokens, a bright "
         "column at one token from everywhere.",
-    )
-
-
-def _shaded(view: TaskView) -> Drawn:
-    """An example of each model's first cell that has masses: the same one for models of equal seed."""
-    examples, seeds = {}, set()
-    for model in view.styles:
-        for cell, one in view.patterns.items():
-            if cell.model == model and one.key_mass is not None and model not in examples:
-                example = int(one.lengths.argmax())
-                length = int(one.lengths[example])
-                masses = relative_masses(one.key_mass[:, example, ..., :length])
-                examples[model] = one.symbols[example, :length].tolist(), masses
-                seeds.add(cell.seed)
-    return view.figure(
-        "mass_text",
-        "One example, its tokens shaded by mass",
-        lambda title: shaded_figure(examples, view.styles, title),
-        "The longest of the short validation examples that are kept (seed "
-        f"{', '.join(map(str, sorted(seeds)))}), at most its first 64 tokens. Orange: heavier as a key than "
-        "the mean of the example, so that it pulls more weight; violet: lighter; mean over layers, "
-        "timescales and heads. The scale is shared, and as wide as the masses are apart: look at its ends "
-        "first.",
+        folded=True,
     )

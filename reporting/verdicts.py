@@ -72,6 +72,17 @@ class Difference(NamedTuple):
         return self.p_t if self.shares is None else self.p_shares
 
     @property
+    def gain(self) -> Estimate:
+        """The mean in the metric's unit, positive where the model is ahead of the baseline."""
+        n, *ends = self.mean
+        mean, low, high = (self.metric.scale * self.metric.gain(end) for end in ends)
+        return Estimate(n, mean, low, high) if self.metric.more_is_better else Estimate(n, mean, high, low)
+
+    @property
+    def decided(self) -> bool:
+        return self.verdict in ("better", "worse")
+
+    @property
     def pairs_needed(self) -> int:
         """About how many would show the smallest relevant difference."""
         return pairs_needed(self.spread, self.metric.relevant)

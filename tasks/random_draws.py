@@ -41,3 +41,12 @@ class RandomDraws:
     def order(self, count: int) -> NDArray[np.int64]:
         """A random order of 0..count - 1."""
         return np.argsort(self._raw(count, "<u8"), kind="stable")
+
+    def distinct(self, bound: int, rows: int, count: int) -> NDArray[np.int64]:
+        """(rows, count): in each row as many different integers of 0..bound - 1, in random order."""
+        numbers = np.tile(np.arange(bound)[:, None], rows)  # (bound, rows): the first of a shuffle of each
+        row = np.arange(rows)
+        for place in range(count):
+            other = place + self.below(bound - place, rows)
+            numbers[place], numbers[other, row] = numbers[other, row], numbers[place].copy()
+        return numbers[:count].T

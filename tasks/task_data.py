@@ -10,7 +10,7 @@ from typing import Any
 
 from command_line import check_settings, given_path, setting
 from tasks.array_cache import default_cache_folder
-from tasks.token_dataset import TokenDataset
+from tasks.token_dataset import IGNORED, TokenDataset
 
 TARGETS = ("sequence", "token")
 METRICS = ("accuracy", "bits_per_byte")
@@ -35,7 +35,10 @@ class DataSettings:
         None, "listops: expressions are longer than this; not set: 500", minimum=0
     )
     max_length: int | None = setting(
-        None, "texts are cut to this many tokens (not set: 4096); expressions are shorter (2000)", minimum=1
+        None,
+        "texts are cut to this many tokens (not set: 4096), expressions are shorter (2000), windows of bytes "
+        "(128) and examples of generated tasks (their own) have this length",
+        minimum=1,
     )
     train_size: int | None = setting(None, "training examples; not set: all", minimum=1)
     val_size: int | None = setting(None, "validation examples; not set: all", minimum=1)
@@ -82,6 +85,7 @@ class TaskData:
     provenance: where the data come from and how they were made, as JSON.
     drawn: where training data are drawn anew, the examples of (seed, epoch); `train` is then an epoch that
         no cell trains on, for sizes and examples. longer_tests: by length, tests beside that of `test`.
+    Raises ValueError where the targets of a split are not those that form and num_classes promise.
     """
 
     name: str
@@ -98,6 +102,23 @@ class TaskData:
     drawn: Callable[[int, int], TokenDataset] | None = None
     longer_tests: dict[str, TokenDataset] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for split in (self.train, self.val, self.test, *self.longer_tests.values()):
+            self._check_targets(split)
+
     def train_of(self, seed: int, epoch: int) -> TokenDataset:
         """The epoch's training examples: the same each epoch, or drawn anew from (seed, epoch)."""
-        return self.train if self.drawn is None else self.drawn(seed, epoch)
+        if self.drawn is None:
+            return self.train
+        examples = self.drawn(seed, epoch)
+        self._check_targets(examples)
+        return examples
+
+    def _check_targets(self, split: TokenDataset) -> None:
+        name, form = self.name, "token" if split.token_targets else "sequence"
+        if form != self.form.target:
+            raise ValueError(f"task {name}: {self.form.target} targets expected, got {form} targets")
+        targets = split.labels[split.labels != IGNORED] if split.token_targets else split.labels
+        for target in (targets.min(initial=0), targets.max(initial=0)):
+            if not 0 <= target < self.num_classes:
+                raise ValueError(f"task {name}: targets must be 0 to {self.num_classes - 1}, got {target}")

@@ -62,10 +62,22 @@ FACTORIES: dict[str, Factory] = {
     "gravitational adaptive": functools.partial(make_gravitational, adaptive=True),
     "multi-timescale adaptive": functools.partial(make_multi_timescale, adaptive=True),
     "gravitational multi-timescale force adaptive": functools.partial(make_both_force, adaptive=True),
+    "gravitational cosine": functools.partial(make_gravitational, distance="cosine"),
+    "gravitational manhattan": functools.partial(make_gravitational, distance="manhattan"),
+    "gravitational multi-timescale force learned": functools.partial(
+        make_both_force, learned_power=True, learned_softening=True
+    ),
 }
 TIMESCALES = {name: T if "multi" in name else 1 for name in FACTORIES}
 each_module = pytest.mark.parametrize("name", list(FACTORIES))
 with_and_without_weights = pytest.mark.parametrize("need_weights", [True, False])
+
+
+def has_backend(name: str, backend: str) -> bool:
+    """Whether the backend is one for a module, or model, of that name."""
+    if backend == "native":
+        return not any(word in name for word in ("adaptive", "manhattan", "learned"))
+    return backend != "sdpa" or name == "conventional"
 
 
 class Inputs(NamedTuple):

@@ -65,11 +65,12 @@ def run_tiny(
     attention: Callable[[], nn.Module] = CONVENTIONAL,
     training: TrainingSettings = TRAINING,
     seed: int = 0,
+    task: TaskData | None = None,
     **options: Any,
 ) -> tuple[str, str]:
-    """Train a cell of `make_task` in the folder; its state and the reason."""
+    """Train a cell of a task, or of `make_task`, in the folder; its state and the reason."""
     folder.mkdir(exist_ok=True)
-    arguments = attention, make_task(), SETTINGS, training, seed, folder, CPU
+    arguments = attention, task or make_task(), SETTINGS, training, seed, folder, CPU
     return noted(folder, lambda: train_and_evaluate(*arguments, **options))
 
 

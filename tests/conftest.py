@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from results_fixture import HOLES, make_results
+from results_fixture import HOLES, make_results, without_figures
 from run_cases import Refused
 
 import analyze_results
@@ -50,7 +50,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
 @pytest.fixture
 def texts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """An analysis draws nothing: drawing takes nearly all of its time."""
-    monkeypatch.setattr(analyze_results, "task_figures", lambda view: iter(()))
+    without_figures(monkeypatch)
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 
+import analyze_results
 from reporting.metrics import ACCURACY
 from results_folder import Cell
 
@@ -21,6 +23,11 @@ HOLES = {
     Cell("listops", "gravitational", 2): "failed",
 }
 TEXT = "the film was not bad, but its end is a mess"
+
+
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an analysis draw nothing: drawing takes nearly all of its time."""
+    monkeypatch.setattr(analyze_results, "all_figures", lambda analysis: iter(()))
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:

@@ -7,13 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reporting.accuracy_against_cost import (
-    pareto_front,
-    progress_metrics,
-    progress_table,
-    target_qualities,
-    trade_offs,
-)
+from reporting.accuracy_against_cost import progress_metrics, progress_table, target_qualities
 from reporting.metrics import METRICS
 from reporting.run_results import TaskFacts
 from results_folder import Cell, CellRecord, Results
@@ -89,25 +83,3 @@ def test_the_target_is_reached_at_its_first_epoch_or_not_at_all() -> None:
     never = {"seconds_to_best": 2.0, "tokens_to_best": 2000.0, "target_reached": 0.0}
     assert metrics_of(progress, "b", {"t": 0.59}) == never  # of two equal epochs the first is the best
     assert metrics_of(progress, "c", {"t": 0.59}) == {}
-
-
-def test_a_trade_off_needs_both_its_numbers() -> None:
-    rows = [("a", 0, "seconds_to_best", 9.0), ("a", 0, "test_accuracy_best", 0.7), ("b", 0, "done", 1.0)]
-    table = pd.DataFrame(rows, columns=["model", "seed", "metric", "value"])
-    assert trade_offs(table).to_dict("records") == [{"model": "a", "seed": 0, "seconds": 9.0, "quality": 0.7}]
-    assert trade_offs(table.iloc[2:]).empty
-
-
-@pytest.mark.parametrize(
-    ("points", "front"),
-    [
-        ([(1, 5), (2, 4), (3, 6)], [0, 2]),
-        ([(2, 5), (1, 5)], [1]),
-        ([(1, 5), (1, 6)], [1]),
-        ([], []),
-    ],
-)
-def test_the_front_holds_the_points_that_none_beats(
-    points: list[tuple[float, float]], front: list[int]
-) -> None:
-    assert pareto_front(points) == front

@@ -50,8 +50,9 @@ def test_constructor_and_forward_have_the_names_order_and_defaults_of_pytorch(na
     module = type(make(name))
     theirs = inspect.signature(nn.MultiheadAttention.forward).parameters
     ours = inspect.signature(module.forward).parameters
-    assert list(ours) == list(theirs)
-    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+    assert list(ours) == [*theirs, "query_offset"]
+    assert [p.default for p in ours.values()] == [*(p.default for p in theirs.values()), 0]
+    assert ours["query_offset"].kind is inspect.Parameter.KEYWORD_ONLY
     created = inspect.signature(module.__init__).parameters
     leading = ["self", "embed_dim", "num_heads", "dropout", "bias"]
     assert list(created)[:5] == leading
@@ -89,10 +90,13 @@ ILLEGAL: list[tuple[tuple[str, ...], list[tuple[dict[str, Any], str]]]] = [
                 "softening must be at least 0.00187 for .*",
             ),
             ({"softening": 1e-7}, "softening must be at least 1e-06 for distance_power=2.0, got 1e-07"),
+            ({"distance": "hamming"}, "distance must be one of .*'cosine', 'manhattan'.*got 'hamming'"),
+            ({"learned_power": True}, 'learned_power=True needs normalization="force"'),
             (
-                {"normalization": "Softmax"},
-                "normalization must be one of .*'softmax', 'force'",
+                {"learned_power": True, "normalization": "force", "softening": 1e-7},
+                "softening must be at least",
             ),
+            ({"normalization": "Softmax"}, "normalization must be one of .*'softmax', 'force'"),
         ],
     ),
     (
@@ -232,6 +236,8 @@ def test_learned_scalars_and_masses_have_their_shapes_and_no_gradient(name: str)
     expected = {"gamma"} if any(word in name for word in ("multi", "heads", "adaptive")) else set()
     if "gravitational" in name and "force" not in name:
         expected.add("gravity")
+    if "learned" in name:
+        expected |= {"power", "softening"}
     assert set(scalars) == expected
     assert all(value.shape == (timescales, H) and not value.requires_grad for value in scalars.values())
     if isinstance(module, GravitationalAttention | GravitationalMultiTimescaleAttention):

@@ -100,8 +100,20 @@ def plain_weights(
         return F.softplus(x @ weight[row] + bias[row] + math.log(math.e - 1))
 
     field = module.field
-    r2 = (q[:, :, None] - k[:, None]).square().sum(-1) / module.head_dim  # (N, L, S, D) -> (N, L, S)
-    force = mass("key", inputs["key"])[:, None] / (r2 + field.softening) ** (field.distance_power / 2)
+    softening: Any = field.softening
+    row, power = t * module.num_heads + h, torch.tensor(field.distance_power)
+    if "field.log_power" in parameters:
+        power = power * parameters["field.log_power"][row].exp()
+    if "field.log_softening" in parameters:
+        least = 1e-6
+        softening = least + (softening - least) * parameters["field.log_softening"][row].exp()
+    if field.distance == "cosine":
+        r2 = 1 - F.cosine_similarity(q[:, :, None], k[:, None], dim=-1)
+    elif field.distance == "manhattan":
+        r2 = ((q[:, :, None] - k[:, None]).abs().sum(-1) / module.head_dim) ** 2
+    else:
+        r2 = (q[:, :, None] - k[:, None]).square().sum(-1) / module.head_dim  # (N, L, S, D) -> (N, L, S)
+    force = mass("key", inputs["key"])[:, None] / (r2 + softening) ** (power / 2)
     if field.normalization == "force":
         force = (force * gamma**distance * (-elapsed).exp()).masked_fill(blocked, 0.0)
         return force / force.sum(-1, keepdim=True)
@@ -308,6 +320,38 @@ def test_heads_as_timescales_adaptive_ones_and_discounted_logits_are_their_formu
     check(randomised(module_class(E, H, **kwargs)), make_inputs(), need_weights, mask)
 
 
+@each_normalization
+@pytest.mark.parametrize("distance", ["cosine", "manhattan"])
+def test_other_distances_are_their_formulas(normalization: Any, distance: Any, need_weights: bool) -> None:
+    kwargs = {"normalization": normalization, "distance": distance}
+    for module in (
+        GravitationalAttention(E, H, **kwargs),
+        GravitationalMultiTimescaleAttention(E, H, gammas=GAMMAS[2], distance_power=4.0, **kwargs),
+    ):
+        for mask in MASKS:
+            check(randomised(module), make_inputs(), need_weights, mask, tolerance=3e-5)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine", "manhattan"])
+@pytest.mark.parametrize(
+    "learned",
+    [
+        {"learned_power": True, "normalization": "force"},
+        {"learned_softening": True},
+        {"learned_power": True, "learned_softening": True, "normalization": "force", "distance_power": 3.0},
+    ],
+)
+def test_learned_powers_and_softening_are_their_formulas(
+    learned: dict[str, Any], distance: Any, need_weights: bool
+) -> None:
+    for module in (
+        GravitationalAttention(E, H, distance=distance, **learned),
+        GravitationalMultiTimescaleAttention(E, H, gammas=GAMMAS[2], distance=distance, **learned),
+    ):
+        for mask in MASKS:
+            check(randomised(module), make_inputs(), need_weights, mask, tolerance=3e-5)
+
+
 # --- values by hand ---------------------------------------------------------------------------------------
 
 
@@ -363,6 +407,49 @@ def test_softmax_gravity_of_two_tokens() -> None:
     expected = torch.tensor([[share, 1 - share], [1 - share, share]])
     torch.testing.assert_close(module(x, x, x)[1], expected)
     torch.testing.assert_close(module.learned_scalars()["gravity"], torch.tensor([[2.0]]))
+
+
+@pytest.mark.parametrize(
+    ("distance", "tokens", "shares"),
+    [
+        ("cosine", [[1.0, 0.0], [0.0, 3.0], [-2.0, 0.0]], [6, 3, 2]),  # 1 - cos: 0, 1 and 2
+        ("cosine", [[1.0, 0.0], [5.0, 0.0], [0.0, 0.0]], [3, 3, 2]),  # zeros are as far as half of the way
+        ("manhattan", [[0.0, 0.0], [1.0, 3.0], [-2.0, 0.0]], [10, 2, 5]),  # 4 / D and 2 / D, squared
+    ],
+)
+def test_forces_of_other_distances_by_hand(
+    distance: Any, tokens: list[list[float]], shares: list[float]
+) -> None:
+    """Seen from the first token, softening 1, masses equal."""
+    module = make_identity(
+        GravitationalAttention(2, 1, softening=1.0, normalization="force", distance=distance)
+    )
+    assert isinstance(module, GravitationalAttention)
+    set_mass(module.field.key_mass, 0.0, 0.0)
+    x = torch.tensor(tokens)
+    expected = torch.tensor(shares) / sum(shares)
+    torch.testing.assert_close(module(x, x, x)[1][0], expected)
+
+
+def test_a_learned_power_starts_at_the_head_width_and_a_learned_softening_where_it_is_asked_to() -> None:
+    learned: dict[str, Any] = {"learned_power": True, "learned_softening": True, "normalization": "force"}
+    scalars = GravitationalAttention(E, H, softening=0.3, **learned).learned_scalars()
+    torch.testing.assert_close(scalars["power"], torch.full((1, H), float(E // H)))
+    torch.testing.assert_close(scalars["softening"], torch.full((1, H), 0.3))
+    scalars = GravitationalAttention(E, H, distance_power=3.0, **learned).learned_scalars()
+    torch.testing.assert_close(scalars["power"], torch.full((1, H), 3.0))
+
+
+def test_a_learned_softening_never_gets_below_the_least() -> None:
+    module = GravitationalAttention(E, H, learned_softening=True)
+    with torch.no_grad():
+        module.get_parameter("field.log_softening").fill_(-1e4)
+    torch.testing.assert_close(module.learned_scalars()["softening"], torch.full((1, H), 1e-6))
+    x = make_inputs()["query"]
+    x[:, 1] = x[:, 0]
+    output = module(x, x, x, need_weights=False)[0]
+    output.square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in module.parameters() if p.grad is not None)
 
 
 @pytest.mark.usefixtures("each_fused_backend")

@@ -1,5 +1,6 @@
 """What is kept of a model's attention: true weights of true tokens, and shares of weight by distance."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from cell_cases import CPU, SETTINGS, attention_of
 from torch import Tensor, nn
 
 from data_pipeline import TaskData, TokenDataset
+from tasks.task_data import TaskForm
 from train_and_evaluate import TransformerClassifier
 from training.attention_patterns import (
     DISTANCE_EDGES,
@@ -27,9 +29,10 @@ def make_task(lengths: list[int]) -> TaskData:
     return TaskData("tiny", "Tiny", 6, 3, names, split, split, split, lambda token: f"<{token}>", {})
 
 
-def extract(make_attention: Any, lengths: list[int]) -> dict[str, np.ndarray]:
-    model = TransformerClassifier(make_attention, 6, 3, SETTINGS).eval()
-    patterns = attention_patterns(model, model.attentions, make_task(lengths), 0, CPU)
+def extract(make_attention: Any, lengths: list[int], form: TaskForm | None = None) -> dict[str, np.ndarray]:
+    task = replace(make_task(lengths), form=form or TaskForm())
+    model = TransformerClassifier(make_attention, 6, 3, SETTINGS, form=task.form).eval()
+    patterns = attention_patterns(model, model.attentions, task, 0, CPU)
     assert not any(attention._forward_pre_hooks for attention in model.attentions)
     return patterns
 
@@ -46,6 +49,13 @@ class UniformAttention(nn.Module):
 class SecretiveAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
         return torch.zeros_like(query), None
+
+
+@pytest.mark.parametrize("name", ["conventional", "torch.nn:MultiheadAttention"])
+def test_maps_of_a_causal_task_see_no_later_token_also_of_pytorchs_own_attention(name: str) -> None:
+    maps = extract(attention_of(name), [7, 6], TaskForm(causal=True))["maps"]
+    assert not np.triu(maps, 1).any()
+    np.testing.assert_allclose(maps[:, 0].astype(np.float64).sum(-1), 1, atol=2e-3)
 
 
 def test_maps_are_weights_over_true_tokens_and_zero_elsewhere() -> None:

@@ -16,6 +16,9 @@ VARIANTS = (
     *MODELS,
     "gravitational,normalization=force",
     "gravitational,adaptive=true",
+    "gravitational,distance=cosine",
+    "gravitational,distance=manhattan",
+    "gravitational,normalization=force,learned_power=true,learned_softening=true",
     "multi_timescale,decoder=linear",
     "multi_timescale,decoder=mlp",
     "multi_timescale,gammas=0.6:0.9:0.99",
@@ -99,7 +102,9 @@ def test_neither_loops_over_matrices_nor_their_decay_move_horizons_and_gravity(n
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
     assert str(module.learned_scalars()) == str(before)
-    single = [p for key, p in module.named_parameters() if key.endswith(("rho", "log_gravity", "mass.bias"))]
+    single = [
+        p for key, p in module.named_parameters() if "log_" in key or key.endswith(("rho", "mass.bias"))
+    ]
     assert all(p.dim() == 1 and not p.any() for p in single)
 
 

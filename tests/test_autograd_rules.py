@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import FACTORIES, E, H, N, assert_same, make, make_inputs, relative
+from attention_cases import FACTORIES, E, H, N, assert_same, has_backend, make, make_inputs, relative
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -18,12 +18,7 @@ from attention_kernels import BACKENDS, use_backend
 from attention_module import AttentionModule
 
 ON_CPU = [backend for backend in BACKENDS if backend not in ("auto", "triton")]
-CASES = [
-    (name, backend)
-    for name in FACTORIES
-    for backend in ON_CPU
-    if (backend != "sdpa" or name == "conventional") and (backend != "native" or "adaptive" not in name)
-]
+CASES = [(name, backend) for name in FACTORIES for backend in ON_CPU if has_backend(name, backend)]
 each_case = pytest.mark.parametrize(("name", "backend"), CASES)
 each_module = pytest.mark.parametrize("name", list(FACTORIES))
 LENGTH = 40

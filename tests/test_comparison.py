@@ -1,28 +1,21 @@
 """The tables of a comparison are those a person gets by hand, and the figures draw what the tables hold."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
-from matplotlib.projections.polar import PolarAxes
 from results_fixture import MODELS, make_results, tidy
 
-from reporting.comparison_figures import (
-    Panel,
-    plot_bars,
-    plot_improvement,
-    plot_radar,
-)
+from reporting.comparison_figures import plot_quality
 from reporting.comparison_tables import (
     convergence_epoch,
     epoch_table,
-    improvements,
+    mean_ratio,
     metric_table,
-    radar_scores,
     summarize,
 )
 from reporting.figure_style import MODEL_STYLES, drawable, model_styles, new_figure
-from reporting.metrics import ACCURACY
 from reporting.run_results import usable
 from reporting.text_tables import (
     TextTable,
@@ -57,10 +50,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def test_the_pure_tables_leave_their_input_alone(results: Results) -> None:
     table = metric_table(results, {})
     before = table.copy()
-    summary = summarize(table)
-    for function in (summarize, compare, improvements):
+    for function in (summarize, compare):
         function(table)
-    radar_scores(summary, "listops")
     pd.testing.assert_frame_equal(table, before)
 
 
@@ -85,29 +76,10 @@ def test_convergence_is_the_first_epoch_at_90_percent_of_the_way_from_chance_to_
     assert convergence_epoch(accuracies, chance) == epoch
 
 
-def test_improvement_is_in_percent_of_the_same_seed_and_a_saving_counts_as_one() -> None:
-    table = pd.concat(
-        [
-            tidy({"conventional": [0.5, 0.4], "a": [0.6, 0.3]}),
-            tidy({"conventional": [10.0, 20.0], "a": [5.0, 40.0]}, "seconds_per_epoch"),
-        ]
-    )
-    gains = improvements(table).set_index(["metric", "seed"])["value"]
-    assert gains[ACCURACY].tolist() == pytest.approx([20.0, -25.0])
-    assert gains["seconds_per_epoch"].tolist() == pytest.approx([50.0, -100.0])
-
-
-def test_radar_scores_are_relative_to_the_best_model() -> None:
-    table = pd.concat(
-        [
-            tidy({"conventional": [0.5], "a": [0.25]}),
-            tidy({"conventional": [10.0], "a": [5.0]}, "seconds_per_epoch"),
-        ]
-    )
-    scores = radar_scores(summarize(table), "listops")
-    assert scores["accuracy /\nhighest"].to_dict() == {"conventional": 1.0, "a": 0.5}
-    assert scores["shortest time\nper epoch / time"].to_dict() == {"conventional": 0.5, "a": 1.0}
-    assert scores["smallest peak\nmemory / memory"].isna().all()
+def test_a_ratio_is_the_mean_of_those_of_the_same_seed() -> None:
+    table = tidy({"conventional": [10.0, 20.0, 0.0], "a": [5.0, 40.0, 7.0, 9.0]}, "seconds_per_epoch")
+    assert mean_ratio(table, "listops", "a", "seconds_per_epoch") == (0.5 + 2) / 2
+    assert math.isnan(mean_ratio(table, "listops", "b", "seconds_per_epoch"))
 
 
 # Figures
@@ -128,31 +100,13 @@ def test_learning_curves_draw_the_mean_of_finished_seeds_and_mark_cells_that_did
     assert [np.asarray(line.get_xdata()).tolist() for line in crosses] == [[3]]
 
 
-def test_improvement_and_radar_draw_the_numbers_of_their_tables(results: Results) -> None:
-    table = metric_table(results, {})
-    gains = improvements(table)
-    gains = gains[gains["metric"] == ACCURACY]
-    styles = {model: MODEL_STYLES[model] for model in MODELS[1:]}
-    ax = new_figure(1, 1, 6, 3)[1][0, 0]
-    plot_improvement(gains, styles, ax)
-    words = [text.get_text() for text in ax.texts]
-    means = gains.groupby("model")["value"].mean()
-    assert "no pair" in words and f"{means['multi_timescale']:+.1f} %" in words
-    scores = radar_scores(summarize(table), "listops")
-    polar = Figure().add_subplot(projection="polar")
-    assert isinstance(polar, PolarAxes)
-    plot_radar(scores, styles | {"conventional": MODEL_STYLES["conventional"]}, polar)
-    for line, (_, row) in zip(polar.get_lines(), scores.iterrows(), strict=True):
-        np.testing.assert_allclose(np.asarray(line.get_ydata()), [*row, row.iloc[0]])
-
-
 def test_a_model_without_a_result_keeps_its_place_and_says_why() -> None:
     styles = model_styles(MODELS)
     values = tidy({"conventional": [0.3, 0.4]})
     ax = new_figure(1, 1, 5, 3)[1][0, 0]
-    plot_bars(values, styles, ax, Panel(ACCURACY, "accuracy"), {"gravitational": "no result (failed)"})
+    plot_quality(values, styles, ax, absent={"gravitational": "no result (1 failed)"})
     assert [label.get_text() for label in ax.get_yticklabels()] == [style.name for style in styles.values()]
-    assert "no result (failed)" in [text.get_text() for text in ax.texts]
+    assert "no result (1 failed)" in [text.get_text() for text in ax.texts]
 
 
 def test_each_model_has_its_own_name_colour_and_marker() -> None:

@@ -298,7 +298,8 @@ def test_settings_out_of_range_are_refused(arguments: dict[str, object]) -> None
 def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(InputError, match="did you mean 'listops'"):
         load_task("list_ops", DataSettings())
-    assert {"imdb", "listops", "pathfinder", "image", "recall", "hold"} == set(TASKS)
+    generated = {"recall", "hold", "latest", "nearest", "lookup"}
+    assert {"imdb", "listops", "pathfinder", "image", "bytes", *generated} == set(TASKS)
 
 
 @pytest.mark.parametrize(
@@ -308,10 +309,12 @@ def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:
         ("pathfinder", {"min_length": 5}, "--min-length"),
         ("pathfinder", {"max_length": 5}, "--max-length"),
         ("image", {"max_length": 5}, "--max-length"),
+        ("bytes", {"tokenizer": "word"}, "--tokenizer"),
+        ("bytes", {"min_length": 5}, "--min-length"),
     ],
 )
 def test_a_setting_that_means_nothing_to_a_task_is_refused(
-    task: str, settings: dict[str, int], option: str
+    task: str, settings: dict[str, object], option: str
 ) -> None:
     with pytest.raises(InputError, match=f"{option} means nothing to {task}"):
         load_task(task, DataSettings(**settings))  # type: ignore[arg-type]
@@ -322,6 +325,14 @@ def test_stats_show_sizes_lengths_labels_and_an_example(capsys: pytest.CaptureFi
     assert main(["stats", "--task", "listops", "--min-length", "10", "--max-length", "40", *sizes]) == 0
     out = capsys.readouterr().out
     for part in ("ListOps, 11 to 39 tokens: 17 token ids", "train           50", "labels of test: 0 ", "[M"):
+        assert part in out
+
+
+def test_stats_of_tokens_join_the_ids_of_a_position(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--train-size", "50", "--val-size", "8", "--test-size", "9", "--max-length", "24"]
+    assert main(["stats", "--task", "nearest", *sizes]) == 0
+    out = capsys.readouterr().out
+    for part in ("The nearest of 8 points: 266 token ids, 8 classes", "labels of val: 0 ", "+v", "+?"):
         assert part in out
 
 

@@ -131,8 +131,8 @@ def test_the_script_prints_a_runs_numbers_and_draws_its_figures(
     drawn = results / "analysis" / "listops_gravitational_multi_timescale_seed0"
     maps = {"attention_layer1", "attention_layer2"}
     expected = {"learning_curves", "learned", "attention_distance", "masses", *maps}
-    assert {path.stem for path in drawn.iterdir()} == expected
-    assert {path.suffix for path in drawn.iterdir()} == {".png", ".pdf"}
+    assert {path.stem for path in drawn.iterdir()} == {*expected, "explorer"}
+    assert {path.suffix for path in drawn.iterdir()} == {".png", ".pdf", ".html"}
 
 
 def test_the_script_says_so_where_there_is_nothing_to_draw(

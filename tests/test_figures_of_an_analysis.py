@@ -10,28 +10,29 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from results_fixture import MODELS
 
 from reporting.analysis import make_analysis
 from reporting.attention_figures import distance_figure, plot_maps
+from reporting.comparison_figures import forest_figure, gain_at_cost_figure, plot_gain_at_cost, plot_lengths
 from reporting.figure_style import figure_style, model_styles, new_figure, save_figure
-from reporting.mass_figures import shaded_figure
-from reporting.metrics import ACCURACY
+from reporting.metrics import ACCURACY, METRICS
 from reporting.run_results import read_joined
 from reporting.seed_statistics import estimate
-from reporting.task_figures import CONVERGENCE_PANELS, COST_PANELS, TaskView, task_figures
-from reporting.training_figures import plot_curves, plot_learned
+from reporting.task_figures import all_figures
+from reporting.training_figures import curves_figure, plot_curves, plot_learned
+from reporting.verdicts import compare
 
 STYLES = model_styles(MODELS)
+BITS = METRICS["bits_per_byte"]
 
 
 @pytest.fixture(scope="module")
 def figures(holed: Path) -> dict[str, Figure]:
     """The figures by the kind in their names."""
-    view = TaskView(make_analysis(read_joined([holed])), "listops", "listops")
+    analysis = make_analysis(read_joined([holed]))
     with figure_style():
-        return {note.stem.removesuffix("_listops"): figure for note, figure in task_figures(view)}
+        return {note.stem.removesuffix("_listops"): figure for _, note, figure in all_figures(analysis)}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_accuracy_is_that_of_the_table(figures: dict[str, Figure], summary: pd.D
             seeds = [np.asarray(one.get_offsets())[:, 0] for one in ax.collections if is_of(one, style.color)]
             np.testing.assert_allclose(seeds[0], expected)
         else:
-            assert not drawn and "no result (2 failed, missing)" in [text.get_text() for text in ax.texts]
+            assert not drawn and "no result (2 failed, 1 missing)" in [text.get_text() for text in ax.texts]
     ends = [bar.get_segments()[0][:, 0] for bar in ax.collections if isinstance(bar, LineCollection)]
     done = [values for model in STYLES if (values := values_of(summary, model, ACCURACY))]
     np.testing.assert_allclose(ends, [100 * np.array(estimate(values)[2:]) for values in done])
@@ -67,43 +68,70 @@ def test_accuracy_is_that_of_the_table(figures: dict[str, Figure], summary: pd.D
     assert levels[:2] == ["chance: 10.0 %", "largest class: 17.5 %"]
 
 
-@pytest.mark.parametrize("kind", ["cost", "convergence"])
-def test_bars_are_the_means_of_the_table(
-    kind: str, figures: dict[str, Figure], summary: pd.DataFrame
+def texts_of(figure: Figure) -> list[str]:
+    return [text.get_text() for ax in figure.axes for text in ax.texts]
+
+
+def test_the_forest_and_the_gains_are_the_paired_differences_of_the_table(
+    figures: dict[str, Figure], summary: pd.DataFrame
 ) -> None:
-    panels = {"cost": COST_PANELS, "convergence": CONVERGENCE_PANELS}[kind]
-    for ax, panel in zip(figures[kind].axes, panels, strict=True):
-        bars = [bar.get_width() for bar in ax.patches if isinstance(bar, Rectangle)]
-        numbers = [values_of(summary, model, panel.metric) for model in MODELS]
-        assert bars == pytest.approx([panel.scale * np.mean(one) for one in numbers if one])
+    base = dict(enumerate(values_of(summary, "conventional", ACCURACY)))
+    [forest], [gains] = figures["differences"].axes, figures["gain_at_cost"].axes
+    times = values_of(summary, "conventional", "seconds_per_epoch")
+    for model, seeds in (("multi_timescale", (0, 2)), ("gravitational_multi_timescale", (0, 1, 2))):
+        style = STYLES[model]
+        mine = values_of(summary, model, ACCURACY)
+        gain = 100 * np.mean([value - base[seed] for value, seed in zip(mine, seeds, strict=True)])
+        spent = values_of(summary, model, "seconds_per_epoch")
+        cost = np.mean([value / times[seed] for value, seed in zip(spent, seeds, strict=True)])
+        drawn = [line for line in forest.get_lines() if line.get_marker() == style.marker]
+        assert [np.asarray(line.get_xdata()).tolist() for line in drawn] == [[pytest.approx(gain)]]
+        drawn = [line for line in gains.get_lines() if line.get_marker() == style.marker]
+        points = [np.asarray(line.get_xydata()).tolist() for line in drawn]
+        assert points == [[pytest.approx([cost, gain])]]
+        assert [text for text in texts_of(figures["differences"]) if text.startswith(f"{gain:+.1f} [")]
+    labels = [label.get_text() for label in forest.get_yticklabels()]
+    assert labels == ["listops", "Multi-timescale", "Gravitational multi-timescale"]  # gravity has no result
 
 
-def test_the_trade_off_is_that_of_the_table(figures: dict[str, Figure], summary: pd.DataFrame) -> None:
-    ax = figures["accuracy_time"].axes[2]
-    for model, style in STYLES.items():
-        seconds = values_of(summary, model, "seconds_to_best")
-        accuracy = 100 * np.array(values_of(summary, model, ACCURACY))
-        drawn = [
-            np.asarray(line.get_xydata()) for line in ax.get_lines() if line.get_marker() == style.marker
-        ]
-        if seconds:
-            np.testing.assert_allclose(drawn[0], np.stack([seconds, accuracy], 1))
-            np.testing.assert_allclose(drawn[1], [[np.mean(seconds), accuracy.mean()]])
+def test_a_mark_is_filled_where_there_is_a_verdict_and_there_alone() -> None:
+    rows = [("t", "conventional", seed, ACCURACY, 0.5 + 0.01 * seed) for seed in range(8)]
+    for model, gain in (("gravitational", 0.1), ("multi_timescale", 0.001)):
+        rows += [("t", model, seed, ACCURACY, 0.5 + gain + 0.0105 * seed) for seed in range(8)]
+    differences = compare(pd.DataFrame(rows, columns=["task", "model", "seed", "metric", "value"]))
+    ax = plot_gain_at_cost([(row, 2.0) for row in differences], STYLES, new_figure(1, 1, 6, 3)[1][0, 0])
+    filled = {str(line.get_marker()): line.get_markerfacecolor() != "white" for line in ax.get_lines()}
+    assert filled["s"] and not filled["^"]
+    assert [(text.get_text(), text.get_color()) for text in ax.texts] == [("t", "black"), ("t", "#777777")]
 
 
-def test_maps_that_hold_no_weights_and_masses_of_0_are_drawn_and_not_fatal(tmp_path: Path) -> None:
+def test_metrics_of_unlike_units_have_panels_of_their_own_and_right_is_a_gain() -> None:
+    rows = [(task, model, seed, metric, value + curve * seed**2)
+        for task, metric, base, mine in (("t", ACCURACY, 0.5, 0.6), ("b", BITS.best, 3.0, 2.8))
+        for model, value, curve in (("conventional", base, 0), ("gravitational", mine, 0.01))
+        for seed in range(3)]  # fmt: skip
+    differences = compare(pd.DataFrame(rows, columns=["task", "model", "seed", "metric", "value"]))
+    for figure in (
+        forest_figure(differences, STYLES, "forest"),
+        gain_at_cost_figure([(row, 1.5) for row in differences], STYLES, "Conventional", "gain"),
+    ):
+        points, bits = figure.axes
+        labels = [points.get_xlabel(), points.get_ylabel(), bits.get_xlabel(), bits.get_ylabel()]
+        assert "gain in points of accuracy" in labels[:2] and "bits per byte saved" in labels[2:]
+        for ax, gain in ((points, 10 + 5 / 3), (bits, 0.2 - 0.05 / 3)):
+            [mark] = [line for line in ax.get_lines() if line.get_marker() == "s"]
+            [at] = np.asarray(mark.get_ydata() if ax.get_ylabel() else mark.get_xdata())
+            assert at == pytest.approx(gain)
+
+
+def test_maps_that_hold_no_weights_are_drawn_and_not_fatal(tmp_path: Path) -> None:
     columns = ["model", "layer", "timescale", "low", "high", "share"]
     rows = [("multi_timescale", 0, timescale, 0, 1, 0.0) for timescale in (0, 1)]
     learned = pd.DataFrame(columns=["scalar", "model", "seed", "epoch", "layer", "timescale", "value"])
-    masses = {"gravitational": (["a", "b"], np.array([0.0, 2.0]))}
     with figure_style():
-        figures = [
-            distance_figure(pd.DataFrame(rows, columns=columns), learned, STYLES, "empty"),
-            shaded_figure(masses, STYLES, "light"),
-        ]
-        for number, figure in enumerate(figures):
-            save_figure(figure, tmp_path, str(number))
-    assert "no weights" in [text.get_text() for ax in figures[0].axes for text in ax.texts]
+        figure = distance_figure(pd.DataFrame(rows, columns=columns), learned, STYLES, "empty")
+        save_figure(figure, tmp_path, "empty")
+    assert "no weights" in texts_of(figure)
 
 
 def test_no_label_leaves_its_figure(figures: dict[str, Figure]) -> None:
@@ -139,7 +167,8 @@ def test_a_grid_of_maps_has_a_row_per_query_and_a_column_per_key() -> None:
 @pytest.mark.parametrize("epochs", [1, 2, 3, 30])
 def test_an_axis_of_epochs_has_whole_ticks_however_few_there_are(epochs: int) -> None:
     shown = range(1, epochs + 1)
-    rows = [{"model": MODELS[0], "seed": 0, "state": "done", "epoch": epoch, "loss": 0.5} for epoch in shown]
+    same: dict[str, Any] = {"model": MODELS[0], "seed": 0, "state": "done", "steps": None, "loss": 0.5}
+    rows = [same | {"epoch": epoch} for epoch in shown]
     scalars = [
         {"scalar": "share", "layer": 0, "timescale": 0, "epoch": epoch, "value": 1.0} for epoch in shown
     ]
@@ -151,3 +180,37 @@ def test_an_axis_of_epochs_has_whole_ticks_however_few_there_are(epochs: int) ->
         ticks = [tick for tick in ax.get_xticks() if low <= tick <= high]
         assert ticks
         assert all(tick == round(tick) for tick in ticks)
+
+
+def test_learning_curves_are_by_steps_and_by_epochs_where_no_steps_are_on_record() -> None:
+    rows = [
+        {"model": "gravitational", "seed": seed, "state": "done", "epoch": epoch, "steps": 40.0 * epoch}
+        | {f"{split}_{kind}": 0.1 * epoch for split in ("train", "val") for kind in ("accuracy", "loss")}
+        for seed in (0, 1)
+        for epoch in (1, 2, 3)
+    ]
+    epochs = pd.DataFrame(rows)
+    for table, label, last in ((epochs, "optimizer steps", 120), (epochs.assign(steps=None), "epoch", 3)):
+        figure = curves_figure(table, STYLES, "curves", level=0.1, target=0.27)
+        assert {ax.get_xlabel() for ax in figure.axes} == {label} and len(figure.axes) == 4
+        assert max(np.asarray(figure.axes[0].get_lines()[0].get_xdata())) == last
+        levels = [line.get_label() for line in figure.axes[1].get_lines()]
+        assert "target: 27.0 %" in levels and "chance" in levels
+    training, validation = curves_figure(epochs, STYLES, "bits", metric=BITS, level=8.0).axes
+    assert training.get_ylabel() == "training bits per byte"  # the loss would say it again
+    np.testing.assert_allclose(
+        np.asarray(validation.get_lines()[0].get_ydata()), np.array([0.1, 0.2, 0.3]) / np.log(2)
+    )
+
+
+def test_quality_by_length_has_the_mean_its_interval_and_the_trained_length() -> None:
+    rows = [("gravitational", seed, length, 0.9 - seed / 10 - length / 1000)
+        for seed in (0, 1, 2) for length in (64, 128, 256)]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["model", "seed", "length", "value"])
+    ax = plot_lengths(table, STYLES, new_figure(1, 1, 6, 3)[1][0, 0], METRICS["accuracy"])
+    assert np.asarray(ax.get_lines()[0].get_xdata()).tolist() == [64, 64]
+    [mean] = [line for line in ax.get_lines() if line.get_marker() == "s"]
+    np.testing.assert_allclose(np.asarray(mean.get_ydata()), 100 * (0.8 - np.array([64, 128, 256]) / 1000))
+    [bars] = [one for one in ax.collections if isinstance(one, LineCollection)]
+    expected = 100 * np.array(estimate([0.9 - seed / 10 - 0.064 for seed in (0, 1, 2)])[2:])
+    np.testing.assert_allclose(bars.get_segments()[0][:, 1], expected)

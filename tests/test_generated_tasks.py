@@ -1,34 +1,51 @@
-"""Tasks made of draws: labels by a slow solver, streams that differ, bad settings refused."""
+"""Tasks made of draws: labels by a slow solver, draws as defined, streams apart, bad settings refused."""
 
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from attention_kernels import use_backend
 from command_line import InputError
-from data_pipeline import TASKS, DataSettings, load_task
+from data_pipeline import DataSettings, load_task
 from experiment.models import MODELS, Model, build
+from tasks.generated_tasks import GENERATED
+from tasks.random_draws import RandomDraws
+from tasks.task_data import TaskData
 from tasks.token_dataset import IGNORED, TokenDataset
-from train_and_evaluate import ModelSettings
+from train_and_evaluate import ModelSettings, TransformerClassifier
 
-SETTINGS = DataSettings(max_length=21, train_size=7, val_size=5, test_size=6)
-GENERATED = ("recall", "hold")
+ROOT = Path(__file__).parents[1]
+SETTINGS = DataSettings(max_length=24, train_size=17, val_size=15, test_size=16)
+Example = list[Any]  # ids, or lists of ids
 
 
-def examples(split: TokenDataset) -> list[tuple[list, list]]:
+def examples(split: TokenDataset) -> list[tuple[Example, list[int]]]:
     spans = zip(split.offsets[:-1], split.offsets[1:], strict=True)
     return [(split.tokens[a:b].tolist(), split.labels[a:b].tolist()) for a, b in spans]
 
 
-def recalled(tokens: list[int]) -> list[int]:
+def splits(task: TaskData) -> list[TokenDataset]:
+    return [task.train_of(5, 2), task.val, task.test, *task.longer_tests.values()]
+
+
+# Solvers, in plain Python
+
+
+def recalled(tokens: Example) -> list[int]:
     pairs = len(tokens) // 3
     memory = {tokens[2 * i]: tokens[2 * i + 1] - 33 for i in range(pairs)}
     return [IGNORED] * (2 * pairs) + [memory[key] for key in tokens[2 * pairs :]]
 
 
-def held(tokens: list[list[int]]) -> list[int]:
+def held(tokens: Example) -> list[int]:
     found, last = [], IGNORED
     for value, flag in tokens:
         last = value - 1 if flag == 18 else last
@@ -36,49 +53,223 @@ def held(tokens: list[list[int]]) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("name", "solve"), [("recall", recalled), ("hold", held)])
-def test_every_label_is_what_a_slow_solver_finds(name: str, solve: Callable[[list[Any]], list[int]]) -> None:
-    task = load_task(name, SETTINGS)
-    for split in (task.train, task.val, task.test, *task.longer_tests.values()):
-        for tokens, labels in examples(split):
-            assert labels == solve(tokens)
+def last_written(tokens: Example) -> list[int]:
+    memory: dict[int, int] = {}
+    found: list[int] = []
+    for token, after in zip(tokens, [*tokens[1:], 0], strict=True):
+        if token > 8:
+            found.append(IGNORED)
+        elif after > 8:
+            memory[token] = after - 9
+            found.append(IGNORED)
+        else:
+            found.append(memory[token])
+    return found
+
+
+def label_of_nearest(tokens: Example) -> list[int]:
+    points = [(divmod(place - 1, 16), mark - 257) for place, mark in tokens if mark != 265]
+    found = []
+    for place, mark in tokens:
+        near = sorted((math.dist(divmod(place - 1, 16), point), label) for point, label in points)
+        tied = len(near) > 1 and near[0][0] == near[1][0]
+        found.append(IGNORED if mark != 265 or tied else near[0][1])
+    return found
+
+
+def looked_up(tokens: Example) -> list[int]:
+    memory = {key: mark - 257 for key, mark in tokens if mark != 265}
+    return [memory[key] if mark == 265 else IGNORED for key, mark in tokens]
+
+
+SOLVERS: dict[str, Callable[[Example], list[int]]] = {
+    "recall": recalled,
+    "hold": held,
+    "latest": last_written,
+    "nearest": label_of_nearest,
+    "lookup": looked_up,
+}
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_training_data_differ_by_epoch_and_seed_and_from_what_is_tested_and_can_be_drawn_again(
+def test_every_label_is_what_a_slow_solver_finds_at_every_length(name: str) -> None:
+    task = load_task(name, SETTINGS)
+    for split in splits(task):
+        for tokens, labels in examples(split):
+            assert labels == SOLVERS[name](tokens)
+    times = {"hold": (4, 16)}.get(name, (2, 4))
+    assert list(task.longer_tests) == [str(24 * longer) for longer in times]
+    assert all(set(part.lengths) == {int(n)} for n, part in task.longer_tests.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "shortest"), [("recall", 3), ("hold", 1), ("latest", 3), ("nearest", 3), ("lookup", 2)]
+)
+def test_the_shortest_examples_have_something_to_ask_for(name: str, shortest: int) -> None:
+    task = load_task(name, DataSettings(max_length=shortest, train_size=40, val_size=3, test_size=4))
+    for tokens, labels in examples(task.train):
+        assert labels == SOLVERS[name](tokens) and set(labels) != {IGNORED}
+
+
+# Draws as defined
+
+
+def drawn(name: str, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    return GENERATED[name].draw(RandomDraws(3, "test of a draw"), count, length)
+
+
+def assert_even(numbers: np.ndarray, kinds: int) -> None:
+    """Each of 0..kinds - 1 as often as the others, to within five standard deviations."""
+    counts = np.bincount(numbers.ravel(), minlength=kinds)
+    assert len(counts) == kinds
+    assert np.abs(counts - counts.mean()).max() < 5 * math.sqrt(counts.mean())
+
+
+def all_different(rows: np.ndarray) -> bool:
+    return all(len(set(row)) == len(row) for row in rows.tolist())
+
+
+def test_recall_asks_once_for_each_of_its_different_keys_in_any_order() -> None:
+    tokens, labels = drawn("recall", 3000, 24)
+    keys, asked = tokens[:, :16:2], tokens[:, 16:]
+    assert all_different(keys) and np.array_equal(np.sort(keys), np.sort(asked))
+    assert_even(keys - 1, 32)
+    assert_even(labels[:, 16:], 32)
+    assert_even((keys == asked[:, :1]).argmax(1), 8)
+
+
+def test_gaps_of_hold_are_log_uniform_from_1_to_the_length() -> None:
+    length = 60
+    tokens, labels = drawn("hold", 4000, length)
+    first = (tokens[..., 1] == 18).argmax(1)  # the first gap is cut by no end
+    expected = 4000 * np.diff(np.log(np.arange(1, length + 2))) / math.log(length + 1)
+    assert np.abs(np.bincount(first, minlength=length) - expected).max() < 5 * math.sqrt(expected.max())
+    assert_even(tokens[..., 0] - 1, 16)
+    assert ((labels == IGNORED).sum(1) == first).all()
+
+
+def test_latest_writes_and_reads_evenly_and_reads_what_any_earlier_write_was_of() -> None:
+    length = 30
+    tokens, labels = drawn("latest", 6000, length)
+    reads, values = labels != IGNORED, tokens > 8
+    writes = np.roll(values, -1, 1) & ~values
+    begins = writes[:, 1:-2] | reads[:, 1:-2]  # but for the ends, which are fixed
+    assert_even(writes[:, 1:-2][begins].astype(int), 2)
+    assert writes[:, 0].all() and reads[:, -1].all()
+    assert_even(tokens[writes] - 1, 8)
+    assert_even(tokens[values] - 9, 16)
+    two = tokens[reads[:, 4] & writes[:, 2] & (tokens[:, 0] != tokens[:, 2])]  # two writes before a read
+    assert_even((two[:, 4] == two[:, 2]).astype(int), 2)
+
+
+def test_nearest_has_different_points_and_even_labels_and_queries_and_few_ties() -> None:
+    tokens, labels = drawn("nearest", 2000, 48)
+    places = tokens[..., 0] - 1
+    assert all_different(places[:, :16]) and (tokens[:, 16:, 1] == 265).all()
+    assert_even(places[:, :16], 256)
+    assert_even(places[:, 16:], 256)
+    assert_even(tokens[:, :16, 1] - 257, 8)
+    assert 0.02 < (labels[:, 16:] == IGNORED).mean() < 0.3
+
+
+def test_lookup_asks_once_for_each_of_its_different_keys_in_any_order() -> None:
+    tokens, labels = drawn("lookup", 2000, 32)
+    keys, asked = tokens[:, :16, 0], tokens[:, 16:, 0]
+    assert all_different(keys) and np.array_equal(np.sort(keys), np.sort(asked))
+    assert_even(keys - 1, 256)
+    assert_even(labels[:, 16:], 8)
+    assert_even((keys == asked[:, :1]).argmax(1), 16)
+
+
+# Streams
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_training_data_differ_by_epoch_and_seed_and_hold_nothing_that_is_tested_and_can_be_drawn_again(
     name: str,
 ) -> None:
     task = load_task(name, SETTINGS)
-    splits = [task.train_of(s, e) for s, e in ((0, 1), (0, 2), (1, 1))] + [task.val, task.test]
-    seen = [example for split in splits for example in map(repr, examples(split))]
+    drawn = [task.train_of(seed, epoch) for seed, epoch in ((0, 1), (0, 2), (1, 1))]
+    parts = [*drawn, task.val, task.test, *task.longer_tests.values()]
+    seen = [example for part in parts for example in map(repr, examples(part))]
     assert len(set(seen)) == len(seen)
     again = load_task(name, SETTINGS).train_of(0, 2)
-    assert np.array_equal(again.tokens, splits[1].tokens)
+    assert np.array_equal(again.tokens, drawn[1].tokens) and np.array_equal(again.labels, drawn[1].labels)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", GENERATED)
-def test_a_later_token_changes_no_earlier_logit(name: str, model: str) -> None:
-    task = load_task(name, SETTINGS)
+DIGEST = """
+import hashlib
+from tasks.generated_tasks import GENERATED, load_generated
+from tasks.task_data import DataSettings
+digest = hashlib.sha256()
+for name in GENERATED:
+    task = load_generated(name, DataSettings(max_length=24, train_size=17, val_size=15, test_size=16))
+    for part in (task.train_of(5, 2), task.val, task.test, *task.longer_tests.values()):
+        digest.update(part.tokens.astype("<u2").tobytes() + part.labels.astype("<i8").tobytes())
+print(digest.hexdigest()[:32])
+"""
+
+
+def test_the_bytes_are_those_of_every_other_machine_and_hash_seed() -> None:
+    command, environment = [sys.executable, "-c", DIGEST], os.environ | {"PYTHONHASHSEED": "7"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "01c8dec04f696738a2840cc4bca873a7"
+
+
+# What an encoder sees
+
+
+def encoder_of(model: str, task: TaskData) -> TransformerClassifier:
     settings = ModelSettings(embed_dim=16, num_heads=2, feed_forward_dim=24, dropout=0.0)
-    encoder = build(Model.parse(model), settings, task.vocab_size, task.num_classes, task.form).eval()
-    tokens = torch.from_numpy(task.val.example(0).astype(np.int64))[None]
+    return build(Model.parse(model), settings, task.vocab_size, task.num_classes, task.form).eval()
+
+
+BACKENDS = [(model, backend) for model in MODELS for backend in ("dense", "tiled", "native")]
+BACKENDS.remove(("adaptive", "native"))  # has no clocks
+BACKENDS += [("conventional", "sdpa"), ("torch.nn:MultiheadAttention", "dense")]
+
+
+@pytest.mark.parametrize(("model", "backend"), BACKENDS)
+@pytest.mark.parametrize("name", ["latest", "hold"])
+def test_a_later_token_changes_no_earlier_logit(name: str, model: str, backend: str) -> None:
+    task = load_task(name, DataSettings(max_length=150, train_size=1, val_size=1, test_size=1))
+    encoder = encoder_of(model, task)
+    tokens = torch.from_numpy(task.val.tokens.astype(np.int64))[None]
     changed = tokens.clone()
-    changed[:, 13:] = 1 + tokens[:, 13:] % 5
-    padding = torch.zeros(1, 21, dtype=torch.bool)
-    before, after = encoder(tokens, padding), encoder(changed, padding)
-    torch.testing.assert_close(before[:, :13], after[:, :13])
-    assert not torch.allclose(before[:, 13:], after[:, 13:])
+    changed[:, 77:] = 1 + tokens[:, 77:] % 5
+    padding = torch.zeros(1, 150, dtype=torch.bool)
+    with use_backend(backend):
+        before, after = encoder(tokens, padding), encoder(changed, padding)
+    torch.testing.assert_close(before[:, :77], after[:, :77])
+    assert not torch.allclose(before[:, 77:], after[:, 77:])
+
+
+@pytest.mark.parametrize("model", ["conventional", "gravitational"])
+@pytest.mark.parametrize("name", ["nearest", "lookup"])
+def test_a_set_has_no_order(name: str, model: str) -> None:
+    task = load_task(name, SETTINGS)
+    tokens = torch.from_numpy(task.val.example(0).astype(np.int64))[None]
+    order = torch.from_numpy(RandomDraws(1, "order").order(24))
+    padding = torch.zeros(1, 24, dtype=torch.bool)
+    encoder = encoder_of(model, task)
+    torch.testing.assert_close(encoder(tokens[:, order], padding), encoder(tokens, padding)[:, order])
+
+
+# Bad input
 
 
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
         ("hold", {"min_length": 3}, "--min-length means nothing to hold"),
-        ("recall", {"max_length": 22}, "3 times its pairs"),
+        ("nearest", {"tokenizer": "word"}, "--tokenizer means nothing to nearest"),
+        ("recall", {"max_length": 22}, "recall: --max-length must be a multiple of 3 from 3 to 96, got 22"),
+        ("recall", {"max_length": 99}, "recall: --max-length must be a multiple of 3 from 3 to 96, got 99"),
+        ("latest", {"max_length": 2}, "latest: --max-length must be a multiple of 1 from 3 to 65,536, got 2"),
+        ("nearest", {"max_length": 771}, "nearest: --max-length must be a multiple of 3 from 3 to 768"),
+        ("lookup", {"max_length": 5}, "lookup: --max-length must be a multiple of 2 from 2 to 512, got 5"),
     ],
 )
 def test_what_a_task_has_not_is_refused(name: str, given: dict[str, Any], message: str) -> None:
-    assert name in TASKS
     with pytest.raises(InputError, match=message):
         load_task(name, DataSettings(**given))

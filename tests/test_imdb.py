@@ -9,6 +9,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -282,6 +283,43 @@ def test_the_task_has_a_stratified_tenth_for_validation_and_raw_bytes(
     for part, found in zip((task.train, task.val, task.test), texts, strict=True):
         assert [int(b"pos" in text) for text in found] == part.labels.tolist()
     assert (task.vocab_size, task.num_classes, task.name) == (257, 2, "imdb")
+
+
+def test_the_task_of_bytes_reads_the_same_splits_as_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(imdb, "REVIEWS_PER_FOLDER", 30)
+    files = {
+        f"aclImdb/{split}/{sentiment}/{number}_1.txt": f"{split}-{sentiment}-{number}".encode()
+        for split, sentiment in FOLDERS
+        for number in range(30)
+    }
+    files["aclImdb/train/neg/4_1.txt"] = files["aclImdb/test/pos/7_1.txt"]
+    write_archive(tmp_path, tar_bytes(files))
+    places: dict[str, Any] = {"data_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
+    reviews = load_task("imdb", DataSettings(**places))
+    task = load_task(
+        "bytes", DataSettings(**places, max_length=32, train_size=500, val_size=90, test_size=800)
+    )
+    for name in ("train", "val", "test"):
+        part = getattr(reviews, name)
+        texts = [bytes((part.example(index) - 1).astype(np.uint8)) for index in range(len(part))]
+        stream = b"\0".join(text for text in texts if name == "test" or b"test" not in text)
+        windows = getattr(task, name)
+        found = {bytes((windows.example(index) - 1).astype(np.uint8)) for index in range(len(windows))}
+        assert all(window in stream for window in found) and len(found) > 30
+    argv = ["stats", "--task", "bytes", "--data-dir", str(tmp_path), "--max-length", "32"]
+    assert main([*argv, "--cache-dir", str(tmp_path / "cache")]) == 0
+    assert "labels of test, the 32 most frequent: \\x00 " in capsys.readouterr().out
+
+
+def test_reviews_that_cannot_be_had_are_the_same_line_for_both_tasks(tmp_path: Path) -> None:
+    said = []
+    for name in ("imdb", "bytes"):
+        with pytest.raises(DataUnavailableError) as caught:
+            load_task(name, DataSettings(cache_dir=str(tmp_path)))
+        said.append(str(caught.value))
+    assert said[0] == said[1] and "\n" not in said[0]
 
 
 def test_identical_reviews_stay_on_one_side_of_the_split_and_all_others_as_drawn() -> None:

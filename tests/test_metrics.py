@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ import pytest
 from results_fixture import make_results, report_of, rewrite, write
 from run_cases import Refused
 
+import run_experiment
 from analyze_results import analyze, main
+from experiment.cells import verified_cell
+from experiment.run_overview import results_table
+from experiment.run_plan import make_plan
 from reporting.analysis import make_analysis
-from reporting.comparison_figures import plot_lengths
-from reporting.comparison_tables import convergence_epoch, improvements, radar_scores, summarize
-from reporting.figure_style import figure_style, model_styles, new_figure
-from reporting.metrics import METRICS, PERCENT
+from reporting.comparison_tables import convergence_epoch
+from reporting.figure_style import figure_style
+from reporting.metrics import METRICS
 from reporting.run_results import read_joined
 from reporting.task_figures import TaskView, task_figures
+from reporting.verdicts import compare
 from results_folder import Cell, read_results
 
 BITS = METRICS["bits_per_byte"]
@@ -71,26 +76,27 @@ def test_figures_of_bits_are_drawn_and_quality_by_length_marks_the_trained_one(b
     view = TaskView(make_analysis(read_joined([bits])), "bytes", "bytes")
     with figure_style():
         figures = {note.stem: figure for note, figure in task_figures(view)}
+    [ax] = figures["accuracy_bytes"].axes
+    assert [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")] == []
+    assert max(ax.get_xlim()) < 4  # guessing, 8 bits, is no line of it
+    [ax] = figures["convergence_bytes"].axes
+    assert ax.get_xlabel() == "epochs to 90 % of the way from chance to the best"
+    labels = [ax.get_ylabel() for ax in figures["learning_curves_bytes"].axes]
+    assert labels[2:] == ["training bits per byte", "validation bits per byte"]
+    curves = figures["learning_curves_bytes"].axes[3].get_lines()
+    assert any(np.allclose(np.asarray(line.get_ydata(), float)[0], 5 / math.log(2)) for line in curves)
     [ax] = figures["lengths_bytes"].axes
     assert np.asarray(ax.get_lines()[0].get_xdata()).tolist() == [128, 128]
     assert ax.get_ylabel() == "test bits per byte"
     assert figures["accuracy_bytes"].axes[0].get_xlabel() == "test bits per byte"
 
 
-def test_the_figure_of_lengths_draws_means_over_seeds() -> None:
-    rows = [("conventional", seed, length, 0.9 - 0.1 * seed) for seed in (0, 1) for length in (96, 192)]
-    lengths = pd.DataFrame(rows, columns=["model", "seed", "length", "value"])
-    ax = plot_lengths(lengths, model_styles(MODELS), new_figure(1, 1, 5, 3)[1][0, 0], PERCENT)
-    marked = next(line for line in ax.get_lines() if line.get_marker() == "o")
-    np.testing.assert_allclose(np.asarray(marked.get_ydata(), float), [85, 85])
-
-
-def test_gains_scores_and_convergence_hold_for_bits() -> None:
-    rows = [("t", model, 0, BITS.best, value) for model, value in (("conventional", 4.0), ("a", 3.0))]
-    table = pd.DataFrame(rows, columns=["task", "model", "seed", "metric", "value"])
-    assert improvements(table)["value"].tolist() == [25.0]
-    scores = radar_scores(summarize(table), "t")["lowest /\nbits per byte"]
-    assert scores.to_dict() == {"conventional": 0.75, "a": 1.0}
+def test_gains_and_convergence_hold_for_bits() -> None:
+    seeds = ((0, 4.0, 3.0), (1, 4.2, 3.1), (2, 4.4, 3.4))
+    rows = [("t", "conventional", seed, BITS.best, base) for seed, base, _ in seeds]
+    rows += [("t", "a", seed, BITS.best, value) for seed, _, value in seeds]
+    [row] = compare(pd.DataFrame(rows, columns=["task", "model", "seed", "metric", "value"]))
+    assert row.gain.mean == pytest.approx(3.1 / 3) and row.gain.low < row.gain.mean < row.gain.high
     assert convergence_epoch([6.0, 3.4, 3.0], 8.0, BITS) == 2  # 4.6 of 5 bits
     assert convergence_epoch([8.0, 9.0], 8.0, BITS) is None
 
@@ -106,6 +112,28 @@ def test_gains_scores_and_convergence_hold_for_bits() -> None:
 )
 def test_bits_are_the_loss_over_ln_2_or_nothing(row: dict[str, Any], value: float | None) -> None:
     assert BITS.read(row, "val_{}") == value
+
+
+def test_the_table_at_the_end_of_a_run_shows_each_task_in_its_metric(bits: Path) -> None:
+    parse = run_experiment.make_parser().parse_args
+    argv = ["--preset", "smoke", "--device", "cpu", "--tasks", "hold", "--models", *MODELS]
+    plan = replace(make_plan(parse([*argv, "--seeds", *map(str, SEEDS)])), tasks=("bytes",))
+    table = results_table(plan, read_results(bits).cells).splitlines()
+    assert table[0].split() == ["test", "bits", "per", "byte", "bytes"]
+    assert table[1].split() == ["conventional", "3.010", "bits", "(n", "=", "3)"]
+
+
+def test_a_finished_cell_without_its_metric_is_run_again(bits: Path) -> None:
+    cell = Cell("bytes", "conventional", 0)
+    rewrite(cell.folder(bits) / "result.json", epochs_run=3)
+    assert verified_cell(bits, cell).state == "done"
+    for values, why in (
+        ({"test_loss_best": None}, "has no test_loss_best"),
+        ({"metric": "f1"}, "unknown metric 'f1'"),
+    ):
+        rewrite(cell.folder(bits) / "result.json", **values)
+        record = verified_cell(bits, cell)
+        assert record.state == "failed" and why in record.reason
 
 
 @pytest.mark.parametrize("metric", ["f1", 3, None, ["accuracy"]])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from triton_cases import KINDS, Case, Kind, beyond, errors, masks
 
 from attention_engine import native_build
-from attention_engine.attention_scores import DotProduct, Mask
+from attention_engine.attention_scores import DotProduct, Gravity, Mask
 from attention_kernels import attend, cannot
 
 ROOT = Path(__file__).parents[1]
@@ -278,10 +279,15 @@ def test_sanitizers_find_nothing_over_the_cases(tmp_path: Path) -> None:
 
 def test_a_score_or_a_tensor_that_is_not_its_own_is_refused_in_words() -> None:
     x = torch.zeros(1, 1, 2, 3, 16)
-    gravity = Case("gravity", power=3.0)
+    gravity, force = Case("gravity", power=3.0), Case("force")
+    law = force.score(force.inputs())
+    assert isinstance(law, Gravity)
+    learned = replace(law, softening=torch.ones(3, 1))
     cases: list[tuple[str, torch.Tensor, Any, dict[str, Any]]] = [
         ("is for float32 on the CPU", x.double(), DotProduct(0.25), {}),
         ("no dropout", x, DotProduct(0.25), {"dropout": 0.1}),
+        ("no Manhattan distance", force.inputs()["q"], replace(law, distance="manhattan"), {}),
+        ("no learned power and softening", force.inputs()["q"], learned, {}),
         ("distance powers", gravity.inputs()["q"], gravity.score(gravity.inputs()), {}),
         ("at most 256 wide", torch.zeros(1, 1, 1, 3, 300), DotProduct(0.25), {}),
     ]

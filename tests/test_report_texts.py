@@ -33,7 +33,8 @@ def test_the_page_and_the_markdown_say_the_same(tmp_path: Path) -> None:
     text = analysed(make_results(tmp_path, states=states, patterns=False))
     page = (tmp_path / "analysis" / "report.html").read_text(encoding="utf-8")
     main = re.sub(r"<[^>]+>", " ", page.split("<main>")[1].split("</main>")[0])
-    plain = re.sub(r"^```(sh)?$|^\| [-:| ]+\|$", "", text, flags=re.MULTILINE).replace("\\", "")
+    plain = re.sub(r"^```(sh)?$|^\| [-:| ]+\|$|</?(details|summary)>", " ", text, flags=re.MULTILINE)
+    plain = plain.replace("\\", "")
     assert words(html.unescape(main)) == words(html.unescape(plain))
 
 
@@ -67,6 +68,18 @@ def test_what_a_folder_says_is_escaped_wherever_it_stands(mark: str, shown: str,
     assert body.count(html.escape(mark)) >= 10 and ("<" not in mark or mark not in body)
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):  # no name adds a column
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+
+
+def test_predictions_of_a_token_task_are_counted_as_such(tmp_path: Path) -> None:
+    root = make_results(tmp_path, tasks=("hold",), models=MODELS[:2], seeds=(0,), patterns=False, epochs=2)
+    said = "The 2,000 test examples alone leave each accuracy a standard error of about 1.1 points."
+    assert said in analysed(root)
+    info = json.loads((root / "config.json").read_text())["task_info"]
+    info["hold"] |= {"test_predictions": 250_000}
+    rewrite(root / "config.json", task_info=info)
+    text = analysed(root)
+    assert "2,000 test examples; 250,000 predictions in them" in text
+    assert "The 250,000 test predictions alone leave each accuracy a standard error of at least 0.1" in text
 
 
 def test_cells_without_patterns_are_named_once_for_each_reason(tmp_path: Path) -> None:

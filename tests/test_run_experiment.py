@@ -156,7 +156,9 @@ def test_a_failed_analysis_is_told_and_loses_nothing(
     assert run_experiment.main(argv) == 1
     assert states(only(tmp_path)) == {"conventional": "done"}
     why = {"analysis": "RuntimeError: no ink", "import": "ModuleNotFoundError"}[failing]
-    assert f"the analysis failed: {why}" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert f"the analysis failed: {why}" in shown.err
+    assert "--retry-failed" not in shown.out
 
 
 @pytest.mark.usefixtures("compared")

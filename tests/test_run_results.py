@@ -111,7 +111,7 @@ def test_a_report_of_unlike_folders_says_so_first(tmp_path: Path) -> None:
     change(two, lambda value: value["settings"]["training"].update(learning_rate=1e-3))
     assert main([str(one), str(two), "--allow-differences", "--output-dir", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    top = text.split("## What was run")[0]
+    top = text.split("\n## ")[0]
     assert "**Unlike runs in one table.**" in top and "learning\\_rate is 0.0001 in one" in top
     assert "python analyze_results.py one two --allow-differences" in text
 

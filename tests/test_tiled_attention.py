@@ -29,6 +29,8 @@ CASES = {
     "both softmax": Case("gravity", timescales=2, shared=True, **SIZES),
     "both force": Case("force", timescales=2, shared=True, **SIZES),
     "clocked force": Case("force", timescales=2, shared=True, decay=None, clock=True, **SIZES),
+    "softmax manhattan": Case("gravity", timescales=1, decay=None, distance="manhattan", **SIZES),
+    "both force learned": Case("force", timescales=2, shared=True, learned=True, **SIZES),
     "timescales that are equal": Case("gravity", timescales=3, shared=True, decay=None, **SIZES),
 }
 DISCOUNTED = ("discounted", "both softmax", "both force")

@@ -347,7 +347,7 @@ def test_losses_that_are_not_finite_end_a_cell_when_three_come_in_a_row(
     values = {"1": 1.0, "n": math.nan, "i": math.inf}
     meter = StepMeter(7, 1, Progress(), divergence_steps=3)
     for loss in losses:
-        meter.add(torch.tensor([values[loss], 0.0]), 1)
+        meter.add(torch.tensor([values[loss], 0.0]), 1, 1)
     if ends_at is None:
         meter.means()
         assert meter.steps == len(losses)

@@ -34,6 +34,8 @@ class Case:
     clock: bool = False  # whether time passes by a rate of each token
     power: float = 2.0
     softening: float = 0.1
+    learned: bool = False  # whether power and softening are, for each timescale and head
+    distance: Literal["euclidean", "cosine", "manhattan"] = "euclidean"
     duplicates: bool = False  # q equals k
     offset: float = 0.0  # of q and k, which no distance sees
     mask: Mask = NO_MASK
@@ -68,6 +70,9 @@ class Case:
         if self.decay is not None:
             low, high = self.decay
             found["log_decay"] = (low + (high - low) * torch.rand(*of_heads, generator=generator)).log()
+        if self.learned:
+            found["softening"] = self.softening * (1 + draw(*of_heads).tanh() / 2)
+            found["power"] = self.power * (2 + draw(*of_heads).tanh())
         if self.clock:
             for name, length in (("query_clock", self.queries), ("key_clock", self.keys)):
                 rates = F.softplus(draw(self.batch, *of_heads, length))
@@ -82,11 +87,12 @@ class Case:
             leaves["key_mass"],
             leaves.get("query_mass"),
             leaves.get("log_gravity"),
-            self.softening,
-            self.power,
+            leaves.get("softening", self.softening),
+            leaves.get("power", self.power),
             "softmax" if self.kind == "gravity" else "force",
             leaves.get("log_decay"),
             clock=clock,
+            distance=self.distance,
         )
 
     def evaluate(self, backend: str, **kwargs: Any) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attention_module import causal_arguments
 from data_pipeline import Batch, TaskData, TokenDataset
 from tasks.token_dataset import IGNORED, PAD_ID, pad_batch
 
@@ -175,7 +176,7 @@ def _layer_inputs(
 
 def _maps(attention: nn.Module, x: Tensor, mask: Tensor, causal: bool) -> Tensor:
     """(N, T, H, L, L), float32; T = 1 for a module that only has the interface of nn.MultiheadAttention."""
-    only = {"is_causal": True} if causal else {}
+    only = causal_arguments(attention, x.shape[1], x.device) if causal else {}
     attention_maps = getattr(attention, "attention_maps", None)
     if attention_maps is not None:
         maps = attention_maps(x, x, key_padding_mask=mask, **only)

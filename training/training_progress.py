@@ -2,7 +2,7 @@
 
 meter = StepMeter(epoch, tokens, progress, divergence_steps=3)
 for batch in batches:
-    meter.add(step(batch), len(batch.labels))       # DivergedError where losses are not finite
+    meter.add(step(batch), batch.predictions, len(batch.index))  # DivergedError where losses are not finite
 meter.row()                                         # {"train_loss": ...}
 """
 
@@ -39,7 +39,7 @@ class Progress:
 
 
 class StepMeter:
-    """Sums of loss and right answers over an epoch's examples, and the time that the epoch took.
+    """Sums of loss and right answers over an epoch's predictions, and the time that the epoch took.
 
     The sums stay on the device and are read about once a second and at the end, so that steps are queued
     without waiting; every step's loss is then looked at, in order. Raises DivergedError where
@@ -53,13 +53,14 @@ class StepMeter:
         self.tokens = self.timed_tokens = tokens
         self.waiting: list[Tensor] = []
         self.not_finite: list[str] = []  # the last steps' losses, in words
-        self.steps = self.examples = 0
+        self.steps = self.examples = self.predictions = 0
         self.loss_sum = self.correct = 0.0
         self.started = self.last_read = time.perf_counter()
 
-    def add(self, sums: Tensor, examples: int) -> None:
-        """Take a step's (summed loss, right answers), a tensor (2,), and the number of its examples."""
+    def add(self, sums: Tensor, predictions: int, examples: int) -> None:
+        """Take a step's (summed loss, right answers), a tensor (2,), over so many predictions of examples."""
         self.waiting.append(sums)
+        self.predictions += predictions
         self.examples += examples
         if time.perf_counter() - self.last_read >= READ_EVERY_SECONDS:
             self.progress.steps_done(1, *self.means())
@@ -81,7 +82,8 @@ class StepMeter:
             self.correct += correct
         self.waiting.clear()
         self.last_read = time.perf_counter()
-        return self.loss_sum / self.examples, self.correct / self.examples
+        count = max(1, self.predictions)
+        return self.loss_sum / count, self.correct / count
 
     def _watch(self, loss: float) -> None:
         if math.isfinite(loss):
@@ -101,5 +103,6 @@ class StepMeter:
             "train_seconds": seconds,
             "train_tokens": self.tokens,
             "train_examples": self.examples,
+            "train_predictions": self.predictions,
             "tokens_per_second": self.timed_tokens / seconds if seconds else None,
         }

@@ -1,0 +1,160 @@
+"""Cells of tasks with a target at tokens: counted by prediction, selected by bits, tested at longer lengths,
+resumed to the same bits."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cell_cases import CONVENTIONAL, CPU, SETTINGS, TRAINING, attention_of, metrics_of, outcome, run_tiny
+from test_byte_windows import make_task as make_bytes
+
+from data_pipeline import DataSettings, load_task
+from experiment.stop_request import StoppedError
+from tasks.task_data import TaskData, TaskForm
+from tasks.token_dataset import IGNORED, TokenDataset
+from train_and_evaluate import Trainer, TrainingSettings, TransformerClassifier
+from training.training_progress import Progress
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def make_hold(length: int = 12) -> TaskData:
+    return load_task("hold", DataSettings(max_length=length, train_size=19, val_size=5, test_size=16))
+
+
+def trainer_of(task: TaskData, training: TrainingSettings = TRAINING) -> Trainer:
+    model = TransformerClassifier(
+        CONVENTIONAL, task.vocab_size, task.num_classes, replace(SETTINGS, dropout=0.0), form=task.form
+    )
+    return Trainer(model, task, training, 0, CPU, Progress())
+
+
+def test_an_epoch_counts_examples_predictions_and_tokens_apart() -> None:
+    task = make_hold()
+    trainer = trainer_of(task, TrainingSettings(batch_size=8, learning_rate=1e-30))
+    row, drawn = trainer.train_epoch(1), task.train_of(0, 1)
+    asked = drawn.labels != IGNORED
+    counts = (row["train_examples"], row["train_predictions"], row["train_tokens"])
+    assert counts == (19, int(asked.sum()), 19 * 12) and asked.sum() < 19 * 12
+    expected = trainer.evaluate(trainer.model, drawn)
+    assert row["train_loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert row["train_accuracy"] == pytest.approx(expected.accuracy, abs=1e-12)
+
+
+def test_an_evaluation_is_the_mean_over_what_is_asked_for() -> None:
+    task = make_hold()
+    trainer = trainer_of(task)
+    found = trainer.evaluate(trainer.model, task.val)
+    tokens = torch.from_numpy(task.val.tokens.astype(np.int64)).reshape(5, 12, 2)
+    labels = torch.from_numpy(task.val.labels)
+    logits = trainer.model(tokens, torch.zeros(5, 12, dtype=torch.bool)).flatten(0, 1)
+    losses = torch.nn.functional.cross_entropy(logits, labels)
+    right = (logits.argmax(-1) == labels)[labels != IGNORED]
+    assert found.loss == pytest.approx(losses.item(), rel=1e-5)
+    assert found.accuracy == pytest.approx(right.double().mean().item(), abs=1e-12)
+
+
+def test_a_batch_in_which_nothing_is_asked_for_changes_no_weight() -> None:
+    task = make_hold()
+    silent = replace(task.val, labels=np.full_like(task.val.labels, IGNORED))
+    trainer = trainer_of(replace(task, train=silent, drawn=None), replace(TRAINING, weight_decay=0.0))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    row = trainer.train_epoch(1)
+    assert (row["train_loss"], row["train_predictions"]) == (0.0, 0)
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "epochs"),
+    [([3.0, 2.0, 2.0, 2.5], 2, 4), ([2.0, 2.1, 2.2, 1.0], 1, 3), ([4.0, 3.0, 2.0, 1.0], 4, 4)],
+)
+def test_bits_per_byte_select_the_epoch_of_the_lowest_loss_and_are_what_patience_waits_for(
+    losses: list[float], best: int, epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Trainer.validate
+
+    def validate(trainer: Trainer, epoch: int) -> dict[str, Any]:  # accuracies say the contrary
+        loss = losses[epoch - 1]
+        return original(trainer, epoch) | {"val_loss": loss, "val_accuracy": loss / 5}
+
+    monkeypatch.setattr(Trainer, "validate", validate)
+    training = replace(TRAINING, max_epochs=4, patience=2)
+    assert run_tiny(tmp_path, training=training, task=make_bytes()) == ("done", "")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["best_epoch"], result["epochs_run"], result["metric"]) == (best, epochs, "bits_per_byte")
+    assert result["stopped_early"] == (epochs < 4)
+    saved = torch.load(tmp_path / "checkpoint_best.pt", weights_only=True)
+    assert saved["epoch"] == best
+
+
+def test_a_cell_trained_at_128_is_tested_at_2048_with_the_weights_of_its_best_epoch(tmp_path: Path) -> None:
+    task = make_hold(128)
+    training = replace(TRAINING, max_epochs=2)
+    assert run_tiny(tmp_path, attention_of("multi_timescale"), training, task=task) == ("done", "")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert list(result["test_by_length"]) == ["128", "512", "2048"]
+    assert result["test_by_length"]["128"]["accuracy"] == result["test_accuracy_best"]
+    attention = attention_of("multi_timescale")
+    model = TransformerClassifier(attention, task.vocab_size, task.num_classes, SETTINGS, form=task.form)
+    saved = torch.load(tmp_path / "checkpoint_best.pt", weights_only=True)
+    model.load_state_dict(saved["model"])
+    trainer = Trainer(model, task, training, 0, CPU, Progress())
+    expected = trainer.evaluate(model, task.longer_tests["2048"])
+    assert result["test_by_length"]["2048"] == {"loss": expected.loss, "accuracy": expected.accuracy}
+
+
+def test_a_stopped_cell_of_a_token_task_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    attention = attention_of("adaptive")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run_tiny(whole, attention, task=make_bytes()) == ("done", "")
+    for number in (9, 16):  # checks: of an epoch there are 7, so in the second, and in the tests at the end
+        calls = itertools.count(1)
+
+        def check(calls: Any = calls, number: int = number) -> None:
+            if next(calls) == number:
+                raise StoppedError("enough")
+
+        with pytest.raises(StoppedError):
+            run_tiny(stopped, attention, task=make_bytes(), check=check)
+    assert run_tiny(stopped, attention, task=make_bytes()) == ("done", "")
+    assert len(metrics_of(stopped)) == 3 and outcome(stopped) == outcome(whole)
+
+
+def split_of(label: int, token_targets: bool = True) -> TokenDataset:
+    labels = np.array([0, IGNORED, label]) if token_targets else np.array([label])
+    return TokenDataset(np.ones(3, np.uint8), np.array([0, 3]), labels, token_targets)
+
+
+def task_of(split: TokenDataset, target: str = "token", **parts: Any) -> TaskData:
+    good = split_of(1, target == "token")
+    splits: dict[str, Any] = {"train": good, "val": good, "test": split} | parts
+    form = TaskForm(target)
+    return TaskData("t", "T", 4, 3, ("a", "b", "c"), symbols=str, provenance={}, form=form, **splits)
+
+
+@pytest.mark.parametrize(
+    ("split", "target", "message"),
+    [
+        (split_of(3), "token", "task t: targets must be 0 to 2, got 3"),
+        (split_of(-1), "token", "task t: targets must be 0 to 2, got -1"),
+        (split_of(3, False), "sequence", "task t: targets must be 0 to 2, got 3"),
+        (split_of(IGNORED, False), "sequence", "task t: targets must be 0 to 2, got -100"),
+        (split_of(1), "sequence", "task t: sequence targets expected, got token targets"),
+        (split_of(1, False), "token", "task t: token targets expected, got sequence targets"),
+    ],
+)
+def test_a_target_outside_the_classes_or_of_another_kind_is_refused(
+    split: TokenDataset, target: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        task_of(split, target)
+    with pytest.raises(ValueError, match=message):
+        task_of(split_of(1, target == "token"), target, longer_tests={"9": split})
+    drawn = task_of(split_of(1, target == "token"), target, drawn=lambda seed, epoch: split)
+    with pytest.raises(ValueError, match=message):
+        drawn.train_of(0, 1)

@@ -1,5 +1,6 @@
 """What several test files use: one thread, a folder analysed once, runs that compare nothing, backends."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,12 @@ import run_experiment
 
 # Tiny tensors are computed faster by one thread than by several; processes that are started inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is not gone through by each later collection of garbage, and each cell asks for
+    one."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -122,31 +122,51 @@ def test_how_many_cells_share_a_device_of_a_cluster_is_what_fits_on_it() -> None
 # Who is killed or stopped
 
 
+def kill_first(run: Path) -> int:
+    """Kill the process that works on the first cell once an epoch is over."""
+    wait_for_checkpoint(run, 0)
+    pid = holder(run, 0)
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+@needs_ray
 @pytest.mark.filterwarnings("ignore")  # of Ray's own
-@pytest.mark.parametrize("way", [TWO, pytest.param(TWO_OF_RAY, marks=needs_ray)], ids=["workers", "ray"])
-def test_several_processes_make_the_files_that_one_makes_although_one_of_them_is_killed(
-    way: list[str],
-    whole: Path,
-    tmp_path: Path,
-    compared: list[Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_tasks_of_ray_make_the_files_that_one_process_makes_although_one_of_them_is_killed(
+    whole: Path, tmp_path: Path, compared: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLEEP", "0.2")
-
-    def kill() -> None:
-        wait_for_checkpoint(tmp_path / "run", 0)
-        os.kill(holder(tmp_path / "run", 0), signal.SIGKILL)
-
-    with meanwhile(kill):
-        assert run_experiment.main([*SMOKE, *SLEEPY, *way, "--output-dir", str(tmp_path / "run")]) == 0
-    root, out = only(tmp_path / "run"), capsys.readouterr().out
-    assert "Sleepy/seed0: its process died (" in out and "; it begins again" in out
+    with meanwhile(lambda: kill_first(tmp_path)):
+        assert run_experiment.main([*SMOKE, *SLEEPY, *TWO_OF_RAY, "--output-dir", str(tmp_path)]) == 0
+    root = only(tmp_path)
     assert compared == [root] and states(root) == ["done", "done"]
-    assert out.count(": done: test accuracy ") == 2
     same_files(whole, root)
     shared = [[record.config.get(SHARED_BY) for record in records(one)] for one in (whole, root)]
     assert shared == [[None] * 2, [2] * 2]
+
+
+def test_a_worker_that_is_killed_is_replaced_and_a_signal_stops_them_all_until_the_run_resumes(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLEEP", "0.4")
+
+    def kill_and_stop() -> None:
+        killed, end = kill_first(tmp_path), time.monotonic() + PATIENCE
+        while states(only(tmp_path)) != ["running", "done"] or holder(tmp_path, 0) == killed:
+            assert time.monotonic() < end, "no worker took the place of the killed one"
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with meanwhile(kill_and_stop):
+        assert run_experiment.main([*SMOKE, *SLEEPY, *TWO, "--output-dir", str(tmp_path)]) == 143
+    root, said = only(tmp_path), capsys.readouterr()
+    assert "Sleepy/seed0: its process died (" in said.out and "; it begins again" in said.out
+    assert states(root) == ["interrupted", "done"] and not list(root.rglob(LEASE))
+    assert f"--resume {root}" in said.err and "Traceback" not in said.out + said.err
+    monkeypatch.delenv("SLEEP")
+    assert run_experiment.main(["--workers", "1", "--threads", "1", "--resume", str(root)]) == 0
+    assert capsys.readouterr().out.count("resumes after epoch 1") == 1
+    assert [outcome(folder) for folder in cells(root)] == [outcome(folder) for folder in cells(whole)]
 
 
 def test_a_cell_in_which_too_many_processes_died_is_failed(whole: Path, tmp_path: Path) -> None:
@@ -156,43 +176,6 @@ def test_a_cell_in_which_too_many_processes_died_is_failed(whole: Path, tmp_path
     assert [executor.goes_on_after(cell, "Killed") for _ in range(MOST_DEATHS)] == [True, True, False]
     assert states(root) == ["failed", "done"] and executor.gave_up
     assert not (cell.folder(root) / LEASE).exists()
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("way", "signum", "code_"),
-    [
-        (TWO, signal.SIGTERM, 143),
-        pytest.param(TWO, signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param(TWO_OF_RAY, signal.SIGTERM, 143, marks=[needs_ray, pytest.mark.slow]),
-    ],
-)
-def test_a_signal_stops_all_workers_and_the_run_resumes_to_the_same_bits(
-    way: list[str],
-    signum: int,
-    code_: int,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("SLEEP", "0.3")
-
-    def stop() -> None:
-        wait_for_checkpoint(tmp_path / "run", 0, 1)
-        os.kill(os.getpid(), signum)
-
-    with meanwhile(stop):
-        assert run_experiment.main([*SMOKE, *SLEEPY, *way, "--output-dir", str(tmp_path / "run")]) == code_
-    root = only(tmp_path / "run")
-    assert states(root) == ["interrupted", "interrupted"]
-    assert not any((folder / LEASE).exists() for folder in cells(root))
-    said = capsys.readouterr()
-    assert f"--resume {root}" in said.err and "Traceback" not in said.out + said.err
-    monkeypatch.delenv("SLEEP")
-    assert run_experiment.main(["--workers", "1", "--threads", "1", "--resume", str(root)]) == 0
-    assert capsys.readouterr().out.count("resumes after epoch 1") == 2
-    assert [outcome(folder) for folder in cells(root)] == [outcome(folder) for folder in cells(whole)]
 
 
 @pytest.mark.slow

@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import analyze_results
+from reporting.metrics import ACCURACY
 from results_folder import Cell
 
 MODELS = ("conventional", "gravitational", "multi_timescale", "gravitational_multi_timescale")
 TITLES = {"listops": "ListOps (LRA)", "imdb": "IMDb bytes (LRA Text)"}
 EDGES = np.concatenate([[0], 2 ** np.arange(11)])
-LAYERS, EXAMPLES, HEADS, TOKENS = 2, 3, 4, 40
+LAYERS, EXAMPLES, HEADS, TOKENS = 2, 3, 2, 17
 HOLES = {
     Cell("listops", "multi_timescale", 1): "diverged",
     Cell("listops", "gravitational", 0): "failed",
@@ -24,7 +26,7 @@ TEXT = "the film was not bad, but its end is a mess"
 
 
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let an analysis draw nothing, for tests of its texts: drawing takes nearly all of its time."""
+    """Let an analysis draw nothing: drawing takes nearly all of its time."""
     monkeypatch.setattr(analyze_results, "all_figures", lambda analysis: iter(()))
 
 
@@ -52,6 +54,25 @@ def task_info(task: str) -> dict[str, Any]:
 def write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
+
+
+def rewrite(path: Path, **values: Any) -> None:
+    """Change entries of a JSON file."""
+    write(path, json.loads(path.read_text(encoding="utf-8")) | values)
+
+
+def report_of(root: Path) -> str:
+    return (root / "analysis" / "report.md").read_text(encoding="utf-8")
+
+
+def tidy(values: dict[str, list[float]], metric: str = ACCURACY, task: str = "listops") -> pd.DataFrame:
+    """The tidy table of one metric, from the values by seed of each model."""
+    rows = [
+        (task, model, seed, metric, value)
+        for model, numbers in values.items()
+        for seed, value in enumerate(numbers)
+    ]
+    return pd.DataFrame(rows, columns=["task", "model", "seed", "metric", "value"])
 
 
 def make_results(
@@ -190,7 +211,7 @@ def cell_result(
 
 def pattern_arrays(model: str, draws: np.random.Generator) -> dict[str, np.ndarray]:
     timescales = 3 if "timescale" in model else 1
-    lengths = np.array([TOKENS, 28, 17])[:EXAMPLES]
+    lengths = np.array([TOKENS, 13, 8])[:EXAMPLES]
     tokens = np.zeros((EXAMPLES, TOKENS), np.int32)
     for row, length in zip(tokens, lengths, strict=True):
         row[:length] = [ord(letter) + 1 for letter in TEXT[:length]]

@@ -1,12 +1,14 @@
 """Runs at their smallest, and what tests ask of their results folders."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from results_folder import CellRecord, read_results
 
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
-HERE = [*SMOKE, "--workers", "1"]  # in this process
+HERE = [*SMOKE, "--workers", "1", "--threads", "1"]  # in this process
+Refused = Callable[..., str]  # what the fixture `refused` is
 PATIENCE = 120.0  # seconds, for what another process does
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 import pytest
-from results_fixture import HOLES, MODELS, make_results, snapshot, without_figures, write
+from results_fixture import HOLES, MODELS, make_results, report_of, rewrite, snapshot, write
+from run_cases import Refused
 
 import analyze_results
 from analyze_results import analyze, main
@@ -36,10 +37,6 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def report_of(root: Path) -> str:
-    return (root / "analysis" / "report.md").read_text(encoding="utf-8")
-
-
 # The whole analysis
 
 
@@ -59,11 +56,13 @@ def test_every_figure_is_in_the_report_and_every_figure_of_the_report_is_there(h
     assert shown == {path.stem for path in (holed / "analysis" / "figures").glob("*.png")}
 
 
-def test_another_analysis_in_another_process_gives_the_same_bytes_and_needs_no_torch(holed: Path) -> None:
-    before = snapshot(holed)
+def test_another_process_makes_the_same_bytes_of_a_moved_folder_and_needs_no_torch(
+    smoke: Path, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(smoke, tmp_path / smoke.name, ignore=shutil.ignore_patterns("analysis")))
     code = (
         "import sys, analyze_results, evaluate_performance\n"
-        f"assert analyze_results.main([{str(holed)!r}]) == 0\n"
+        f"assert analyze_results.main([{str(moved)!r}]) == 0\n"
         "assert 'torch' not in sys.modules\n"
         "assert sys.modules['matplotlib.pyplot'].get_fignums() == []\n"  # seaborn imports it
     )
@@ -73,40 +72,14 @@ def test_another_analysis_in_another_process_gives_the_same_bytes_and_needs_no_t
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"report: {holed / 'analysis' / 'report.html'}\n"
-    assert snapshot(holed) == before
+    assert done.stdout == f"report: {moved / 'analysis' / 'report.html'}\n"
+    assert snapshot(moved) == snapshot(smoke)
 
 
-def test_deleting_the_analysis_and_moving_the_folder_loses_nothing(smoke: Path, tmp_path: Path) -> None:
-    moved = tmp_path / "moved"
-    shutil.copytree(smoke, moved)
-    shutil.rmtree(moved / "analysis")
-    analyze(moved)
-    assert snapshot(moved / "analysis" / "figures") == snapshot(smoke / "analysis" / "figures")
-
-
-def test_nothing_is_written_outside_analysis_and_matplotlib_is_left_as_it_was(tmp_path: Path) -> None:
-    root = make_results(
-        tmp_path / "results", tasks=("listops",), models=MODELS[:1], seeds=(0,), patterns=False
-    )
-    before, settings = snapshot(tmp_path), dict(matplotlib.rcParams)
-    analyze(root)
-    after = snapshot(tmp_path)
-    assert {path: after[path] for path in before} == before
-    assert all(path.startswith("results/analysis") for path in after.keys() - before.keys())
-    assert {path.name for path in root.iterdir()} == {
-        "config.json",
-        "environment.json",
-        "listops",
-        "analysis",
-    }
-    assert dict(matplotlib.rcParams) == settings
-
-
+@pytest.mark.usefixtures("texts_alone")
 def test_a_failure_leaves_the_old_analysis_and_no_scraps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without_figures(monkeypatch)
     root = make_results(tmp_path, tasks=("listops",), models=MODELS[:1], seeds=(0,), patterns=False)
     (root / "analysis").mkdir()
     (root / "analysis" / "old.txt").write_text("old")
@@ -125,20 +98,16 @@ def test_a_failure_leaves_the_old_analysis_and_no_scraps(
     assert not (root / "analysis" / "old.txt").exists()
 
 
-def test_a_folder_that_is_no_results_folder_is_one_line_and_exit_code_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_is_no_results_folder_is_refused(tmp_path: Path, refused: Refused) -> None:
     write(tmp_path / "other" / "config.json", {"cells": [{"task": "x"}]})
     for folder in (tmp_path, tmp_path / "missing", tmp_path / "other"):
-        assert main([str(folder)]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("analyze_results.py: error:") and error.count("\n") == 1
-        assert "is not a results folder" in error
+        said = refused(main, folder)
+        assert said.startswith("analyze_results.py: error:") and "is not a results folder" in said
 
 
 @pytest.mark.parametrize("called", ["mkdtemp", "fsync"])
-def test_a_folder_that_cannot_be_written_is_one_line_and_exit_code_2(
-    called: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_folder_that_cannot_be_written_is_refused(
+    called: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     root = make_results(tmp_path, tasks=("listops",), models=MODELS[:1], seeds=())
 
@@ -146,9 +115,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_exit_code_2(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr({"mkdtemp": tempfile, "fsync": os}[called], called, refuse)
-    assert main([str(root)]) == 2
-    error = capsys.readouterr().err
-    assert "No space left on device" in error and error.count("\n") == 1
+    assert "No space left on device" in refused(main, root)
     assert not (root / "analysis").exists()
 
 
@@ -203,20 +170,17 @@ def test_smoke_runs_are_said_at_the_top_and_in_every_table(smoke: Path) -> None:
     assert tex.count(latex(notice)) == tex.count(r"\begin{tabular}") == 5
 
 
-def test_a_task_that_was_left_out_is_said_at_the_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_figures(monkeypatch)
+@pytest.mark.usefixtures("texts_alone")
+def test_a_task_that_was_left_out_is_said_at_the_top(tmp_path: Path) -> None:
     analyze(make_results(tmp_path, tasks=("listops",), seeds=(0,), unavailable={"imdb": "no network"}))
     top = report_of(tmp_path).split("\n## ")[0]
     assert "**Left out: imdb.** Its data were unavailable: no network" in top
 
 
-def test_cells_with_a_core_each_are_said_once_and_their_costs_are_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without_figures(monkeypatch)
+@pytest.mark.usefixtures("texts_alone")
+def test_cells_with_a_core_each_are_said_once_and_their_costs_are_compared(tmp_path: Path) -> None:
     root = make_results(tmp_path, tasks=("listops",), models=MODELS[:2], seeds=(0,))
-    environment = json.loads((root / "environment.json").read_text()) | {"threads": 1, "cores": 2}
-    write(root / "environment.json", environment)
+    rewrite(root / "environment.json", threads=1, cores=2)
     for model in MODELS[:2]:
         note_sharing(Cell("listops", model, 0).folder(root), 2)
     analyze(root)
@@ -225,10 +189,8 @@ def test_cells_with_a_core_each_are_said_once_and_their_costs_are_compared(
     assert "Shared devices" not in text and "cells on a device" not in text
 
 
-def test_cells_that_shared_a_device_are_told_at_the_top_and_wherever_times_are_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without_figures(monkeypatch)
+@pytest.mark.usefixtures("texts_alone")
+def test_cells_that_shared_a_device_are_told_at_the_top_and_wherever_times_are_shown(tmp_path: Path) -> None:
     root = make_results(tmp_path / "shared", tasks=("listops", "imdb"), models=MODELS[:2], seeds=(0,))
     for model, processes in zip(MODELS, (2, 3), strict=False):
         note_sharing(Cell("listops", model, 0).folder(root), processes)
@@ -266,17 +228,17 @@ def test_how_far_horizons_and_gravity_moved_is_told_in_numbers(holed: Path) -> N
         assert f"Gravitational multi-timescale: {moved} from the end of the first epoch" in report_of(holed)
 
 
-def test_hostile_names_are_escaped_in_every_file_and_stay_inside_analysis(tmp_path: Path) -> None:
-    root = make_results(
-        tmp_path / "results",
-        tasks=("../up|<script>",),
-        models=("conventional", HOSTILE),
-        seeds=(0,),
-        epochs=1,
-    )
-    before = set(snapshot(tmp_path))
+def test_hostile_names_are_escaped_in_every_file_and_nothing_is_written_outside_analysis(
+    tmp_path: Path,
+) -> None:
+    root, models = tmp_path / "results", ("conventional", HOSTILE)
+    make_results(root, tasks=("../up|<script>",), models=models, seeds=(0,), epochs=1)
+    before, settings = snapshot(tmp_path), dict(matplotlib.rcParams)
     analyze(root)
-    assert all(path.startswith("results/analysis") for path in set(snapshot(tmp_path)) - before)
+    after = snapshot(tmp_path)
+    assert {path: after[path] for path in before} == before
+    assert all(path.startswith("results/analysis") for path in after.keys() - before.keys())
+    assert [path.name for path in root.glob(".*")] == [] and dict(matplotlib.rcParams) == settings
     text = report_of(root)
     assert "<script>" not in text and "<b>" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -285,8 +247,7 @@ def test_hostile_names_are_escaped_in_every_file_and_stay_inside_analysis(tmp_pa
     tex = (root / "analysis" / "summary.tex").read_text(encoding="utf-8")
     assert not re.search(r"(?<!\\)[$%#_]", tex.split("\n", 1)[1])
     assert "\u0001" not in text + tex
-    table = pd.read_csv(root / "analysis" / "summary.csv")
-    assert set(table["model"]) == {"conventional", HOSTILE}
+    assert set(pd.read_csv(root / "analysis" / "summary.csv")["model"]) == {"conventional", HOSTILE}
 
 
 def test_a_done_cell_without_a_usable_result_or_pattern_is_named(tmp_path: Path) -> None:
@@ -302,18 +263,15 @@ def test_a_done_cell_without_a_usable_result_or_pattern_is_named(tmp_path: Path)
     assert [cell.model for cell in reasons] == ["multi_timescale"]
 
 
+@pytest.mark.usefixtures("texts_alone")
 @pytest.mark.parametrize("info", [7, {"listops": "x"}, {"listops": {"chance": 7, "majority": "x"}}])
-def test_strange_values_in_the_files_break_no_table(
-    info: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without_figures(monkeypatch)
+def test_strange_values_in_the_files_break_no_table(info: object, tmp_path: Path) -> None:
     root = make_results(tmp_path, tasks=("listops",), models=("conventional",), seeds=(0,), patterns=False)
     folder = Cell("listops", "conventional", 0).folder(root)
     row = {"epoch": 1, "val_accuracy": "high", "learned": {"layer0": {"gamma": [[1.0, "x"], 3]}, "y": 5}}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     write(folder / "result.json", {ACCURACY: 0.5, "parameters": "many", "seconds_per_epoch": None})
-    config = json.loads((root / "config.json").read_text())
-    write(root / "config.json", config | {"task_info": info, "settings": 3, "unavailable": [1]})
+    rewrite(root / "config.json", task_info=info, settings=3, unavailable=[1])
     (root / "environment.json").unlink()
     assert main([str(root)]) == 0
     assert "Conventional 50.0 % (n = 1, no interval)" in report_of(root)

@@ -105,14 +105,6 @@ def test_a_download_that_is_not_the_archive_leaves_nothing_and_names_the_command
     assert not (tmp_path / "new").exists()
 
 
-def test_what_was_in_the_folder_is_left_where_a_download_fails(server: type[Server], tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    server.content = b"<html></html>"
-    with pytest.raises(DataUnavailableError):
-        load_reviews(None, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
 def test_without_a_network_the_command_to_run_is_named_at_once(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(DataUnavailableError) as caught:

@@ -41,7 +41,9 @@ def traced(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     return torch.jit.trace(module, (x,))
 
 
-@each_module
+@pytest.mark.parametrize(
+    "name", ["conventional", "gravitational force", "gravitational multi-timescale", "heads adaptive"]
+)
 @pytest.mark.parametrize("transform", [compiled, exported, traced])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_compiled_exported_or_traced_module_computes_the_same(

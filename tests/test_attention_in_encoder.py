@@ -30,9 +30,16 @@ def make_encoder(name: str, num_layers: int = 0) -> nn.Module:
 
 
 @each_module
-@pytest.mark.parametrize("num_layers", [0, 2])
-@pytest.mark.parametrize("masked", ["nothing", "padding", "causal", "both"])
-@pytest.mark.parametrize("learning", [True, False])
+@pytest.mark.parametrize(
+    ("num_layers", "masked", "learning"),
+    [
+        (0, "nothing", False),
+        (0, "both", True),
+        (2, "padding", False),
+        (2, "causal", True),
+        (2, "both", False),
+    ],
+)
 def test_pytorchs_encoder_calls_our_forward_and_train_equals_eval(
     name: str, num_layers: int, masked: str, learning: bool
 ) -> None:

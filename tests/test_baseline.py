@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from results_fixture import make_results, without_figures
+from results_fixture import make_results
+from run_cases import Refused
 
 from analyze_results import main
 from reporting.figure_style import LONGEST_NAME, ModelStyle, model_styles
@@ -17,9 +18,7 @@ LONG = "gravitational_multi_timescale,normalization=force,softening=1.0,learn_ga
 MODELS = ("conventional", "gravitational", FORCE, "multi_timescale,gammas=0.6:0.9:0.99", LONG)
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_figures(monkeypatch)
+pytestmark = pytest.mark.usefixtures("texts_alone")
 
 
 def analysed(folder: Path, *argv: str) -> tuple[str, str]:
@@ -61,13 +60,9 @@ def test_where_conventional_attention_was_not_run_it_is_the_first_model_which_is
     assert "Gravitational against Gravitational, normalization=force" in report
 
 
-def test_an_unknown_baseline_is_one_line_with_the_models(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_baseline_is_one_line_with_the_models(tmp_path: Path, refused: Refused) -> None:
     root = make_results(tmp_path / "a", tasks=("listops",), models=MODELS[:3], seeds=(0,))
-    assert main([str(root), "--baseline", "gravitational,normalization=forc"]) == 2
-    shown = capsys.readouterr().err
-    assert len(shown.splitlines()) == 1
+    shown = refused(main, root, "--baseline", "gravitational,normalization=forc")
     assert f"did you mean '{FORCE}'? (one of conventional, gravitational, {FORCE})" in shown
     assert not (root / "analysis").exists()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_cases import Refused
 
 from benchmarks import attention_speed, training_step
 from benchmarks.attention_speed import MECHANISMS, Case, SpeedSettings, make_attention
@@ -92,16 +93,13 @@ def test_each_case_is_compared_with_the_anchor_just_before_it() -> None:
 @pytest.mark.parametrize(
     "wrong", [["--backends", "denes"], ["--repeats", "0"], ["--device", "nowhere"], ["--lengths", "-1"]]
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
-    script: Any, wrong: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert script.main(wrong) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+def test_a_mistake_is_one_line_and_exit_code_2(script: Any, wrong: list[str], refused: Refused) -> None:
+    assert refused(script.main, *wrong)
 
 
 def test_kernels_for_a_gpu_are_refused_on_the_cpu_before_anything_is_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refused: Refused
 ) -> None:
-    arguments = ["--device", "cpu", "--backends", "triton", "--output-dir", str(tmp_path / "new")]
-    assert attention_speed.main(arguments) == 2
-    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "new").exists()
+    new = tmp_path / "new"
+    assert refused(attention_speed.main, "--device", "cpu", "--backends", "triton", "--output-dir", new)
+    assert not new.exists()

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from results_fixture import MODELS, make_results
+from results_fixture import MODELS, make_results, tidy
 
 from reporting.comparison_figures import plot_quality
 from reporting.comparison_tables import (
@@ -16,7 +16,6 @@ from reporting.comparison_tables import (
     summarize,
 )
 from reporting.figure_style import MODEL_STYLES, drawable, model_styles, new_figure
-from reporting.metrics import ACCURACY
 from reporting.run_results import usable
 from reporting.text_tables import (
     TextTable,
@@ -35,16 +34,6 @@ from results_folder import Cell, Results, read_results
 STATES = {Cell("listops", "multi_timescale", 1): "diverged"} | {
     Cell("listops", "gravitational", seed): "failed" for seed in range(3)
 }
-
-
-def tidy(values: dict[str, list[float]], metric: str = ACCURACY, task: str = "listops") -> pd.DataFrame:
-    """The tidy table of one metric, from the values by seed of each model."""
-    rows = [
-        (task, model, seed, metric, value)
-        for model, numbers in values.items()
-        for seed, value in enumerate(numbers)
-    ]
-    return pd.DataFrame(rows, columns=["task", "model", "seed", "metric", "value"])
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import results_fixture
+from run_cases import Refused
 
 from evaluate_performance import main
 from reporting.attention_numbers import attention_entropy, share_within, token_masses
@@ -143,10 +144,6 @@ def test_the_script_says_so_where_there_is_nothing_to_draw(
     assert "nothing to draw" in printed
 
 
-def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(
-    results: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(results: Path, refused: Refused) -> None:
     for folder in (results, results / "listops" / "conventional" / "seed9", Path("/")):
-        assert main([str(folder)]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("evaluate_performance.py: error:") and error.count("\n") == 1
+        assert refused(main, folder).startswith("evaluate_performance.py: error:")

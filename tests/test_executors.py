@@ -3,11 +3,11 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,17 @@ from cell_cases import meanwhile, outcome
 from run_cases import HERE, PATIENCE, SMOKE, cells, only, records, states, wait_for_checkpoint
 
 import run_experiment
+from command_line import InputError
+from experiment import executors
 from experiment.cells import LEASE, CellJob
-from experiment.executors import MOST_DEATHS, ParallelExecutor, cells_on_a_device, devices_in_turn
+from experiment.executors import (
+    MOST_DEATHS,
+    ParallelExecutor,
+    Resources,
+    cells_on_a_device,
+    connect_to_ray,
+    devices_in_turn,
+)
 from experiment.run_progress import RunProgress
 from experiment.stop_request import StopRequest
 from results_folder import SHARED_BY, Cell, read_json
@@ -40,19 +49,17 @@ needs_ray = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def threads_as_before(compared: list[Path]) -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("compared")
 
 
-@pytest.fixture
-def whole(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The two cells of SLEEPY, run undisturbed in this process."""
-    argv = [*HERE, *SLEEPY, "--threads", "1", "--output-dir", str(tmp_path / "whole")]
-    assert run_experiment.main(argv) == 0
-    return only(tmp_path / "whole")
+    parent = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_experiment, "analyze_run", lambda root: True)
+        assert run_experiment.main([*HERE, *SLEEPY, "--output-dir", str(parent)]) == 0
+    return only(parent)
 
 
 def same_files(one: Path, other: Path) -> None:
@@ -76,26 +83,6 @@ def holder(parent: Path, seed: int) -> int:
 
 
 # What comes out
-
-
-def test_two_workers_make_the_files_that_one_makes_and_the_comparison_is_made_once(
-    tmp_path: Path, compared: list[Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    shown = []
-    for workers in ("1", "2"):
-        argv = [*SMOKE, "--threads", "1", "--workers", workers, "--output-dir", str(tmp_path / workers)]
-        assert run_experiment.main(argv) == 0
-        shown.append(capsys.readouterr().out)
-    one, two = only(tmp_path / "1"), only(tmp_path / "2")
-    assert compared == [one, two] and not (two / "analysis").exists()
-    assert states(two) == ["done"] * 4
-    same_files(one, two)
-    lines, table = (part.splitlines() for part in shown[1].split("test accuracy  "))
-    assert table == shown[0].split("test accuracy  ")[1].splitlines()
-    assert len(lines) == 2 + 4 * 3  # two epochs and an end of each cell
-    assert sum(": done: test accuracy " in line for line in lines) == 4
-    shared = [[record.config.get(SHARED_BY) for record in records(root)] for root in (one, two)]
-    assert shared == [[None] * 4, [2] * 4]
 
 
 def test_gpus_are_taken_in_turn_unless_one_was_chosen() -> None:
@@ -135,86 +122,60 @@ def test_how_many_cells_share_a_device_of_a_cluster_is_what_fits_on_it() -> None
 # Who is killed or stopped
 
 
+def kill_first(run: Path) -> int:
+    """Kill the process that works on the first cell once an epoch is over."""
+    wait_for_checkpoint(run, 0)
+    pid = holder(run, 0)
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+@needs_ray
 @pytest.mark.filterwarnings("ignore")  # of Ray's own
-@pytest.mark.parametrize("way", [TWO, pytest.param(TWO_OF_RAY, marks=needs_ray)], ids=["workers", "ray"])
-def test_a_worker_that_is_killed_is_told_and_its_cell_resumes_from_its_checkpoint(
-    way: list[str],
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_tasks_of_ray_make_the_files_that_one_process_makes_although_one_of_them_is_killed(
+    whole: Path, tmp_path: Path, compared: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SLEEP", "0.3")
-
-    def kill() -> None:
-        wait_for_checkpoint(tmp_path / "run", 0)
-        os.kill(holder(tmp_path / "run", 0), signal.SIGKILL)
-
-    with meanwhile(kill):
-        assert run_experiment.main([*SMOKE, *SLEEPY, *way, "--output-dir", str(tmp_path / "run")]) == 0
-    out = capsys.readouterr().out
-    assert "Sleepy/seed0: its process died (" in out and "; it begins again" in out
-    root = only(tmp_path / "run")
-    assert states(root) == ["done", "done"]
-    assert [outcome(folder) for folder in cells(root)] == [outcome(folder) for folder in cells(whole)]
-    assert {record.config[SHARED_BY] for record in records(root)} == {2}
-
-
-@pytest.mark.slow
-def test_a_cell_that_kills_its_workers_fails_and_the_others_are_done(
-    tmp_path: Path, compared: list[Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    models = ["--models", "user_models:Deadly", "conventional"]
-    assert run_experiment.main([*SMOKE, *models, *TWO, "--output-dir", str(tmp_path)]) == 1
+    monkeypatch.setenv("SLEEP", "0.2")
+    with meanwhile(lambda: kill_first(tmp_path)):
+        assert run_experiment.main([*SMOKE, *SLEEPY, *TWO_OF_RAY, "--output-dir", str(tmp_path)]) == 0
     root = only(tmp_path)
-    assert states(root) == ["failed", "done"] and compared == [root]
-    assert "3 processes died in it, the last: BrokenProcessPool" in capsys.readouterr().out
+    assert compared == [root] and states(root) == ["done", "done"]
+    same_files(whole, root)
+    shared = [[record.config.get(SHARED_BY) for record in records(one)] for one in (whole, root)]
+    assert shared == [[None] * 2, [2] * 2]
 
 
-def test_a_cell_in_which_too_many_processes_died_is_failed(whole: Path) -> None:
-    cell = Cell("listops", "user_models:Sleepy", 0)
-    template = CellJob(whole, cell)
-    executor = ParallelExecutor(template, RunProgress({cell: 2}), StopRequest(), 1)
-    assert [executor.goes_on_after(cell, "Killed") for _ in range(MOST_DEATHS)] == [True, True, False]
-    assert states(whole) == ["failed", "done"] and executor.gave_up
-    assert not (cell.folder(whole) / LEASE).exists()
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("way", "signum", "code_"),
-    [
-        (TWO, signal.SIGTERM, 143),
-        pytest.param(TWO, signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param(TWO_OF_RAY, signal.SIGTERM, 143, marks=[needs_ray, pytest.mark.slow]),
-    ],
-)
-def test_a_signal_stops_all_workers_and_the_run_resumes_to_the_same_bits(
-    way: list[str],
-    signum: int,
-    code_: int,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_worker_that_is_killed_is_replaced_and_a_signal_stops_them_all_until_the_run_resumes(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("SLEEP", "0.5")
+    monkeypatch.setenv("SLEEP", "0.4")
 
-    def stop() -> None:
-        wait_for_checkpoint(tmp_path / "run", 0, 1)
-        os.kill(os.getpid(), signum)
+    def kill_and_stop() -> None:
+        killed, end = kill_first(tmp_path), time.monotonic() + PATIENCE
+        while states(only(tmp_path)) != ["running", "done"] or holder(tmp_path, 0) == killed:
+            assert time.monotonic() < end, "no worker took the place of the killed one"
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    with meanwhile(stop):
-        assert run_experiment.main([*SMOKE, *SLEEPY, *way, "--output-dir", str(tmp_path / "run")]) == code_
-    root = only(tmp_path / "run")
-    assert states(root) == ["interrupted", "interrupted"]
-    assert not any((folder / LEASE).exists() for folder in cells(root))
-    said = capsys.readouterr()
+    with meanwhile(kill_and_stop):
+        assert run_experiment.main([*SMOKE, *SLEEPY, *TWO, "--output-dir", str(tmp_path)]) == 143
+    root, said = only(tmp_path), capsys.readouterr()
+    assert "Sleepy/seed0: its process died (" in said.out and "; it begins again" in said.out
+    assert states(root) == ["interrupted", "done"] and not list(root.rglob(LEASE))
     assert f"--resume {root}" in said.err and "Traceback" not in said.out + said.err
     monkeypatch.delenv("SLEEP")
     assert run_experiment.main(["--workers", "1", "--threads", "1", "--resume", str(root)]) == 0
-    assert capsys.readouterr().out.count("resumes after epoch 1") == 2
+    assert capsys.readouterr().out.count("resumes after epoch 1") == 1
     assert [outcome(folder) for folder in cells(root)] == [outcome(folder) for folder in cells(whole)]
+
+
+def test_a_cell_in_which_too_many_processes_died_is_failed(whole: Path, tmp_path: Path) -> None:
+    cell, root = Cell("listops", "user_models:Sleepy", 0), Path(shutil.copytree(whole, tmp_path / "run"))
+    template = CellJob(root, cell)
+    executor = ParallelExecutor(template, RunProgress({cell: 2}), StopRequest(), 1)
+    assert [executor.goes_on_after(cell, "Killed") for _ in range(MOST_DEATHS)] == [True, True, False]
+    assert states(root) == ["failed", "done"] and executor.gave_up
+    assert not (cell.folder(root) / LEASE).exists()
 
 
 @pytest.mark.slow
@@ -257,53 +218,12 @@ def test_fail_fast_and_retry_failed_hold_for_all_workers_together(
 # Mistakes
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--workers", "0"], "--workers must be 1 to 1024, got 0"),
-        (["--workers", "-2"], "--workers must be 1 to 1024, got -2"),
-        (["--workers", "many"], "--workers must be 1 to 1024, got many"),
-        (["--threads", "0"], "--threads must be 1 to 1024, got 0"),
-        (
-            ["--workers", "2", "--cell-index", "0"],
-            "--workers is for many cells, so it cannot go with --cell-i",
-        ),
-        (["--workers", "2", "--prepare"], "so it cannot go with --prepare"),
-        (["--workers", "2", "--ray"], "--ray and --workers exclude each other"),
-        (["--ray", "--cell-index", "0"], "--ray is for many cells, so it cannot go with --cell-index"),
-        (["--cpus-per-cell", "1"], "--cpus-per-cell needs --ray"),
-        (["--gpus-per-cell", "0.5"], "--gpus-per-cell needs --ray"),
-        (["--ray", "--cpus-per-cell", "0"], "--cpus-per-cell must be above 0 and finite, got 0.0"),
-        (["--ray", "--gpus-per-cell", "nan"], "--gpus-per-cell must be above 0 and finite, got nan"),
-        (["--ray", "--gpus-per-cell", "2"], "--gpus-per-cell must be at most 1, got 2.0"),
-        (["--ray", "--gpus-per-cell", "1"], "--gpus-per-cell needs a run on CUDA"),
-        (["--ray", "nowhere"], "--ray takes HOST:PORT, auto or nothing, got 'nowhere'"),
-        (["--ray", "127.0.0.1:1"], "--ray 127.0.0.1:1: no cluster answers there"),
-        (["--ray", "127.0.0.1:99999"], "--ray 127.0.0.1:99999: no cluster answers there"),
-        pytest.param(["--ray", "auto"], "--ray auto: Could not find any running Ray", marks=needs_ray),
-        pytest.param(["--ray", "--cpus-per-cell", "9999"], "a cell takes 9999 CPUs, and no", marks=needs_ray),
-    ],
-)
-@pytest.mark.filterwarnings("ignore")
-def test_a_mistake_is_one_line_and_exit_code_2_before_any_work(
-    argv: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert run_experiment.main([*SMOKE, *argv, "--output-dir", str(tmp_path)]) == 2
-    streams = capsys.readouterr()
-    assert message in streams.err and streams.err.count("\n") == 1 and streams.out == ""
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_without_ray_the_option_is_one_line_and_exit_code_2_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert run_experiment.main([*SMOKE, "--ray", "--output-dir", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "requirements-ray.txt" in error
-    assert list(tmp_path.iterdir()) == []
+@needs_ray
+def test_a_cell_that_no_machine_of_the_cluster_can_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    monkeypatch.setattr("ray.init", lambda **options: done.append("began"))
+    monkeypatch.setattr("ray.shutdown", lambda: done.append("ended"))
+    monkeypatch.setattr(executors, "_largest", lambda kind: 2.0)
+    with pytest.raises(InputError, match=r"a cell takes 9999 CPUs, and no machine .* has more than 2"):
+        connect_to_ray(Resources(ray="local", cpus=9999.0))
+    assert done == ["began", "ended"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from results_fixture import make_results, snapshot, without_figures
+from results_fixture import make_results, report_of, snapshot
 
 import analyze_results
 from reporting.comparison_tables import metric_table
@@ -116,22 +116,21 @@ def check_mutated(original: Path, changes: Changes) -> None:
         results = usable(read_results(root))
         if WHOLE in [record.cell for record in results.cells]:
             assert whole_cell(root) == whole_cell(original)
-        report = (root / "analysis" / "report.md").read_text(encoding="utf-8")
+        report = report_of(root)
         done = {record.cell for record in done_cells(results)}
         assert all(record.cell in done or record.state in report for record in results.cells)
 
 
 @pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_figures(monkeypatch)
+def undurable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 QUIET: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 
 
-@pytest.mark.usefixtures("no_figures")
-@settings(max_examples=25, derandomize=True, **QUIET)
+@pytest.mark.usefixtures("texts_alone", "undurable")
+@settings(max_examples=12, derandomize=True, **QUIET)
 @given(changes=CHANGES)
 def test_a_mutated_folder_is_analysed_without_a_traceback_and_its_whole_cells_are_used(
     original: Path, changes: Changes
@@ -140,15 +139,8 @@ def test_a_mutated_folder_is_analysed_without_a_traceback_and_its_whole_cells_ar
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("texts_alone", "undurable")
 @settings(max_examples=600, phases=[Phase.generate], **QUIET)
 @given(changes=CHANGES)
 def test_600_mutated_folders_are_analysed_without_a_traceback(original: Path, changes: Changes) -> None:
-    check_mutated(original, changes)
-
-
-@pytest.mark.slow
-@settings(max_examples=25, phases=[Phase.generate], **QUIET)
-@given(changes=CHANGES)
-def test_25_mutated_folders_are_analysed_with_their_figures(original: Path, changes: Changes) -> None:
     check_mutated(original, changes)

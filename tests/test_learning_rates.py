@@ -3,12 +3,13 @@ all."""
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cell_cases import metrics_of, outcome
-from results_fixture import make_results, without_figures
+from results_fixture import make_results, report_of
 from run_cases import HERE, only
 
 import run_experiment
@@ -22,7 +23,7 @@ from results_folder import Cell, CellRecord, read_cell, write_status
 
 MODELS = ("conventional", "discounted")
 GRID = [*HERE, "--models", *MODELS, "--learning-rate", "0.01", "0.001", "--seeds", "0", "1"]
-pytestmark = pytest.mark.usefixtures("one_thread", "compared")
+pytestmark = pytest.mark.usefixtures("compared")
 
 
 def trials(model: str) -> list[Cell]:
@@ -65,20 +66,13 @@ def test_what_chooses_a_rate_never_sees_the_test_split(tuned: Path) -> None:
         assert result["test_accuracy_best"] == rows[result["best_epoch"] - 1]["val_accuracy"]
 
 
-@pytest.mark.parametrize("lost", ["trial", "choice", "all"])
-def test_a_resumed_run_chooses_the_same_and_ends_in_the_same_bits(
-    lost: str, tuned: Path, tmp_path: Path
-) -> None:
-    root = run_experiment.main([*GRID, "--prepare", "--output-dir", str(tmp_path)]) or only(tmp_path)
-    assert isinstance(root, Path)
-    if lost != "all":  # stopped after the trials of one model, in the middle of the last or before the choice
-        done, pending = trials("conventional"), trials("discounted")
-        index = 0 if lost == "trial" else 1
-        for cell in [*done, *pending[: index + 1]]:
-            for path in cell.folder(tuned).iterdir():
-                (cell.folder(root) / path.name).write_bytes(path.read_bytes())
-        if lost == "trial":
-            write_status(pending[0].folder(root), "interrupted", "stopped")
+def test_a_resumed_run_chooses_the_same_and_ends_in_the_same_bits(tuned: Path, tmp_path: Path) -> None:
+    assert run_experiment.main([*GRID, "--prepare", "--output-dir", str(tmp_path)]) == 0
+    root = only(tmp_path)
+    done, stopped = trials("conventional"), trials("discounted")[0]
+    for cell in (*done, stopped):
+        shutil.copytree(cell.folder(tuned), cell.folder(root), dirs_exist_ok=True)
+    write_status(stopped.folder(root), "interrupted", "stopped")
     assert run_experiment.main(["--workers", "1", "--resume", str(root)]) == 0
     for model in MODELS:
         assert read_tuning(root, "listops", model) == read_tuning(tuned, "listops", model)
@@ -122,26 +116,6 @@ def test_a_rate_that_diverges_is_no_candidate_and_without_any_the_results_fail(
     assert "tuning/lr1e+30" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("rates", "why"),
-    [
-        (["0.01", "1e-2"], "--learning-rate names 0.01 twice; name each once"),
-        (["0.01", "0"], "--learning-rate must be above 0, got 0.0"),
-        (["0.01", "nan"], "--learning-rate must be above 0, got nan"),
-    ],
-)
-def test_a_grid_that_cannot_be_is_refused_before_any_work(
-    rates: list[str], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_experiment.main([*HERE, "--output-dir", str(tmp_path), "--learning-rate", *rates]) == 2
-    assert why in capsys.readouterr().err and list(tmp_path.iterdir()) == []
-
-
-def test_the_tuning_seed_is_no_seed_of_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = [*HERE, "--output-dir", str(tmp_path), "--seeds", str(TUNING_SEED)]
-    assert run_experiment.main(argv) == 2 and "kept for choosing learning rates" in capsys.readouterr().err
-
-
 def test_another_grid_is_refused_on_resuming(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--workers", "1", "--resume", str(tuned), "--learning-rate"]
     assert run_experiment.main([*argv, "0.01", "0.001"]) == 0  # the same, in another order
@@ -178,35 +152,31 @@ def test_of_equal_values_the_lower_loss_counts_and_then_the_lower_rate() -> None
     assert best_of([Trial(0.1, "failed")], PERCENT) is None
 
 
-def test_the_report_shows_the_grid_and_warns_of_a_best_at_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without_figures(monkeypatch)
+@pytest.mark.usefixtures("texts_alone")
+def test_the_report_shows_the_grid_and_warns_of_a_best_at_its_end(tmp_path: Path) -> None:
     root = make_results(tmp_path, tasks=("listops",), models=MODELS, seeds=(0,), epochs=1, patterns=False)
     grid = (Trial(0.001, "done", 0.3, 1.0), Trial(0.003, "done", 0.4, 1.0), Trial(0.01, "diverged"))
     write_tuning(root, "listops", MODELS[0], Tuning("accuracy", TUNING_SEED, grid, 0.003))
     write_tuning(root, "listops", MODELS[1], Tuning("accuracy", TUNING_SEED, grid[:2], 0.003))
     analyze(root)
-    text = (root / "analysis" / "report.md").read_text(encoding="utf-8")
+    text = report_of(root)
     assert "| Conventional | listops | 30.0 % | 40.0 % | diverged | 0.003 |" in text
     assert "| 30.0 % | 40.0 % | – | 0.003 (an end of the grid) |" in text  # noqa: RUF001
     [warning] = [line for line in text.splitlines() if "lies at an end of the grid" in line]
     assert "Discounted, one timescale 0.003" in warning and "Conventional" not in warning
 
 
+@pytest.mark.usefixtures("texts_alone")
 @pytest.mark.parametrize(
     "damage", ["[]", "{", '{"trials": [], "metric": "accuracy", "seed": 1, "chosen": 0.1}']
 )
-def test_a_damaged_choice_is_named_and_loses_no_analysis(
-    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without_figures(monkeypatch)
+def test_a_damaged_choice_is_named_and_loses_no_analysis(damage: str, tmp_path: Path) -> None:
     root = make_results(tmp_path, tasks=("listops",), models=MODELS[:1], seeds=(0,), epochs=1, patterns=False)
     tuning_file(root, "listops", MODELS[0]).write_text(damage)
     with pytest.raises(InputError, match=r"learning_rate.json is no outcome of a tuning; remove it"):
         read_tuning(root, "listops", MODELS[0])
     analyze(root)
-    assert "**Learning rates unknown.**" in (root / "analysis" / "report.md").read_text(encoding="utf-8")
+    assert "**Learning rates unknown.**" in report_of(root)
 
 
 def test_a_choice_that_is_made_stays(tuned: Path, tmp_path: Path) -> None:

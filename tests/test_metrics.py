@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from results_fixture import make_results, without_figures, write
+from results_fixture import make_results, report_of, rewrite, write
+from run_cases import Refused
 
 import run_experiment
 from analyze_results import analyze, main
@@ -28,10 +29,6 @@ from results_folder import Cell, read_results
 BITS = METRICS["bits_per_byte"]
 MODELS = ("conventional", "gravitational")
 SEEDS = (0, 1, 2)
-
-
-def rewrite(path: Path, **values: Any) -> None:
-    write(path, json.loads(path.read_text()) | values)
 
 
 @pytest.fixture
@@ -59,10 +56,10 @@ def bits(tmp_path: Path) -> Path:
     return root
 
 
-def test_less_is_better_in_tables_findings_and_latex(bits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_figures(monkeypatch)
+@pytest.mark.usefixtures("texts_alone")
+def test_less_is_better_in_tables_findings_and_latex(bits: Path) -> None:
     analyze(bits)
-    text = (bits / "analysis" / "report.md").read_text(encoding="utf-8")
+    text = report_of(bits)
     assert "from the lowest, which is the best: Gravitational 2.910 bits" in text
     assert "Gravitational against Conventional: -0.100 bits of test bits per byte on average" in text
     assert "better at the 0.05 level" in text and "largest class" not in text.split("## Definitions")[0]
@@ -139,14 +136,13 @@ def test_a_finished_cell_without_its_metric_is_run_again(bits: Path) -> None:
 
 @pytest.mark.parametrize("metric", ["f1", 3, None, ["accuracy"]])
 def test_an_unknown_metric_of_a_task_is_one_line_and_exit_code_2(
-    metric: object, bits: Path, capsys: pytest.CaptureFixture[str]
+    metric: object, bits: Path, refused: Refused
 ) -> None:
     config = json.loads((bits / "config.json").read_text())
     config["task_info"]["bytes"]["metric"] = metric
     write(bits / "config.json", config)
-    assert main([str(bits)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "task bytes: unknown metric" in error and "bits_per_byte" in error
+    said = refused(main, bits)
+    assert "task bytes: unknown metric" in said and "bits_per_byte" in said
 
 
 @pytest.mark.parametrize(
@@ -167,12 +163,10 @@ def test_a_result_of_another_metric_than_its_task_is_no_result(
     assert records[cell].state == "failed" and why in records[cell].reason
 
 
+@pytest.mark.usefixtures("texts_alone")
 @pytest.mark.parametrize("by_length", [None, [], "x", {"-1": {}, "a": {}, "64": 3, "9" * 12: {"loss": 1.0}}])
-def test_what_is_no_length_is_left_out(
-    by_length: object, bits: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without_figures(monkeypatch)
+def test_what_is_no_length_is_left_out(by_length: object, bits: Path) -> None:
     for record in read_results(bits).cells:
         rewrite(record.folder / "result.json", test_by_length=by_length)
     analyze(bits)
-    assert "by length" not in (bits / "analysis" / "report.md").read_text(encoding="utf-8")
+    assert "by length" not in report_of(bits)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from results_fixture import MODELS, make_results, without_figures, write
+from results_fixture import MODELS, make_results, report_of, rewrite
 
 from analyze_results import analyze
 from reporting.lra_literature import comparable
@@ -15,15 +15,12 @@ from reporting.metrics import ACCURACY
 from reporting.text_tables import short
 from results_folder import Cell, read_results
 
-
-@pytest.fixture(autouse=True)
-def texts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_figures(monkeypatch)
+pytestmark = pytest.mark.usefixtures("texts_alone")
 
 
-def report_of(root: Path) -> str:
+def analysed(root: Path) -> str:
     analyze(root)
-    return (root / "analysis" / "report.md").read_text(encoding="utf-8")
+    return report_of(root)
 
 
 def words(text: str) -> list[str]:
@@ -33,7 +30,7 @@ def words(text: str) -> list[str]:
 
 def test_the_page_and_the_markdown_say_the_same(tmp_path: Path) -> None:
     states = {Cell("listops", "gravitational", 1): "failed", Cell("listops", "conventional", 2): "missing"}
-    text = report_of(make_results(tmp_path, states=states, patterns=False))
+    text = analysed(make_results(tmp_path, states=states, patterns=False))
     page = (tmp_path / "analysis" / "report.html").read_text(encoding="utf-8")
     main = re.sub(r"<[^>]+>", " ", page.split("<main>")[1].split("</main>")[0])
     plain = re.sub(r"^```(sh)?$|^\| [-:| ]+\|$|</?(details|summary)>", " ", text, flags=re.MULTILINE)
@@ -44,7 +41,7 @@ def test_the_page_and_the_markdown_say_the_same(tmp_path: Path) -> None:
 def test_the_page_is_whole_in_itself_and_runs_nothing_of_the_folders(tmp_path: Path) -> None:
     evil = "x:</script><script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;"
     root = make_results(tmp_path, tasks=("listops",), models=("conventional", evil), patterns=False)
-    report_of(root)
+    analysed(root)
     page = (root / "analysis" / "report.html").read_text(encoding="utf-8")
     assert page.count("<script>") == page.count("</script>") == 1
     assert "<img" not in page and set(re.findall(r'(?:src|href)="(.)', page)) == {"#"}
@@ -63,10 +60,8 @@ def test_what_a_folder_says_is_escaped_wherever_it_stands(mark: str, shown: str,
     states = {Cell("listops", mark, 1): "failed"}
     root = make_results(tmp_path, models=("conventional", mark), states=states, unavailable={mark: mark})
     for name in ("config.json", "environment.json"):
-        path = root / name
-        said = json.loads(path.read_text()) | {"created": mark, "device_name": mark, "command": "python x"}
-        write(path, said)
-    text = report_of(root)
+        rewrite(root / name, created=mark, device_name=mark, command="python x")
+    text = analysed(root)
     page = (root / "analysis" / "report.html").read_text(encoding="utf-8")
     body = page.split("<main>")[1].split("</main>")[0]
     assert text.count(shown) >= 10 and mark not in text.replace(shown, "")
@@ -78,11 +73,11 @@ def test_what_a_folder_says_is_escaped_wherever_it_stands(mark: str, shown: str,
 def test_predictions_of_a_token_task_are_counted_as_such(tmp_path: Path) -> None:
     root = make_results(tmp_path, tasks=("hold",), models=MODELS[:2], seeds=(0,), patterns=False, epochs=2)
     said = "The 2,000 test examples alone leave each accuracy a standard error of about 1.1 points."
-    assert said in report_of(root)
-    config = json.loads((root / "config.json").read_text())
-    config["task_info"]["hold"] |= {"test_predictions": 250_000}
-    write(root / "config.json", config)
-    text = report_of(root)
+    assert said in analysed(root)
+    info = json.loads((root / "config.json").read_text())["task_info"]
+    info["hold"] |= {"test_predictions": 250_000}
+    rewrite(root / "config.json", task_info=info)
+    text = analysed(root)
     assert "2,000 test examples; 250,000 predictions in them" in text
     assert "The 250,000 test predictions alone leave each accuracy a standard error of at least 0.1" in text
 
@@ -91,7 +86,7 @@ def test_cells_without_patterns_are_named_once_for_each_reason(tmp_path: Path) -
     root = make_results(tmp_path, tasks=("listops",), models=MODELS[:3], seeds=(0,), epochs=1)
     for model in MODELS[:2]:
         (Cell("listops", model, 0).folder(root) / "attention_patterns.npz").unlink()
-    said = next(line for line in report_of(root).splitlines() if line.startswith("Without attention"))
+    said = next(line for line in analysed(root).splitlines() if line.startswith("Without attention"))
     assert said.replace("\\", "") == (
         "Without attention patterns: listops/conventional/seed0, listops/gravitational/seed0 "
         "(there is no attention_patterns.npz)."
@@ -99,21 +94,21 @@ def test_cells_without_patterns_are_named_once_for_each_reason(tmp_path: Path) -
 
 
 def test_one_seed_has_no_interval_and_no_verdict(tmp_path: Path) -> None:
-    text = report_of(make_results(tmp_path, seeds=(4,), patterns=False))
+    text = analysed(make_results(tmp_path, seeds=(4,), patterns=False))
     assert "- seeds: 4 (n = 1)" in text and "(n = 1: no interval" in text
     assert "95 % interval" not in text.replace("Interval: 95 % t interval", "")
     assert not re.search(r"\b(better|worse|significant)\b", text)
 
 
 def test_two_seeds_have_no_verdict_and_three_are_told_what_their_interval_allows(tmp_path: Path) -> None:
-    text = report_of(make_results(tmp_path / "two", seeds=(0, 1), patterns=False))
+    text = analysed(make_results(tmp_path / "two", seeds=(0, 1), patterns=False))
     assert "too few seeds to tell; 3 are the least" in text and not re.search(r"\b(better|worse)\b", text)
     root = make_results(tmp_path / "three", tasks=("listops",), models=MODELS[:2], patterns=False)
-    assert "Sign flips, which assume nothing, do not show it with 3 seeds." in report_of(root)
+    assert "Sign flips, which assume nothing, do not show it with 3 seeds." in analysed(root)
     for seed, accuracy in enumerate((0.34, 0.36, 0.38)):
         path = Cell("listops", "gravitational", seed).folder(root) / "result.json"
-        write(path, json.loads(path.read_text()) | {ACCURACY: accuracy})
-    text = report_of(root)
+        rewrite(path, **{ACCURACY: accuracy})
+    text = analysed(root)
     assert re.search(
         r"not told apart\. The interval allows a gain of \d\.\d and a loss of \d\.\d points; a difference "
         r"of 1 point would need about \d+ seeds",
@@ -128,8 +123,8 @@ def test_ten_seeds_that_all_agree_are_given_a_verdict_and_ten_that_do_not_are_no
         steps = {MODELS[0]: 0.0, MODELS[1]: 0.02, MODELS[2]: (-1) ** seed * 0.02, MODELS[3]: -0.02}
         for model, step in steps.items():
             path = Cell("listops", model, seed).folder(root) / "result.json"
-            write(path, json.loads(path.read_text()) | {ACCURACY: 0.4 + 0.001 * seed + step})
-    text = report_of(root)
+            rewrite(path, **{ACCURACY: 0.4 + 0.001 * seed + step})
+    text = analysed(root)
     verdicts = {
         name: next(line for line in text.splitlines() if line.startswith(f"- {name} against"))
         for name in ("Gravitational", "Multi-timescale", "Gravitational multi-timescale")
@@ -145,8 +140,8 @@ def test_ten_seeds_that_all_agree_are_given_a_verdict_and_ten_that_do_not_are_no
 def test_a_mean_over_fewer_seeds_than_finished_says_how_many(tmp_path: Path) -> None:
     root = make_results(tmp_path, tasks=("listops",), models=MODELS[:1], patterns=False)
     path = Cell("listops", "conventional", 1).folder(root) / "result.json"
-    write(path, json.loads(path.read_text()) | {"best_epoch": None})
-    row = next(line for line in report_of(root).splitlines() if line.startswith("| Conventional | 3 |"))
+    rewrite(path, best_epoch=None)
+    row = next(line for line in analysed(root).splitlines() if line.startswith("| Conventional | 3 |"))
     assert "| 6 (n = 2) |" in row
 
 
@@ -156,7 +151,7 @@ def test_who_never_reaches_the_target_is_named(tmp_path: Path) -> None:
         path = Cell("listops", "gravitational", seed).folder(root) / "metrics.jsonl"
         rows = [json.loads(line) | {"val_accuracy": 0.1} for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = report_of(root)
+    text = analysed(root)
     assert re.search(
         r"- To a validation accuracy of \d\d\.\d %, median over seeds: Conventional \d epochs; "
         r"Gravitational never in 6 epochs\.",
@@ -183,14 +178,14 @@ def test_published_figures_stand_beside_a_run_of_full_size_alone(
     for task, percent in (("listops", "36.37"), ("imdb", "64.27")):
         accuracies = [f"{100 * one.accuracy:.2f}" for one in comparable(read_results(root), task)]
         assert (percent in accuracies) == shown
-    text = report_of(root)
+    text = analysed(root)
     assert ("google-research/long-range-arena" in text) == shown
     assert ("Published Transformers of the Long Range Arena reach 36.4 to 38.4 %" in text) == shown
 
 
 def test_the_tidy_table_holds_what_the_report_shows_of_time_and_targets(tmp_path: Path) -> None:
     root = make_results(tmp_path, tasks=("listops",), models=MODELS[:2], patterns=False)
-    text = report_of(root)
+    text = analysed(root)
     table = pd.read_csv(root / "analysis" / "summary.csv")
     spent = table[(table["model"] == "conventional") & (table["metric"] == "seconds_to_target")]["value"]
     assert len(spent) == 3

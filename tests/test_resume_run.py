@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from cell_cases import outcome
-from run_cases import HERE, cells, only, states
+from run_cases import HERE, Refused, cells, only, states
 from test_cells import write_lease
 
 import run_experiment
@@ -20,8 +20,9 @@ from experiment.run_plan import make_plan
 from results_folder import Cell, write_json, write_status
 
 ANALYZE_RUN = run_experiment.analyze_run
+RESUME = ("--workers", "1", "--threads", "1", "--resume")
 CELLS = [*HERE, "--models", "conventional", "discounted", "--seeds", "0", "1"]
-pytestmark = pytest.mark.usefixtures("one_thread", "compared")
+pytestmark = pytest.mark.usefixtures("compared")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 
 def resume(root: Path, *argv: str) -> int:
-    return run_experiment.main(["--workers", "1", "--resume", str(root), *argv])
+    return run_experiment.main([*RESUME, str(root), *argv])
 
 
 def changed(path: Path, **values: Any) -> None:
@@ -273,11 +274,9 @@ def test_of_two_processes_that_find_all_done_one_compares(
     ],
 )
 def test_changed_settings_are_refused_with_their_difference(
-    argv: list[str], difference: str, finished: Path, capsys: pytest.CaptureFixture[str]
+    argv: list[str], difference: str, finished: Path, refused: Refused
 ) -> None:
-    assert resume(finished, *argv) == 2
-    error = capsys.readouterr().err
-    assert difference in error and error.count("\n") == 1
+    assert difference in refused(run_experiment.main, *RESUME, finished, *argv)
 
 
 def test_the_same_settings_may_be_given_again(finished: Path, tmp_path: Path) -> None:
@@ -306,12 +305,10 @@ def test_an_option_of_one_task_that_means_nothing_to_another_may_be_given_again(
     ],
 )
 def test_a_folder_of_another_kind_is_refused_in_one_line(
-    change: dict[str, Any], message: str, copy: Path, capsys: pytest.CaptureFixture[str]
+    change: dict[str, Any], message: str, copy: Path, refused: Refused
 ) -> None:
     changed(copy / "config.json", **change)
-    assert resume(copy) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in refused(run_experiment.main, *RESUME, copy)
 
 
 @pytest.mark.parametrize(
@@ -319,14 +316,12 @@ def test_a_folder_of_another_kind_is_refused_in_one_line(
     [("embed_dim", "16"), ("embed_dim", True), ("num_heads", [1]), ("colour", 1), ("dropout", 2)],
 )
 def test_settings_of_a_wrong_type_or_name_are_refused(
-    name: str, value: Any, copy: Path, capsys: pytest.CaptureFixture[str]
+    name: str, value: Any, copy: Path, refused: Refused
 ) -> None:
     settings = json.loads((copy / "config.json").read_text())["settings"]
     settings["model"][name] = value
     changed(copy / "config.json", settings=settings)
-    assert resume(copy) == 2
-    error = capsys.readouterr().err
-    assert "cannot be resumed" in error and error.count("\n") == 1
+    assert "cannot be resumed" in refused(run_experiment.main, *RESUME, copy)
 
 
 def test_a_folder_made_before_a_setting_existed_has_its_default(copy: Path) -> None:
@@ -336,45 +331,12 @@ def test_a_folder_made_before_a_setting_existed_has_its_default(copy: Path) -> N
     assert resume(copy) == 0
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--cell-index", "4"], "--cell-index must be 0 to 3, got 4"),
-        (["--cell-index", "-1"], "--cell-index must be 0 to 3, got -1"),
-        (["--max-minutes", "0"], "--max-minutes must be above 0"),
-        (["--max-minutes", "nan"], "--max-minutes must be above 0"),
-        (["--retry-failed"], "--retry-failed needs --resume"),
-        (["--resume", "absent"], "absent is not a results folder"),
-    ],
-)
-def test_a_mistake_in_the_new_options_is_one_line_before_any_work(
-    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_experiment.main([*CELLS, "--output-dir", str(tmp_path), *argv]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_cell_folder_that_leads_out_is_not_written_through(
-    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copy: Path, tmp_path: Path, refused: Refused
 ) -> None:
     cell = Cell("listops", "conventional", 0).folder(copy)
     shutil.rmtree(cell)
     (tmp_path / "outside").mkdir()
     cell.symlink_to(tmp_path / "outside")
-    assert resume(copy) == 2
-    assert "a link that leads out of" in capsys.readouterr().err
+    assert "a link that leads out of" in refused(run_experiment.main, *RESUME, copy)
     assert list((tmp_path / "outside").iterdir()) == []
-
-
-def test_too_little_space_is_told_before_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20)
-    )
-    assert run_experiment.main([*CELLS, "--output-dir", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert "too little space" in error and error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []

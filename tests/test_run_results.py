@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from results_fixture import make_results, without_figures, write
+from results_fixture import make_results, write
+from run_cases import Refused
 
 from analyze_results import main
 from command_line import InputError
@@ -16,9 +17,7 @@ from results_folder import Cell
 MODELS = ("conventional", "gravitational")
 
 
-@pytest.fixture(autouse=True)
-def texts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_figures(monkeypatch)
+pytestmark = pytest.mark.usefixtures("texts_alone")
 
 
 def folder(root: Path, seeds: tuple[int, ...], **options: Any) -> Path:
@@ -46,7 +45,7 @@ def test_seeds_of_two_folders_are_analysed_as_one_and_both_are_named(tmp_path: P
 
 
 def test_the_output_goes_where_it_is_asked_to_and_replaces_nothing_but_an_analysis(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refused: Refused
 ) -> None:
     one, target = folder(tmp_path / "one", (0,), models=MODELS[:1]), tmp_path / "out"
     for _ in range(2):
@@ -55,9 +54,7 @@ def test_the_output_goes_where_it_is_asked_to_and_replaces_nothing_but_an_analys
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     for other in (tmp_path / "mine", tmp_path / "mine" / "thesis.tex"):
-        assert main([str(one), "--output-dir", str(other)]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "choose another --output-dir" in error
+        assert "choose another --output-dir" in refused(main, one, "--output-dir", other)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
@@ -90,17 +87,13 @@ def arithmetic(root: Path) -> None:
     ],
 )
 def test_unlike_folders_are_refused_in_one_line_unless_it_is_asked_for(
-    edit: Callable[[dict[str, Any]], Any],
-    difference: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    edit: Callable[[dict[str, Any]], Any], difference: str, tmp_path: Path, refused: Refused
 ) -> None:
     one, two = folder(tmp_path / "one", (0,)), folder(tmp_path / "two", (1,))
     change(two, edit)
-    assert main([str(one), str(two)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"analyze_results.py: error: {difference}; --allow-differences")
-    assert error.count("\n") == 1 and not (one / "analysis_joined").exists()
+    said = refused(main, one, two)
+    assert said.startswith(f"analyze_results.py: error: {difference}; --allow-differences")
+    assert not (one / "analysis_joined").exists()
     assert read_joined([one, two], allow_differences=True).differences == (difference,)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import results_fixture
+from run_cases import Refused
 
 from command_line import InputError
 from evaluate_performance import main as evaluate_main
@@ -200,12 +201,11 @@ def test_a_bomb_of_patterns_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_an_analysis_folder_that_is_a_link_is_not_written_through(
-    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    results: Path, tmp_path: Path, refused: Refused
 ) -> None:
     (tmp_path / "outside").mkdir()
     (results / "analysis").symlink_to(tmp_path / "outside")
-    assert evaluate_main([str(folder_of(results))]) == 2
-    assert "is a link" in capsys.readouterr().err
+    assert "is a link" in refused(evaluate_main, folder_of(results))
     assert list((tmp_path / "outside").iterdir()) == []
 
 

@@ -43,8 +43,6 @@ from training import training_progress
 from training.checkpoints import LAST, read_checkpoint
 from training.training_progress import DivergedError, Progress, StepMeter
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def make_classifier(
     attention: Callable[[], nn.Module] = CONVENTIONAL, **changes: Any
@@ -387,11 +385,10 @@ def test_weights_broken_by_the_last_step_are_found_by_validation(
     ("error", "reason"),
     [
         (RuntimeError("no luck\nwith details"), "RuntimeError: no luck"),
-        (torch.OutOfMemoryError("no luck"), "OutOfMemoryError: no luck"),
         (SystemExit("bye"), "SystemExit: bye"),
         (OSError("no file \udcff.txt " + "x" * 10_000), r"OSError: no file \udcff.txt " + "x" * 400),
     ],
-    ids=["error", "memory", "end of the program", "what no file can hold"],
+    ids=["error", "end of the program", "what no file can hold"],
 )
 def test_an_error_ends_its_cell_only_and_is_recorded_until_the_cell_runs_again(
     error: BaseException, reason: str, tmp_path: Path

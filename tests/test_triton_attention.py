@@ -80,16 +80,25 @@ class Compiled:
         return compile_
 
 
+MASKED = {"shared": True, "mask": masks(2, 1, 19, 35)["pairs, padding and causal"]}
+REACHING = {"queries": 1, "keys": 64}  # reads no pairs, but a reach
+
+
 @pytest.mark.parametrize(
-    ("kind", "dtype", "capability"),
+    ("kind", "dtype", "capability", "changes"),
     [
-        ("dot product", torch.float32, 80),
-        ("gravity", torch.bfloat16, 90),
-        ("force", torch.bfloat16, 80),
+        ("dot product", torch.float32, 80, MASKED),
+        ("gravity", torch.bfloat16, 90, REACHING),
+        ("force", torch.bfloat16, 80, MASKED),
     ],
 )
 def test_kernels_compile_for_a_gpu(
-    kind: Kind, dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    kind: Kind,
+    dtype: torch.dtype,
+    capability: int,
+    changes: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """The compiler refuses more than the interpreter does."""
     triton = need_triton()
@@ -101,9 +110,7 @@ def test_kernels_compile_for_a_gpu(
     for name in names:
         monkeypatch.setattr(kernels, name, Compiled(getattr(kernels, name)))
     monkeypatch.setattr("attention_kernels._triton_cannot", lambda *args: "")
-    mask = masks(2, 1, 19, 35)["pairs, padding and causal"]
-    Case(kind, dtype=dtype, shared=True, mask=mask).evaluate("triton")
-    Case(kind, dtype=dtype, queries=1, keys=64).evaluate("triton")  # reads no pairs, but a reach
+    Case(kind, dtype=dtype, **changes).evaluate("triton")
     for name in names:
         if name != "row_product_kernel":
             assert ".visible .entry" in getattr(kernels, name).code, name

@@ -6,22 +6,13 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from results_fixture import tidy
 
-from reporting.metrics import ACCURACY, METRICS, PERCENT
+from reporting.metrics import METRICS, PERCENT
 from reporting.verdicts import Shares, Speed, compare, compare_speed
 
 BITS = METRICS["bits_per_byte"]
 NOISE = [0.004, -0.003, 0.001, 0.002, -0.005, 0.003, -0.002, 0.0]
-
-
-def tidy(values: dict[str, list[float]], metric: str = ACCURACY, task: str = "t") -> pd.DataFrame:
-    """The tidy table of one metric, from the values by seed of each model."""
-    rows = [
-        (task, model, seed, metric, value)
-        for model, numbers in values.items()
-        for seed, value in enumerate(numbers)
-    ]
-    return pd.DataFrame(rows, columns=["task", "model", "seed", "metric", "value"])
 
 
 def test_differences_are_compared_by_hand() -> None:
@@ -92,7 +83,7 @@ def test_where_seeds_either_learn_or_do_not_the_shares_decide(
     mine: list[float], base: list[float], shares: Shares | None, verdict: str
 ) -> None:
     table = tidy({"conventional": base, "a": mine})
-    [row] = compare(table, levels={"t": 0.1})
+    [row] = compare(table, levels={"listops": 0.1})
     assert (row.shares, row.verdict) == (shares, verdict)
     assert row.p == (row.p_t if shares is None else row.p_shares)
     assert compare(table)[0].shares is None  # nobody knows what guessing is

@@ -1,13 +1,14 @@
-"""What the tests of the Triton kernels share: a seeded case, and how far a backend is from the dense formula
-in float64, outputs and all gradients."""
+"""What the tests of the backends share: a seeded case, and how far a backend is from the dense formula in
+float64, outputs and all gradients."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score
+from attention_engine.attention_scores import Clock, DotProduct, Gravity, Mask, Score
 from attention_kernels import attend
 
 Kind = Literal["dot product", "gravity", "force"]
@@ -30,8 +31,11 @@ class Case:
     shared: bool = False  # whether the timescales share q, k and v
     decay: tuple[float, float] | None = (0.6, 0.95)  # between which gammas are drawn
     learn_decay: bool = True
+    clock: bool = False  # whether time passes by a rate of each token
     power: float = 2.0
     softening: float = 0.1
+    learned: bool = False  # whether power and softening are, for each timescale and head
+    distance: Literal["euclidean", "cosine", "manhattan"] = "euclidean"
     duplicates: bool = False  # q equals k
     offset: float = 0.0  # of q and k, which no distance sees
     mask: Mask = NO_MASK
@@ -66,19 +70,29 @@ class Case:
         if self.decay is not None:
             low, high = self.decay
             found["log_decay"] = (low + (high - low) * torch.rand(*of_heads, generator=generator)).log()
+        if self.learned:
+            found["softening"] = self.softening * (1 + draw(*of_heads).tanh() / 2)
+            found["power"] = self.power * (2 + draw(*of_heads).tanh())
+        if self.clock:
+            for name, length in (("query_clock", self.queries), ("key_clock", self.keys)):
+                rates = F.softplus(draw(self.batch, *of_heads, length))
+                found[name] = rates.to(self.dtype).cumsum(-1) * 0.1
         return {name: x.to(self.device) for name, x in found.items()}
 
     def score(self, leaves: dict[str, Tensor]) -> Score:
+        clock = Clock(leaves["query_clock"], leaves["key_clock"]) if self.clock else None
         if self.kind == "dot product":
-            return DotProduct(self.head_dim**-0.5, leaves.get("log_decay"))
+            return DotProduct(self.head_dim**-0.5, leaves.get("log_decay"), clock=clock)
         return Gravity(
             leaves["key_mass"],
             leaves.get("query_mass"),
             leaves.get("log_gravity"),
-            self.softening,
-            self.power,
+            leaves.get("softening", self.softening),
+            leaves.get("power", self.power),
             "softmax" if self.kind == "gravity" else "force",
             leaves.get("log_decay"),
+            clock=clock,
+            distance=self.distance,
         )
 
     def evaluate(self, backend: str, **kwargs: Any) -> dict[str, Tensor]:
@@ -107,12 +121,14 @@ def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, f
     return result
 
 
-def beyond(case: Case, output: float, gradient: float, **kwargs: Any) -> dict[str, float]:
-    """What "triton" gets wrong by more than the tolerances: nothing, where it is right. A NaN is wrong. The
+def beyond(
+    case: Case, output: float, gradient: float, backend: str = "triton", **kwargs: Any
+) -> dict[str, float]:
+    """What a backend gets wrong by more than the tolerances: nothing, where it is right. A NaN is wrong. The
     gradient of a single number, and one that is nothing, as by the mass of an only key, is a sum that
     cancels, and may err by a digit more."""
     expected = case.evaluate("dense")
-    found = errors(case.evaluate("triton", **kwargs), expected)
+    found = errors(case.evaluate(backend, **kwargs), expected)
     cancels = {name for name, value in expected.items() if "log_" in name or value.norm() < 1e-6}
     tolerances = {name: 10 * gradient if name in cancels else gradient for name in found}
     tolerances["output"] = output

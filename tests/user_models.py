@@ -46,19 +46,9 @@ class Exploding(Mine):
         return (output * float("nan") if self.training and query.shape[1] > 3 else output), weights
 
 
-class Interrupting(Mine):
-    def act(self) -> None:
-        raise KeyboardInterrupt
-
-
 class Terminated(Mine):
     def act(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-class Deadly(Mine):
-    def act(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Narrow(Mine):

@@ -145,7 +145,7 @@ def test_missing_failed_and_diverged_cells_are_named_with_their_reasons(holed: P
         assert "out of memory" in text and "the loss is nan in epoch 3" in text
     text = report_of(holed)
     top = text.split("\n## ")[0]
-    assert "**4 of 12 cells are not done.** 1 diverged, 2 failed, 1 missing: they are in no mean" in top
+    assert "**4 of 12 cells are not done.** 2 failed, 1 missing, 1 diverged: they are in no mean" in top
     assert "8 of 12 done" in text and "**Cells that are not done**" in text
     assert re.search(r"from the highest: .*Multi-timescale [\d.]+ % \(n = 2, 95 % interval", text)
     assert "too few seeds to tell; 3 are the least for a verdict" in text

@@ -120,8 +120,8 @@ def test_metrics_of_unlike_units_have_panels_of_their_own_and_right_is_a_gain() 
         assert "gain in points of accuracy" in labels[:2] and "bits per byte saved" in labels[2:]
         for ax, gain in ((points, 10 + 5 / 3), (bits, 0.2 - 0.05 / 3)):
             [mark] = [line for line in ax.get_lines() if line.get_marker() == "s"]
-            [at] = np.asarray(mark.get_ydata() if ax.get_ylabel() else mark.get_xdata())
-            assert at == pytest.approx(gain)
+            at = np.asarray(mark.get_ydata() if ax.get_ylabel() else mark.get_xdata(), float)
+            assert at.tolist() == [pytest.approx(gain)]
 
 
 def test_maps_that_hold_no_weights_are_drawn_and_not_fatal(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_learning_curves_are_by_steps_and_by_epochs_where_no_steps_are_on_record
     training, validation = curves_figure(epochs, STYLES, "bits", metric=BITS, level=8.0).axes
     assert training.get_ylabel() == "training bits per byte"  # the loss would say it again
     [mean] = [line for line in validation.get_lines() if line.get_label() == "Gravitational"]
-    np.testing.assert_allclose(np.asarray(mean.get_ydata()), np.array([0.1, 0.2, 0.3]) / np.log(2))
+    np.testing.assert_allclose(np.asarray(mean.get_ydata(), float), np.array([0.1, 0.2, 0.3]) / np.log(2))
 
 
 def test_quality_by_length_has_the_mean_its_interval_and_the_trained_length() -> None:
@@ -210,7 +210,9 @@ def test_quality_by_length_has_the_mean_its_interval_and_the_trained_length() ->
     ax = plot_lengths(table, STYLES, new_figure(1, 1, 6, 3)[1][0, 0], METRICS["accuracy"])
     assert np.asarray(ax.get_lines()[0].get_xdata()).tolist() == [64, 64]
     [mean] = [line for line in ax.get_lines() if line.get_marker() == "s"]
-    np.testing.assert_allclose(np.asarray(mean.get_ydata()), 100 * (0.8 - np.array([64, 128, 256]) / 1000))
+    np.testing.assert_allclose(
+        np.asarray(mean.get_ydata(), float), 100 * (0.8 - np.array([64, 128, 256]) / 1000)
+    )
     [bars] = [one for one in ax.collections if isinstance(one, LineCollection)]
     expected = 100 * np.array(estimate([0.9 - seed / 10 - 0.064 for seed in (0, 1, 2)])[2:])
     np.testing.assert_allclose(bars.get_segments()[0][:, 1], expected)

@@ -66,7 +66,7 @@ def _task(
     seeds = len({cell.seed for cell in patterns})
     other = [names[name] for name in names if name in {cell.model for cell in patterns} - set(by_model)]
     facts = {
-        f"{seeds - 1} of {seeds} seeds": seeds > 1,
+        f"{seeds - 1} of {seeds} seeds (seed {seed} is shown)": seeds > 1,
         f"{all_examples - examples} of {all_examples} examples": examples < all_examples,
         f"the tokens after the first {tokens}": tokens < all_tokens,
         f"{', '.join(other)} (no patterns of these examples with seed {seed})": other,
@@ -74,7 +74,6 @@ def _task(
     }
     entry = {
         "title": single_line(title),
-        "seed": seed,
         "tokens": tokens,
         "examples": [_example(first, number, tokens) for number in range(examples)],
         "models": models[:fitting],

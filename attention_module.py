@@ -30,15 +30,6 @@ from attention_engine.dense_attention import dense_weights
 from attention_kernels import attend, without_autocast
 
 
-def causal_arguments(attention: nn.Module, length: int, device: torch.device) -> dict[str, Any]:
-    """What makes self-attention causal: of `nn.MultiheadAttention`, for which `is_causal` is no more than a
-    hint, the mask itself as well."""
-    if isinstance(attention, AttentionModule):
-        return {"is_causal": True}
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
-    return {"is_causal": True, "attn_mask": mask}
-
-
 class AttentionModule(nn.Module):
     """Projections, masks and the calling convention; the weighing of pairs is left to `score`.
 
@@ -52,6 +43,7 @@ class AttentionModule(nn.Module):
 
     in_proj_bias: Tensor | None
     out_proj: nn.Linear
+    builds_causal_mask = True  # by `is_causal` alone, which is a hint beside `attn_mask` in PyTorch's module
 
     def __init__(
         self,

@@ -31,12 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_module import causal_arguments
 from command_line import check_settings, first_line, setting
 from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches, training_batches
 from results_folder import PATTERNS, SCHEMA_VERSION, WriteError, as_json, write_arrays, write_json_lines
 from tasks.task_data import TaskForm
-from training.attention_patterns import attention_patterns
+from training.attention_patterns import attention_patterns, causal_arguments
 from training.checkpoints import BEST, CheckpointError, resume, write_checkpoint, write_weights
 from training.device_memory import PeakMemory
 from training.model_cost import count_parameters, forward_flops
@@ -144,7 +143,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, key_padding_mask: Tensor, causal: bool = False) -> Tensor:
         y = self.attention_norm(x)
-        only = causal_arguments(self.attention, y.shape[1], y.device) if causal else {}
+        only = causal_arguments(self.attention, y) if causal else {}
         y, _ = self.attention(y, y, y, key_padding_mask=key_padding_mask, need_weights=False, **only)
         x = x + self.dropout(y)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

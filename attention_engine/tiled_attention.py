@@ -187,10 +187,10 @@ def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
             strength = log_gravity.exp().unsqueeze(-1) * query_mass
         elif key_mass is not None:
             key_mass = key_mass.log()
-        q, k = centred(q, k, absent, by_median=call.wide)
         if score.distance == "manhattan":
             a, b = q / q.shape[-1], k / q.shape[-1]
         else:
+            q, k = centred(q, k, absent, by_median=call.wide)
             norm_q, norm_k = (x.square().mean(-1, keepdim=True) for x in (q, k))  # |q|^2 / D
             a = torch.cat([q * (-2 / q.shape[-1]), norm_q, torch.ones_like(norm_q)], -1)
             b = torch.cat([k, torch.ones_like(norm_k), norm_k], -1)

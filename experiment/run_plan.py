@@ -57,6 +57,12 @@ GENERATED_IN_SMALL: dict[str, dict[str, Any]] = {
     # One layer: with a second one softmax attention can tell positions, which hold is to be solved without.
     "hold": {"dropout": 0.0, "num_layers": 1, "batch_size": 16, "max_epochs": 6, "patience": 6},
 }
+MORE_GENERATED: dict[str, dict[str, Any]] = {
+    "latest": {"dropout": 0.0, "batch_size": 16, "max_epochs": 5, "patience": 5},
+    "nearest": {"dropout": 0.0, "num_layers": 1, "max_epochs": 8, "patience": 8},
+    "lookup": {"dropout": 0.0, "num_layers": 1, "max_epochs": 8, "patience": 8},
+    "bytes": {"dropout": 0.0, "batch_size": 16, "max_epochs": 6, "patience": 6},
+}
 
 PRESETS = {
     "full": Preset(
@@ -64,12 +70,12 @@ PRESETS = {
     ),
     "study": Preset(
         "the published comparison: with two controls, eight seeds and tuned learning rates; hours on a CPU",
-        tasks=("recall", "hold", "imdb", "listops"),
+        tasks=("recall", "hold", *MORE_GENERATED, "imdb", "listops"),
         models=(*COMPARED, "per_head_decay", "adaptive"),
         seeds=tuple(range(8)),
         model=SMALL,
         training={"learning_rate": (0.001, 0.003, 0.01)},
-        by_task=GENERATED_IN_SMALL | {"imdb": SHORT_TRAINING, "listops": SHORT_TRAINING},
+        by_task=GENERATED_IN_SMALL | MORE_GENERATED | dict.fromkeys(LRA_IN_SMALL, SHORT_TRAINING),
         data=LRA_IN_SMALL,
     ),
     "quick": Preset(

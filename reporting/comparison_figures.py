@@ -207,16 +207,29 @@ def forest_figure(rows: Sequence[Difference], styles: dict[str, ModelStyle], tit
 def plot_gain_at_cost(
     priced: Sequence[tuple[Difference, float]], styles: dict[str, ModelStyle], ax: Axes
 ) -> Axes:
-    """Gain of one metric against cost, a multiple of the baseline's, each with its task's name."""
+    """Gain of one metric against cost, a multiple of the baseline's; a verdict has its task's name beside."""
     metric = priced[0][0].metric
     ax.axhline(0, color="#555555", lw=1)
     ax.axvline(1, color="#555555", lw=1, ls=":")
     for row, cost in priced:
         _draw_difference(row, cost, row.gain.mean, styles[row.model], ax, "y")
-        place: dict[str, Any] = {"xytext": (5, 3), "textcoords": "offset points", "size": 7, "zorder": 4}
-        ink = "black" if row.decided else "#777777"
-        ax.annotate(drawable(row.task, 14), (cost, row.gain.mean), **place, color=ink)
-    ax.margins(x=0.12, y=0.1)
+    ax.margins(x=0.15, y=0.12)
+    taken: list[tuple[float, float]] = []  # by names, in shares of the axes
+    for row, cost in sorted(priced, key=lambda one: -one[0].gain.mean):
+        if row.decided:
+            ax.get_ylim()  # settles the scale
+            place = ax.transAxes.inverted().transform(ax.transData.transform((cost, row.gain.mean)))
+            x, y = place.tolist()
+            while any(abs(x - left) < 0.1 and abs(y - low) < 0.04 for left, low in taken):
+                y -= 0.01
+            taken.append((x, y))
+            look: dict[str, Any] = {
+                "transform": ax.transAxes,
+                "size": 7,
+                "va": "center",
+                "color": styles[row.model].color,
+            }
+            ax.text(x + 0.015, y, drawable(row.task, 14), **look)
     ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}x"))
     ax.grid(axis="both")

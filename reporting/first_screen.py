@@ -87,8 +87,9 @@ def first_screen(analysis: Analysis) -> FirstScreen:
 def _heading(analysis: Analysis, task: str) -> str:
     metric = analysis.metric(task)
     found = [model for model in analysis.names if analysis.quality(task, model).n]
-    words = metric.title if metric.more_is_better else f"{metric.title}, fewer are a gain"
-    none = "; no model is told apart from guessing" if guessing(analysis, task) == found else ""
+    title = metric.title
+    words = f"{metric.step} of {title}" if metric.more_is_better else f"{title}, fewer are a gain"
+    none = "; no model is told apart from guessing" if found and guessing(analysis, task) == found else ""
     return f"{task} ({words}{none})"
 
 
@@ -100,7 +101,9 @@ def _lost(analysis: Analysis, task: str, model: str) -> str:
 def _base(analysis: Analysis, task: str) -> Entry:
     mean, metric = analysis.quality(task, analysis.baseline), analysis.metric(task)
     if not mean.n:
-        return Entry(f"no result ({analysis.lost(task, analysis.baseline) or 'not planned'})", "", "no pair")
+        return Entry(
+            f"no result ({analysis.lost(task, analysis.baseline) or 'not planned'})", "", "no result"
+        )
     lost = _lost(analysis, task, analysis.baseline)
     return Entry(metric.shown(mean.mean), f"n = {mean.n}{lost}", "baseline")
 
@@ -114,9 +117,9 @@ def _entry(analysis: Analysis, task: str, model: str, row: Difference | None) ->
 
 
 def _numbers(analysis: Analysis, row: Difference) -> str:
-    """ "+43.1 points [38.0, 48.2], n = 8; seeds that learn: 8 of 8 against 3 of 8; 1 diverged"."""
+    """ "+43.1 [+38.0, +48.2], n = 8; seeds that learn: 8 of 8 against 3 of 8; 1 diverged"."""
     metric, (n, mean, low, high) = row.metric, row.mean
-    text = f"{metric.difference(mean)} {metric.step}"
+    text = metric.difference(mean)
     if n > 1:
         text += f" [{metric.difference(low)}, {metric.difference(high)}]"
     text += f", n = {n}"
@@ -145,16 +148,16 @@ def _of_model(analysis: Analysis, model: str, differences: dict[tuple[str, str],
     base = analysis.baseline_name
     rows = [row for (_, of), row in differences.items() if of == model and row.mean.n]
     starts = {
-        "better": f"is better than {base} on",
-        "worse": f"is worse than {base} on",
-        "no relevant difference": f"has no relevant difference to {base} on",
-        "open": f"is not told apart from {base} on",
-        "too few seeds": f"has no verdict, for too few seeds ({LEAST_SEEDS} pairs are the least), on",
+        "better": ("is better", f" than {base}"),
+        "worse": ("is worse", f" than {base}"),
+        "no relevant difference": ("has no relevant difference", f" to {base}"),
+        "open": ("is not told apart", f" from {base}"),
+        "too few seeds": (f"has no verdict, for too few seeds ({LEAST_SEEDS} pairs are the least),", ""),
     }
-    parts = []
-    for verdict, start in starts.items():
+    parts: list[str] = []
+    for verdict, (start, whom) in starts.items():
         if named := [f"{row.task}{_brief(analysis, row)}" for row in rows if row.verdict == verdict]:
-            parts.append(f"{start} {_listed(named)}")
+            parts.append(f"{start}{'' if parts else whom} on {_listed(named)}")
     if nothing := [task for task in analysis.facts if task not in {row.task for row in rows}]:
         parts.append(f"has nothing to compare on {_listed(nothing)}")
     sentences = [f"{'; '.join(parts)}."]

@@ -162,6 +162,9 @@ def epoch_row(
         if "gravitational" in model:
             timescales = 3 if "timescale" in model else 1
             scalars["gravity"] = np.exp(0.02 * epoch * draws.normal(size=(timescales, HEADS))).tolist()
+        if model == "gravitational_multi_timescale":
+            law = {"power": 8 + 0.1 * epoch, "softening": 0.1 - 0.001 * epoch}
+            scalars |= {name: [[value] * HEADS] * 3 for name, value in law.items()}
         if scalars:
             learned[f"layer{layer}"] = scalars
     return {

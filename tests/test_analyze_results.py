@@ -224,6 +224,8 @@ def test_how_far_horizons_and_gravity_moved_is_told_in_numbers(holed: Path) -> N
     ends = mine[mine["epoch"].isin([1, 6])].groupby(["timescale", "epoch"])["value"].mean()
     moves = ", ".join(f"{short(ends[scale, 1])} to {short(ends[scale, 6])}" for scale in range(3))
     assert "Multi-timescale: horizons in tokens" in report_of(holed) and moves in report_of(holed)
+    for moved in ("power of the distance p", "softening"):
+        assert f"Gravitational multi-timescale: {moved} from the end of the first epoch" in report_of(holed)
 
 
 def test_hostile_names_are_escaped_in_every_file_and_nothing_is_written_outside_analysis(

@@ -68,7 +68,7 @@ def test_ten_seeds_are_given_the_verdicts_of_their_numbers(tmp_path: Path) -> No
     assert "has no relevant difference to Conventional on listops. It" in discounted
     rows = entries(screen)
     assert rows["Conventional (baseline)"] == ["40.4 %: n = 10"]
-    assert rows["Gravitational"] == ["better: +3.0 points [+2.9, +3.1], n = 10"]
+    assert rows["Gravitational"] == ["better: +3.0 [+2.9, +3.1], n = 10"]
     kinds = [row[0].kind for _, row in screen.matrix.rows] if screen.matrix else []
     assert kinds == ["baseline", "better", "open", "worse", "no relevant difference"]
     legend = screen.matrix.legend if screen.matrix else ""
@@ -99,7 +99,7 @@ def test_what_is_not_done_is_named_beside_every_number_and_flatters_nobody(tmp_p
     assert "Seeds that diverged are in no mean, which flatters it." in gravity
     assert scales == "Multi-timescale has nothing to compare on listops."
     rows = entries(screen)
-    assert rows["Gravitational"] == ["better: +3.0 points [+2.9, +3.1], n = 8; 2 diverged"]
+    assert rows["Gravitational"] == ["better: +3.0 [+2.9, +3.1], n = 8; 2 diverged"]
     assert rows["Multi-timescale"] == ["no result (9 failed, 1 missing)"]
 
 
@@ -112,6 +112,7 @@ def test_without_a_result_of_the_baseline_nothing_is_compared(tmp_path: Path) ->
         "Gravitational has nothing to compare on listops.",
     ]
     assert list(entries(screen).values()) == [["no result (10 failed)"], ["no pair"]]
+    assert screen.matrix and screen.matrix.tasks == ["listops (points of accuracy)"]
 
 
 def test_holes_of_a_real_looking_folder_are_in_the_report(holed: Path) -> None:
@@ -126,7 +127,7 @@ def test_a_task_that_nobody_knows_is_compared_and_nothing_is_said_of_guessing(tm
     root = folder(tmp_path, {"gravitational": [0.031, 0.029]}, task="mystery")
     rewrite(root / "config.json", task_info={})
     screen = screen_of(root)
-    assert screen.matrix and screen.matrix.tasks == ["mystery (accuracy)"]
+    assert screen.matrix and screen.matrix.tasks == ["mystery (points of accuracy)"]
     assert "is better than Conventional on mystery (+3.0 points)" in said(screen)[1]
 
 
@@ -137,7 +138,7 @@ def test_a_task_that_no_model_can_do_is_said_to_be_one(tmp_path: Path) -> None:
             rewrite(Cell("listops", model, seed).folder(root) / "result.json", **{ACCURACY: 0.17})
     screen = screen_of(root)
     assert screen.matrix
-    assert screen.matrix.tasks == ["listops (accuracy; no model is told apart from guessing)"]
+    assert screen.matrix.tasks == ["listops (points of accuracy; no model is told apart from guessing)"]
 
 
 def test_fewer_bits_are_a_gain(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ LATE = {
     "experiment/executors.py": {"ray"},
     "experiment/tensorboard_log.py": {"torch.utils.tensorboard"},
     "attention_kernels.py": {"attention_engine.triton_attention"},
+    "reporting/__init__.py": {"matplotlib"},
 }
 TORCH_ALONE = {
     "gravitational_multi_timescale_attention",

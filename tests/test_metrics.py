@@ -79,11 +79,9 @@ def test_figures_of_bits_are_drawn_and_quality_by_length_marks_the_trained_one(b
     [ax] = figures["accuracy_bytes"].axes
     assert [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")] == []
     assert max(ax.get_xlim()) < 4  # guessing, 8 bits, is no line of it
-    [ax] = figures["convergence_bytes"].axes
-    assert ax.get_xlabel() == "epochs to 90 % of the way from chance to the best"
     labels = [ax.get_ylabel() for ax in figures["learning_curves_bytes"].axes]
-    assert labels[2:] == ["training bits per byte", "validation bits per byte"]
-    curves = figures["learning_curves_bytes"].axes[3].get_lines()
+    assert labels == ["training bits per byte", "validation bits per byte"]
+    curves = figures["learning_curves_bytes"].axes[1].get_lines()
     assert any(np.allclose(np.asarray(line.get_ydata(), float)[0], 5 / math.log(2)) for line in curves)
     [ax] = figures["lengths_bytes"].axes
     assert np.asarray(ax.get_lines()[0].get_xdata()).tolist() == [128, 128]

@@ -62,8 +62,8 @@ def counts_of(plan: RunPlan) -> dict[str, int]:
     ("name", "own"),
     [
         ("conventional", {}),
-        (FORCE, {"softening": 0.1, "distance_power": 2.0, "normalization": "force"}),
-        ("gravitational,softening=1", {"softening": 1.0, "distance_power": 2.0, "normalization": "softmax"}),
+        (FORCE, {"softening": 0.1, "distance_power": None, "normalization": "force"}),
+        ("gravitational,softening=1", {"softening": 1.0, "distance_power": None, "normalization": "softmax"}),
         ("multi_timescale,gammas=0.6:0.9:0.99", {"gammas": (0.6, 0.9, 0.99)}),
         ("multi_timescale,gammas=none", {"gammas": None}),
         ("multi_timescale,num_timescales=5", {"num_timescales": 5}),

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attention_module import causal_arguments
 from data_pipeline import Batch, TaskData, TokenDataset
 from tasks.token_dataset import IGNORED, PAD_ID, pad_batch
 
@@ -174,9 +173,17 @@ def _layer_inputs(
             handle.remove()
 
 
+def causal_arguments(attention: nn.Module, x: Tensor) -> dict[str, Any]:
+    """What makes self-attention over x (N, L, E) causal."""
+    if getattr(attention, "builds_causal_mask", False):
+        return {"is_causal": True}
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+    return {"is_causal": True, "attn_mask": mask}
+
+
 def _maps(attention: nn.Module, x: Tensor, mask: Tensor, causal: bool) -> Tensor:
     """(N, T, H, L, L), float32; T = 1 for a module that only has the interface of nn.MultiheadAttention."""
-    only = causal_arguments(attention, x.shape[1], x.device) if causal else {}
+    only = causal_arguments(attention, x) if causal else {}
     attention_maps = getattr(attention, "attention_maps", None)
     if attention_maps is not None:
         maps = attention_maps(x, x, key_padding_mask=mask, **only)

@@ -15,6 +15,8 @@ from test_cells import write_lease
 import run_experiment
 from experiment import cells as cells_module
 from experiment.cells import LEASE, LeaseLostError
+from experiment.plan_files import refuse_changes
+from experiment.run_plan import make_plan
 from results_folder import Cell, write_json, write_status
 
 ANALYZE_RUN = run_experiment.analyze_run
@@ -280,6 +282,14 @@ def test_changed_settings_are_refused_with_their_difference(
 def test_the_same_settings_may_be_given_again(finished: Path, tmp_path: Path) -> None:
     again = [*CELLS, "--embed-dim", "16", "--max-length", "40", "--cache-dir", str(tmp_path)]
     assert resume(finished, *again) == 0
+
+
+def test_an_option_of_one_task_that_means_nothing_to_another_may_be_given_again() -> None:
+    argv = [*HERE, "--tasks", "hold", "listops", "--min-length", "6", "--tokenizer", "word"]
+    arguments = run_experiment.make_parser().parse_args(argv)
+    plan = make_plan(arguments)
+    assert (plan.data_settings["hold"].tokenizer, plan.data_settings["listops"].tokenizer) == ("byte", "word")
+    refuse_changes(Path("run"), plan, arguments)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from benchmarks.benchmarking import peak_process
 from training.device_memory import PeakMemory
 
 TOLERANCES = 2e-6, 2e-5  # of outputs and gradients in float32, relative to their norms
-SIZES: dict[str, int] = {"heads": 3, "queries": 270, "keys": 301, "head_dim": 8}  # more than a tile has
+SIZES: dict[str, Any] = {"heads": 3, "queries": 270, "keys": 301, "head_dim": 8}  # more than a tile has
 CASES = {
     "dot": Case("dot product", timescales=1, decay=None, **SIZES),
     "discounted": Case("dot product", timescales=2, **SIZES),
@@ -67,7 +67,7 @@ def test_masks_hold_in_every_tile_and_a_row_with_no_key_is_zeros(kind: str, mask
 @pytest.mark.parametrize("softening", [1e-4, 0.01, 0.1])
 def test_coincident_pairs_at_small_softening(kind: str, power: float, softening: float) -> None:
     """One key may take all weight of its row: the gradients of masses are what sums that cancel leave."""
-    sizes = {"heads": 1, "queries": 66, "keys": 66}
+    sizes: dict[str, Any] = {"heads": 1, "queries": 66, "keys": 66}
     assert wrong(kind, power=power, softening=softening, duplicates=True, **sizes) == {}
 
 

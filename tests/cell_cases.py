@@ -28,7 +28,7 @@ MEMORY = ("peak_memory_bytes", "memory_kind", "memory_reason")
 
 
 @contextlib.contextmanager
-def meanwhile(action: Callable[[], None]) -> Iterator[None]:
+def meanwhile(action: Callable[[], object]) -> Iterator[None]:
     """Let another thread do something while this one is in the run."""
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(action)

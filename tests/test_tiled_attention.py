@@ -19,7 +19,7 @@ from benchmarks.benchmarking import peak_process
 from training.device_memory import PeakMemory
 
 TOLERANCES = 2e-6, 2e-5  # of outputs and gradients in float32, relative to their norms
-SIZES: dict[str, int] = {"heads": 3, "queries": 270, "keys": 301, "head_dim": 8}  # more than a tile has
+SIZES: dict[str, Any] = {"heads": 3, "queries": 270, "keys": 301, "head_dim": 8}  # more than a tile has
 CASES = {
     "dot": Case("dot product", timescales=1, decay=None, **SIZES),
     "discounted": Case("dot product", timescales=2, **SIZES),
@@ -67,7 +67,7 @@ def test_masks_hold_in_every_tile_and_a_row_with_no_key_is_zeros(kind: str, mask
 @pytest.mark.parametrize("softening", [1e-4, 0.01, 0.1])
 def test_coincident_pairs_at_small_softening(kind: str, power: float, softening: float) -> None:
     """One key may take all weight of its row: the gradients of masses are what sums that cancel leave."""
-    sizes = {"heads": 1, "queries": 66, "keys": 66}
+    sizes: dict[str, Any] = {"heads": 1, "queries": 66, "keys": 66}
     assert wrong(kind, power=power, softening=softening, duplicates=True, **sizes) == {}
 
 
@@ -92,10 +92,15 @@ def test_skipping_far_keys_changes_nothing(
         return reaches[-1]
 
     monkeypatch.setattr(tiled_attention, "reach_of_rows", observed)
-    sizes = {"batch": 1, "heads": 2, "queries": 700, "keys": 650}
-    changes = {"decay": (0.3, 0.5), "softening": 0.5, "learn_decay": learn_decay, "mask": Mask(causal=causal)}
+    changes: dict[str, Any] = {"batch": 1, "heads": 2, "queries": 700, "keys": 650}
+    changes |= {
+        "decay": (0.3, 0.5),
+        "softening": 0.5,
+        "learn_decay": learn_decay,
+        "mask": Mask(causal=causal),
+    }
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-6)):
-        case = replace(CASES[kind], dtype=dtype, **sizes, **changes)
+        case = replace(CASES[kind], dtype=dtype, **changes)
         skipping = case.evaluate("tiled")
         assert int(reaches[-1].min()) < 500
         count = len(reaches)

@@ -40,8 +40,6 @@ MISTAKES = [
     ("--learning-rate 0.01 1e-2", "--learning-rate names 0.01 twice; name each once"),
     ("--learning-rate 0.01 0", "--learning-rate must be above 0, got 0.0"),
     # how it goes on
-    ("--cell-index 4", "--cell-index must be 0 to 3, got 4"),
-    ("--cell-index -1", "--cell-index must be 0 to 3, got -1"),
     ("--max-minutes 0", "--max-minutes must be above 0"),
     ("--max-minutes nan", "--max-minutes must be above 0"),
     ("--retry-failed", "--retry-failed needs --resume"),

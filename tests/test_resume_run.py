@@ -177,6 +177,14 @@ def test_a_cell_by_number_without_a_folder_makes_one_with_the_whole_plan(tmp_pat
     assert states(only(tmp_path)) == ["pending", "pending", "pending", "done"]
 
 
+@pytest.mark.parametrize("index", ["4", "-1"])
+def test_a_cell_of_a_number_that_there_is_not_is_refused(
+    index: str, tmp_path: Path, refused: Refused
+) -> None:
+    said = refused(run_experiment.main, *CELLS, "--output-dir", tmp_path, "--cell-index", index)
+    assert f"--cell-index must be 0 to 3, got {index}" in said and list(tmp_path.iterdir()) == []
+
+
 def test_a_cell_of_another_machine_is_left_to_it_until_its_lease_runs_out(
     copy: Path,
     compared: list[Path],

@@ -92,15 +92,15 @@ def test_skipping_far_keys_changes_nothing(
         return reaches[-1]
 
     monkeypatch.setattr(tiled_attention, "reach_of_rows", observed)
-    sizes: dict[str, Any] = {"batch": 1, "heads": 2, "queries": 700, "keys": 650}
-    changes: dict[str, Any] = {
+    changes: dict[str, Any] = {"batch": 1, "heads": 2, "queries": 700, "keys": 650}
+    changes |= {
         "decay": (0.3, 0.5),
         "softening": 0.5,
         "learn_decay": learn_decay,
         "mask": Mask(causal=causal),
     }
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-6)):
-        case = replace(CASES[kind], dtype=dtype, **sizes, **changes)
+        case = replace(CASES[kind], dtype=dtype, **changes)
         skipping = case.evaluate("tiled")
         assert int(reaches[-1].min()) < 500
         count = len(reaches)

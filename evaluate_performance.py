@@ -129,6 +129,9 @@ def evaluate(folder: Path) -> None:
 
     Raises InputError where `folder` is no run of a results folder, or nothing can be written."""
     results, record = find_run(folder)
+    analysis = results.root / ANALYSIS
+    if analysis.is_symlink():
+        raise InputError(f"{analysis} is a link; nothing is written through it: remove it")
     patterns, why = None, ""
     try:
         patterns = read_attention_patterns(record.folder / PATTERNS)
@@ -139,11 +142,9 @@ def evaluate(folder: Path) -> None:
         print("figures: nothing to draw")
         return
     cell = record.cell
-    target = results.root / ANALYSIS / f"{file_name(cell.task)}_{file_name(cell.model)}_seed{cell.seed}"
-    if target.parent.is_symlink():
-        raise InputError(f"{target.parent} is a link; nothing is written through it: remove it")
+    target = analysis / f"{file_name(cell.task)}_{file_name(cell.model)}_seed{cell.seed}"
     try:
-        target.parent.mkdir(exist_ok=True)
+        analysis.mkdir(exist_ok=True)
         with replaced_folder(target) as fresh:
             drawn = draw_run(results, record, patterns, fresh)
     except OSError as error:

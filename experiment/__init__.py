@@ -1,1 +1,1 @@
-"""The experiment behind `run_experiment` and `train_and_evaluate`: encoder, plan, cells, checkpoints."""
+"""The experiment above the trainer and below `run_experiment`: models, plan, cells, executors."""

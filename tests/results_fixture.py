@@ -15,7 +15,8 @@ from results_folder import Cell
 MODELS = ("conventional", "gravitational", "multi_timescale", "gravitational_multi_timescale")
 TITLES = {"listops": "ListOps (LRA)", "imdb": "IMDb bytes (LRA Text)"}
 EDGES = np.concatenate([[0], 2 ** np.arange(11)])
-LAYERS, EXAMPLES, HEADS, TOKENS = 2, 3, 2, 17
+LAYERS, EXAMPLES, HEADS = 2, 3, 2
+LENGTHS = 17, 13, 8  # of the examples with patterns
 HOLES = {
     Cell("listops", "multi_timescale", 1): "diverged",
     Cell("listops", "gravitational", 0): "failed",
@@ -209,21 +210,23 @@ def cell_result(
     }
 
 
-def pattern_arrays(model: str, draws: np.random.Generator) -> dict[str, np.ndarray]:
+def pattern_arrays(
+    model: str, draws: np.random.Generator, *, heads: int = HEADS, longest_first: tuple[int, ...] = LENGTHS
+) -> dict[str, np.ndarray]:
     timescales = 3 if "timescale" in model else 1
-    lengths = np.array([TOKENS, 13, 8])[:EXAMPLES]
-    tokens = np.zeros((EXAMPLES, TOKENS), np.int32)
+    lengths, size = np.array(longest_first), longest_first[0]
+    tokens = np.zeros((EXAMPLES, size), np.int32)
     for row, length in zip(tokens, lengths, strict=True):
         row[:length] = [ord(letter) + 1 for letter in TEXT[:length]]
-    true = np.arange(TOKENS) < lengths[:, None]
-    logits = draws.normal(size=(LAYERS, EXAMPLES, timescales, HEADS, TOKENS, TOKENS))
-    distance = np.abs(np.arange(TOKENS)[:, None] - np.arange(TOKENS))
+    true = np.arange(size) < lengths[:, None]
+    logits = draws.normal(size=(LAYERS, EXAMPLES, timescales, heads, size, size))
+    distance = np.abs(np.arange(size)[:, None] - np.arange(size))
     decay = np.array([0.9, 0.99, 0.999])[:timescales] if timescales > 1 else np.ones(1)
     logits = logits + np.log(decay)[:, None, None, None] * distance
     pair = true[:, None, None, :, None] & true[:, None, None, None, :]
     weights = np.where(pair, np.exp(logits), 0)
     maps = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)
-    shares = draws.random((LAYERS, timescales, HEADS, len(EDGES) - 1)) + 0.2
+    shares = draws.random((LAYERS, timescales, heads, len(EDGES) - 1)) + 0.2
     arrays = {
         "tokens": tokens,
         "symbols": np.array(

@@ -10,16 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import told_by
-from results_fixture import (
-    EXAMPLES,
-    HEADS,
-    LAYERS,
-    TEXT,
-    TOKENS,
-    make_results,
-    pattern_arrays,
-    without_figures,
-)
+from results_fixture import EXAMPLES, LAYERS, TEXT, make_results, pattern_arrays, without_figures
 
 from analyze_results import analyze
 from reporting.attention_explorer import LARGEST, TEMPLATES, explorer_data, explorer_page
@@ -30,15 +21,20 @@ NAMES = {
     "gravitational_multi_timescale": "Both <b>",
     "gravitational": "Gravity",
 }
+HEADS, TOKENS = 4, 40
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 TITLES = {"listops": f"ListOps {HOSTILE}", "recall": "Recall"}
+
+
+def arrays_of(model: str, number: int = 0) -> dict[str, np.ndarray]:
+    return pattern_arrays(model, np.random.default_rng(number), heads=HEADS, longest_first=(TOKENS, 28, 17))
 
 
 def patterns_of(*cells: tuple[str, str, int], **changes: np.ndarray) -> dict[Cell, AttentionPatterns]:
     """Random patterns of (task, model, seed)."""
     found = {}
     for number, cell in enumerate(cells):
-        arrays = pattern_arrays(cell[1], np.random.default_rng(number))
+        arrays = arrays_of(cell[1], number)
         found[Cell(*cell)] = AttentionPatterns(**arrays | changes)
     return found
 
@@ -196,7 +192,7 @@ addEventListener("load", async () => {
 
 def hostile_patterns() -> dict[Cell, AttentionPatterns]:
     """Two models, one example of which has markup for a token."""
-    symbols = pattern_arrays("conventional", np.random.default_rng(0))["symbols"].astype("<U60")
+    symbols = arrays_of("conventional")["symbols"].astype("<U60")
     symbols[0, 1] = HOSTILE
     return patterns_of(*CELLS, symbols=symbols)
 

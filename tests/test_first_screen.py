@@ -57,10 +57,8 @@ def test_ten_seeds_are_given_the_verdicts_of_their_numbers(tmp_path: Path) -> No
     screen = screen_of(folder(tmp_path, gains | {"discounted": [0.001, -0.001]}))
     base, gravity, scales, both, discounted = said(screen)
     assert base == "Conventional is what the others are compared with: 40.4 % on listops."
-    assert gravity == (
-        "Gravitational is better than Conventional on listops (+3.0 points). It takes as much time per epoch "
-        "and 1.17 times the parameters."
-    )
+    assert gravity.startswith("Gravitational is better than Conventional on listops (+3.0 points). It ")
+    assert gravity.endswith("It takes as much time per epoch and 1.17 times the parameters.")
     assert scales.startswith("Multi-timescale is not told apart from Conventional on listops. It reaches")
     assert both.startswith(
         "Gravitational multi-timescale is worse than Conventional on listops (-2.0 points)."

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,8 @@ import pytest
 from results_fixture import make_results, report_of, rewrite, write
 from run_cases import Refused
 
-import run_experiment
 from analyze_results import analyze, main
 from experiment.cells import verified_cell
-from experiment.run_overview import results_table
-from experiment.run_plan import make_plan
 from reporting.analysis import make_analysis
 from reporting.comparison_tables import convergence_epoch
 from reporting.figure_style import figure_style
@@ -110,15 +106,6 @@ def test_gains_and_convergence_hold_for_bits() -> None:
 )
 def test_bits_are_the_loss_over_ln_2_or_nothing(row: dict[str, Any], value: float | None) -> None:
     assert BITS.read(row, "val_{}") == value
-
-
-def test_the_table_at_the_end_of_a_run_shows_each_task_in_its_metric(bits: Path) -> None:
-    parse = run_experiment.make_parser().parse_args
-    argv = ["--preset", "smoke", "--device", "cpu", "--tasks", "hold", "--models", *MODELS]
-    plan = replace(make_plan(parse([*argv, "--seeds", *map(str, SEEDS)])), tasks=("bytes",))
-    table = results_table(plan, read_results(bits).cells).splitlines()
-    assert table[0].split() == ["test", "bits", "per", "byte", "bytes"]
-    assert table[1].split() == ["conventional", "3.010", "bits", "(n", "=", "3)"]
 
 
 def test_a_finished_cell_without_its_metric_is_run_again(bits: Path) -> None:

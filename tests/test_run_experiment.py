@@ -1,6 +1,7 @@
 """A whole run at its smallest, cells that fail, mistakes found before any work, what is shown."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from experiment import run_plan
 from experiment.cells import LEASE, CellJob, run_cell
 from experiment.models import COMPARED, MODELS
 from experiment.plan_files import read_plan
+from experiment.run_overview import results_table
 from experiment.run_plan import PRESETS, RunPlan, load_tasks, make_plan
 from experiment.run_progress import RunProgress, TerminalProgress, duration, make_progress
-from results_folder import Cell, read_results
+from results_folder import Cell, CellRecord, read_results
 from run_experiment import make_parser
 from train_and_evaluate import ModelSettings
 
@@ -351,3 +353,20 @@ def test_the_time_left_is_that_of_all_epochs_to_come_shared_out(capsys: pytest.C
 )
 def test_durations_are_rounded_to_what_matters(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+def test_the_table_at_the_end_shows_each_task_by_its_own_metric() -> None:
+    argv = ["--preset", "study", "--tasks", "recall", "hold"]
+    argv += ["--models", "conventional", "gravitational"]
+    plan = plan_of(*argv, "--seeds", "0", "1")
+    bits = {"metric": "bits_per_byte", "test_loss_best": 2 * math.log(2), "test_accuracy_best": 0.5}
+    records = [
+        CellRecord(cell, Path(), "done", result=bits if cell.task == "hold" else {"test_accuracy_best": 0.25})
+        for cell in plan.cells
+    ]
+    [last] = [number for number, cell in enumerate(plan.cells) if cell == Cell("hold", "gravitational", 1)]
+    records[last] = CellRecord(plan.cells[last], Path(), "diverged")
+    lines = results_table(plan, records).splitlines()
+    assert lines[0].startswith("test accuracy or bits per byte")
+    assert lines[1].split(maxsplit=1)[1].split("  ")[-1] == "2.000 bits (n = 2)"
+    assert lines[2].endswith("25.0 % (n = 2)  2.000 bits (n = 1) diverged")

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score
@@ -73,7 +74,14 @@ from training.device_memory import PeakMemory
 SHORT_HORIZONS, DEFAULT_GAMMAS = (0.6, 0.9, 0.99), (0.9, 0.99, 0.999)
 SOFTENING = 0.1  # the modules' default
 ANCHOR, DIFFERENCES = "sdpa", "differences"
-LINES: dict[str, Any] = {"native": "-", "tiled": (0, (6, 2)), "triton": "-.", "dense": "--", DIFFERENCES: ":"}
+LINES: dict[str, Any] = {
+    "native": "-",
+    ANCHOR: (0, (1, 1)),
+    "tiled": (0, (6, 2)),
+    "triton": "-.",
+    "dense": "--",
+    DIFFERENCES: ":",
+}
 
 
 class Mechanism(NamedTuple):
@@ -332,7 +340,7 @@ def slope(lengths: Sequence[float], values: Sequence[float]) -> float:
 
 
 def draw(
-    ax: Axes, rows: Sequence[dict[str, Any]], quantity: Callable[[dict[str, Any]], float | None]
+    ax: Axes, rows: Sequence[dict[str, Any]], quantity: Callable[[dict[str, Any]], float | None], label: str
 ) -> Axes:
     """A line for each case over N, both axes logarithmic, with its slope in the legend."""
     for mechanism, backend in dict.fromkeys((row["mechanism"], row["backend"]) for row in rows):
@@ -343,17 +351,19 @@ def draw(
             continue
         lengths, values = zip(*known, strict=True)
         color = MECHANISMS[mechanism].color if mechanism in MECHANISMS else BLACK
-        label = f"{mechanism}, {backend}"
+        name, style = f"{mechanism}, {backend}", LINES.get(backend, "-")
         if len(set(lengths)) > 1:
-            label += f": N^{slope(lengths, values):.2f}"
-        style = LINES.get(backend, "-")
-        ax.plot(lengths, values, linestyle=style, color=color, marker="o", markersize=3, label=label)
+            name += f": N^{slope(lengths, values):.2f}"
+        ax.plot(lengths, values, linestyle=style, color=color, marker="o", markersize=3, label=name)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(sorted({row["length"] for row in rows}))
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("sequence length N")
+    ax.set_ylabel(label)
     ax.grid(True)
     return ax
 
@@ -363,14 +373,16 @@ def save_speed_figure(rows: Sequence[dict[str, Any]], stem: Path, settings: Spee
         shares = any(row["share_of_peak"] for row in rows)
         columns = 1 + shares + settings.memory
         figure, axes = new_figure(1, columns, width=5.5 * columns, height=6)
-        draw(axes[0, 0], rows, lambda row: row["both"]["seconds"]).set_ylabel("forward + backward, seconds")
+        draw(axes[0, 0], rows, lambda row: row["both"]["seconds"], "forward + backward, seconds")
         if shares:
             fused = [row for row in rows if row["backend"] in ("native", ANCHOR)]
-            share = draw(axes[0, 1], fused, lambda row: row["share_of_peak"])
-            share.set_ylabel("share of the processor's peak")
+            ax = draw(axes[0, 1], fused, lambda row: row["share_of_peak"], "share of the processor's peak")
+            ax.set_yscale("linear")
+            ax.set_ylim(0, 1)
+            ax.yaxis.set_major_formatter("{x:.0%}")
         if settings.memory:
-            memory = draw(axes[0, -1], rows, lambda row: (row["peak_bytes"] or 0) / 1e6)
-            memory.set_ylabel("peak above inputs and outputs, MB")
+            megabytes = "peak above inputs and outputs, MB"
+            draw(axes[0, -1], rows, lambda row: (row["peak_bytes"] or 0) / 1e6, megabytes)
         for ax in axes.flat:
             ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12))
         save_figure(figure, stem.parent, stem.name)

@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_its_own(
 def test_cells_of_other_machines_are_freed_when_released_or_not_renewed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cells, "HEARTBEAT_SECONDS", 1.0)  # so much longer a busy machine may take to see it
+    monkeypatch.setattr(cells, "HEARTBEAT_SECONDS", 0.9)  # so much longer a busy machine may take to see it
     dead, released, alive = (Cell("listops", name, 0) for name in ("dead", "released", "alive"))
     for cell in (dead, released, alive):
         cell.folder(tmp_path).mkdir(parents=True)

@@ -11,7 +11,7 @@
         error.txt                         of a failed cell: the traceback
         lease                             while a process works on it: which one (see experiment/cells.py)
         checkpoint_previous.pt            until it is done: the checkpoint before the last
-      <task>/<model>/tuning/lr<rate>/     a cell that tries a learning rate, with a seed that no result uses
+      <task>/<model>/tuning/lr<rate>/seed<s>/   a cell that tries a learning rate, with a seed of no result
       <task>/<model>/learning_rate.json   what came of it, and the rate chosen (reporting/learning_rates.py)
       analysis/                           made by analyze_results.py alone
 
@@ -83,7 +83,8 @@ class Cell:
 
     @property
     def _place(self) -> str:
-        return f"seed{self.seed}" if self.trial is None else f"tuning/lr{self.trial:g}"
+        seed = f"seed{self.seed}"
+        return seed if self.trial is None else f"tuning/lr{self.trial:g}/{seed}"
 
     def __str__(self) -> str:
         return f"{self.task}/{self.model}/{self._place}"

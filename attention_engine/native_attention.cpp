@@ -74,6 +74,12 @@ INLINE float largest_of(Vector x) {
   return found;
 }
 
+INLINE bool any_of(Bits x) {
+  for (int n = W / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) x[i] |= x[i + n];
+  return x[0];
+}
+
 // x^(-p/2) of inverse = 1 / x
 INLINE Vector to_the_power(Vector inverse) {
 #if DISTANCE_POWER == 1
@@ -89,6 +95,7 @@ INLINE Vector to_the_power(Vector inverse) {
 }
 
 static const float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+static const float NEAR = 0.02f;  // a distance beside |q|^2 + |k|^2, below which float32 errs by more than 1e-5 of it
 static const float BLOCKED = -1e30f, NOTHING = -1e29f;  // a logit that is masked; the maximum of no logits
 static float lowest_exponent = -100.0f;  // no constant: GCC 12 would make a comparison and a blend of `maximum`
 
@@ -378,6 +385,39 @@ struct Rows {
 
 // --- scores -------------------------------------------------------------------------------------------------
 
+// X = r2 + softening of near pairs again, from the differences themselves: |q|^2 - 2 q . k + |k|^2 has rounded away what
+// is much smaller than its terms. Rows i .. i + ROWS, keys place[0] .. place[columns].
+NOINLINE void mend_near_pairs(const Call& c, const Problem& problem, int i, const float* place, int columns, float* X,
+                              const float* of_row, const float* of_column) {
+  for (int j = 0; j < columns; j += W) {
+    Bits any = {};
+    UNROLL for (int r = 0; r < ROWS; r++)
+      any |= (Bits)(load(X + r * STRIDE + j) < (load(of_column + j) + of_row[r]) * NEAR);
+    if (!any_of(any)) continue;
+    for (int r = 0; r < ROWS; r++)
+      for (int n = j; n < j + W; n++) {
+        if (!(X[r * STRIDE + n] < (of_column[n] + of_row[r]) * NEAR)) continue;
+        const float *q = problem.of(c.q) + (i + r) * c.q.of_token, *k = problem.of(c.k) + (int64_t)place[n] * c.k.of_token;
+        float square = 0;
+        for (int d = 0; d < c.head_dim; d++) square += (q[d] - k[d]) * (q[d] - k[d]);
+        X[r * STRIDE + n] = square / c.head_dim + c.softening;
+      }
+  }
+}
+
+// X = q . k of a panel, or r2 + softening.
+template <Kind KIND>
+static void distances(const Call& c, const Problem& problem, int i, const float* place, int columns, const float* q,
+                      const float* K, float* X, const float* of_row, const float* of_column, float largest_column) {
+  product<KIND != DOT_PRODUCT, KIND != DOT_PRODUCT>(q, K, X, columns, of_row, of_column);
+  if (KIND == DOT_PRODUCT) return;
+  float largest_row = 0;  // rows that are none have an infinite one
+  for (int r = 0; r < ROWS; r++)
+    if (of_row[r] < INFINITY) largest_row = std::max(largest_row, of_row[r]);
+  if ((largest_row + largest_column) * NEAR > c.softening)
+    mend_near_pairs(c, problem, i, place, columns, X, of_row, of_column);
+}
+
 struct Panel {  // ROWS rows of a tile, at one timescale
   int columns;  // a multiple of PAIR
   float row;    // position of the first row
@@ -543,8 +583,8 @@ static Extent forward(const Call& c, const Problem& problem, int first, int last
       const int count = std::min<int>(TILE_KEYS, end - j0), columns = rounded_up(count, PAIR);
       for (int r0 = 0; r0 < i1 - i0; r0 += ROWS) {
         const int i = i0 + r0;
-        product<KIND != DOT_PRODUCT, KIND != DOT_PRODUCT>(rows.q + r0 * WIDTH, K + j0 * WIDTH, X, columns,
-                                                          rows.norm + r0, key_norm + j0);
+        distances<KIND>(c, problem, i, keys.place + j0, columns, rows.q + r0 * WIDTH, K + j0 * WIDTH, X, rows.norm + r0,
+                        key_norm + j0, largest_k / c.head_dim);
         const bool masked = columns > count || c.pairs || (c.causal && keys.place[j0 + count - 1] > i + c.offset);
         bool is_first = true;
         for (int t = 0; t < T; t++) {
@@ -693,7 +733,8 @@ static void backward(const Call& c, const Problem& problem, int part, int parts,
       if (last_t < 0) continue;
       for (int r0 = 0; r0 < tile_rows; r0 += ROWS) {
         const int i = i0 + r0;
-        product<KIND != DOT_PRODUCT, KIND != DOT_PRODUCT>(rows.q + i * WIDTH, K, X, columns, rows.norm + i, key_norm);
+        distances<KIND>(c, problem, i, place, columns, rows.q + i * WIDTH, K, X, rows.norm + i, key_norm,
+                        largest / c.head_dim);
         const bool masked = columns > count || c.pairs || (c.causal && last > i + c.offset);
         for (int t = first_t; t <= last_t; t++) {
           if (!is_reached(c, problem, keys, t, i0, i1, j0, j0 + count)) continue;

@@ -11,6 +11,7 @@ for any number of them. Numbers that are too small for a float32 of full precisi
 Symbols and masks: see attention_module.py. The names are those of triton_attention.py.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from attention_engine.native_build import Call, Extent, View
 DOT_PRODUCT, GRAVITY, FORCE = 0, 1, 2
 LARGEST_HEAD_DIM = 256
 DISTANCE_POWERS = (1.0, 2.0, 4.0)
-ROUNDING = 5e-6  # the most that float32 may err in a softened distance, relative to it
+LARGEST_TO_SOFTENED, LARGEST_TO_NEAREST = 12.0, 80.0  # |q| beside |q - k|: errors of 2e-5 in gradients
 LARGEST_UNIT_FORCE = (
     50.0  # (r2 + softening)^(-p/2): beyond it one key takes all, and what else there is cancels
 )
@@ -128,13 +129,16 @@ def _reach(
 
 
 def needs_float64(extent: Extent, plan: Plan, head_dim: int) -> bool:
-    """Whether float32 is not enough for `r2 = |q|^2 - 2 q . k + |k|^2`, which cancels terms of size |q|^2:
-    beside the softening of a pair that is as near as the closest. Where no pair is near, it is enough at any
-    softening."""
-    rounding = extent.largest / head_dim * torch.finfo(torch.float32).eps
-    if rounding > 0.1 * plan.softening:  # the closest distance may be none
+    """Whether float32 is not enough for the gradients of a pair that is as near as the closest: by masses,
+    where one key may take all weight of a row, or by q and k, sums of terms of size |q| that leave q - k.
+    These are too much rounded where the largest are beyond both bounds times |q - k|, softened and not."""
+    if extent.closest ** (plan.power / 2) > LARGEST_UNIT_FORCE:
         return True
-    return extent.closest * rounding > ROUNDING or extent.closest ** (plan.power / 2) > LARGEST_UNIT_FORCE
+    square = extent.largest / head_dim
+    softened = 1 / extent.closest if extent.closest else math.inf
+    return square > LARGEST_TO_SOFTENED**2 * softened and square > LARGEST_TO_NEAREST**2 * (
+        softened - plan.softening
+    )
 
 
 class NativeAttention(torch.autograd.Function):

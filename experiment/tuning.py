@@ -4,14 +4,14 @@ recorded.
     record_choices(root, plan, metrics)             # once the trials of a (task, model) are settled
     training = training_of(root, plan, cell)        # ValueError where none of its trials was finished
 
-Trials are cells like results, with a seed that no result uses; they never see the test split. The choice is a
+Trials are cells like results, with seeds that no result uses; they never see the test split. The choice is a
 function of their files alone, so whichever process records it writes the same, and what is recorded stays.
 """
 
 from dataclasses import replace
 from pathlib import Path
 
-from experiment.run_plan import TUNING_SEED, RunPlan
+from experiment.run_plan import TUNING_SEEDS, RunPlan
 from reporting.learning_rates import Tuning, best_of, read_tuning, trial_of, write_tuning
 from reporting.run_results import task_facts
 from results_folder import Cell, CellRecord, read_results
@@ -24,11 +24,12 @@ def record_choice(root: Path, plan: RunPlan, cell: Cell, records: list[CellRecor
         return
     metric = task_facts(read_results(root), cell.task).metric
     trials = tuple(
-        trial_of(record, rate, metric) for record, rate in zip(records, plan.learning_rates, strict=True)
+        trial_of([record for record in records if record.cell.trial == rate], rate, metric)
+        for rate in plan.learning_rates
     )
     chosen = best_of(trials, metric)
     if chosen is not None:
-        write_tuning(root, cell.task, cell.model, Tuning(metric.name, TUNING_SEED, trials, chosen))
+        write_tuning(root, cell.task, cell.model, Tuning(metric.name, TUNING_SEEDS, trials, chosen))
 
 
 def training_of(root: Path, plan: RunPlan, cell: Cell) -> TrainingSettings:

@@ -4,13 +4,14 @@ with.
     tuning = read_tuning(root, "listops", "gravitational")       # None where nothing was tuned, or not yet
     tuning.chosen, tuning.at_an_end
 
-`<task>/<model>/learning_rate.json` holds each rate of the grid with the state of its cell (in `tuning/`
-beside it) and its best validation value by the task's metric, with a seed that no result uses.
+`<task>/<model>/learning_rate.json` holds each rate of the grid with how its cells ended (in `tuning/`
+beside it) and their best validation value by the task's metric, the mean of seeds that no result uses.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 from command_line import InputError
 from reporting.metrics import Metric, metric_named, number
@@ -21,7 +22,8 @@ LEARNING_RATE = "learning_rate.json"
 
 @dataclass(frozen=True)
 class Trial:
-    """One rate of the grid: how its cell ended, its best validation metric and the loss of that epoch."""
+    """One rate of the grid: how its cells ended; if all are done, the mean over seeds of the best validation
+    metric and of the loss of its epoch."""
 
     learning_rate: float
     state: str
@@ -31,10 +33,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The grid in ascending order, its metric's name, the tuning seed and the rate chosen."""
+    """The grid in ascending order, its metric's name, the tuning seeds and the rate chosen."""
 
     metric: str
-    seed: int
+    seeds: tuple[int, ...]
     trials: tuple[Trial, ...]
     chosen: float
 
@@ -44,15 +46,17 @@ class Tuning:
         return self.chosen in (self.trials[0].learning_rate, self.trials[-1].learning_rate)
 
 
-def trial_of(record: CellRecord, rate: float, metric: Metric) -> Trial:
-    """What a cell of the tuning came to; only one that is done has a value."""
-    if record.state != "done":
-        return Trial(rate, record.state)
-    rows = [(value, row) for row in record.metrics if (value := metric.read(row, "val_{}")) is not None]
-    if not rows:
-        return Trial(rate, "failed")
-    value, row = max(rows, key=lambda entry: metric.gain(entry[0]))
-    return Trial(rate, "done", value, number(row.get("val_loss")))
+def trial_of(records: Sequence[CellRecord], rate: float, metric: Metric) -> Trial:
+    """What a rate's cells, one a seed, came to: of those that are not done the state of the first."""
+    best = []
+    for record in records:
+        rows = [(value, row) for row in record.metrics if (value := metric.read(row, "val_{}")) is not None]
+        if record.state != "done" or not rows:
+            return Trial(rate, "failed" if record.state == "done" else record.state)
+        value, row = max(rows, key=lambda entry: metric.gain(entry[0]))
+        best.append((value, number(row.get("val_loss")) or 0.0))
+    values, losses = zip(*best, strict=True)
+    return Trial(rate, "done", fmean(values), fmean(losses))
 
 
 def best_of(trials: Sequence[Trial], metric: Metric) -> float | None:
@@ -85,7 +89,8 @@ def read_tuning(root: Path, task: str, model: str) -> Tuning | None:
             Trial(float(one["learning_rate"]), str(one["state"]), number(one["value"]), number(one["loss"]))
             for one in value["trials"]
         )
-        found = Tuning(metric_named(value["metric"]).name, int(value["seed"]), trials, float(value["chosen"]))
+        seeds = tuple(int(seed) for seed in value["seeds"])
+        found = Tuning(metric_named(value["metric"]).name, seeds, trials, float(value["chosen"]))
         if found.chosen not in {one.learning_rate for one in trials if one.value is not None}:
             raise ValueError(f"it chose {found.chosen}, which is no finished rate of its grid")
     except (KeyError, OverflowError, TypeError, ValueError) as error:

@@ -188,10 +188,10 @@ def _tuning_table(analysis: Analysis) -> list[TextTable]:
         rows.append([analysis.names[model], task, *(tried.get(rate, NONE) for rate in rates), chosen])
     if not rows:
         return []
-    seeds = ", ".join(sorted({str(tuning.seed) for tuning in analysis.tunings.values()}))
+    used = sorted({seed for tuning in analysis.tunings.values() for seed in tuning.seeds})
     note = (
-        f"Best validation value with seed {seeds}, which no result uses; results are trained with the "
-        f"chosen rate"
+        f"Best validation value, mean of seeds {', '.join(map(str, used))}, which no result uses; results "
+        f"are trained with the chosen rate"
     )
     header = ["model", "task", *(f"{rate:g}" for rate in rates), "chosen"]
     return [TextTable("Learning rates", header, rows, note, names=2)]

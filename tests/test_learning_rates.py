@@ -16,7 +16,7 @@ import run_experiment
 from analyze_results import analyze
 from command_line import InputError
 from experiment import tuning as tuning_module
-from experiment.run_plan import PRESETS, TUNING_SEED, make_plan
+from experiment.run_plan import PRESETS, TUNING_SEEDS, make_plan
 from reporting.learning_rates import Trial, Tuning, best_of, read_tuning, trial_of, tuning_file, write_tuning
 from reporting.metrics import METRICS, PERCENT
 from results_folder import Cell, CellRecord, read_cell, write_status
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("compared")
 
 
 def trials(model: str) -> list[Cell]:
-    return [Cell("listops", model, TUNING_SEED, rate) for rate in (0.001, 0.01)]
+    return [Cell("listops", model, seed, rate) for rate in (0.001, 0.01) for seed in TUNING_SEEDS]
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +43,16 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_model_tries_all_rates_with_a_seed_of_their_own_and_results_take_the_best(tuned: Path) -> None:
     for model in MODELS:
         tuning = read_tuning(tuned, "listops", model)
-        assert tuning is not None and tuning.seed == TUNING_SEED
-        best = {}
-        for cell, trial in zip(trials(model), tuning.trials, strict=True):
+        assert tuning is not None and tuning.seeds == TUNING_SEEDS
+        best: dict[float, list[float]] = {0.001: [], 0.01: []}
+        for cell in trials(model):
             rows = metrics_of(cell.folder(tuned))
-            assert cell.folder(tuned) == tuned / "listops" / model / "tuning" / f"lr{cell.trial:g}"
-            assert {row["learning_rate"] for row in rows} == {cell.trial} and trial.state == "done"
-            best[cell.trial] = trial.value
-            assert trial.value == max(row["val_accuracy"] for row in rows)
-        assert best[tuning.chosen] == max(value for value in best.values() if value is not None)
+            folder = tuned / "listops" / model / "tuning" / f"lr{cell.trial:g}" / f"seed{cell.seed}"
+            assert cell.folder(tuned) == folder and {row["learning_rate"] for row in rows} == {cell.trial}
+            best[cell.trial or 0.0].append(max(row["val_accuracy"] for row in rows))
+        means = {rate: sum(values) / len(TUNING_SEEDS) for rate, values in best.items()}
+        assert {trial.learning_rate: trial.value for trial in tuning.trials} == pytest.approx(means)
+        assert means[tuning.chosen] == max(means.values())
         for seed in (0, 1):
             folder = Cell("listops", model, seed).folder(tuned)
             assert {row["learning_rate"] for row in metrics_of(folder)} == {tuning.chosen}
@@ -93,8 +94,7 @@ def test_one_cell_of_an_array_runs_the_trials_that_it_needs_and_no_others(tmp_pa
         for cell in (*trials(model), Cell("listops", model, 0))
     }
     assert {name for name, state in states.items() if state == "done"} == {
-        "listops/discounted/tuning/lr0.001",
-        "listops/discounted/tuning/lr0.01",
+        *map(str, trials("discounted")),
         "listops/discounted/seed0",
     }
 
@@ -127,21 +127,23 @@ def test_a_preset_may_have_a_grid_and_one_rate_is_none(monkeypatch: pytest.Monke
     monkeypatch.setitem(PRESETS["smoke"].training, "learning_rate", (0.01, 0.001))
     parse = run_experiment.make_parser().parse_args
     plan = make_plan(parse(HERE))
-    assert plan.learning_rates == (0.001, 0.01) and len(plan.trials) == 2 * 4
+    assert plan.learning_rates == (0.001, 0.01) and len(plan.trials) == 2 * 4 * len(TUNING_SEEDS)
     plan = make_plan(parse([*HERE, "--learning-rate", "0.003"]))
     assert plan.learning_rates == () and plan.trials == [] and plan.training_settings.learning_rate == 0.003
 
 
 def record(rows: list[dict[str, Any]], state: str = "done") -> CellRecord:
-    return CellRecord(Cell("t", "m", TUNING_SEED, 0.1), Path(), state, metrics=rows)
+    return CellRecord(Cell("t", "m", TUNING_SEEDS[0], 0.1), Path(), state, metrics=rows)
 
 
 def test_the_best_is_that_of_the_tasks_own_metric() -> None:
     rows = [{"val_accuracy": 0.9, "val_loss": 2.0}, {"val_accuracy": 0.5, "val_loss": 1.0}]
     bits = METRICS["bits_per_byte"]
-    assert trial_of(record(rows), 0.1, PERCENT) == Trial(0.1, "done", 0.9, 2.0)
-    assert trial_of(record(rows), 0.1, bits) == Trial(0.1, "done", 1 / math.log(2), 1.0)
-    assert trial_of(record(rows, "diverged"), 0.1, bits) == Trial(0.1, "diverged")
+    assert trial_of([record(rows)], 0.1, PERCENT) == Trial(0.1, "done", 0.9, 2.0)
+    assert trial_of([record(rows)], 0.1, bits) == Trial(0.1, "done", 1 / math.log(2), 1.0)
+    assert trial_of([record(rows), record(rows[1:])], 0.1, PERCENT) == Trial(0.1, "done", 0.7, 1.5)
+    assert trial_of([record(rows), record(rows, "diverged")], 0.1, bits) == Trial(0.1, "diverged")
+    assert trial_of([record([]), record(rows)], 0.1, bits) == Trial(0.1, "failed")
     low, high = Trial(0.001, "done", 2.0, 1.4), Trial(0.01, "done", 3.0, 2.1)
     assert (best_of([low, high], PERCENT), best_of([low, high], bits)) == (0.01, 0.001)
 
@@ -156,8 +158,8 @@ def test_of_equal_values_the_lower_loss_counts_and_then_the_lower_rate() -> None
 def test_the_report_shows_the_grid_and_warns_of_a_best_at_its_end(tmp_path: Path) -> None:
     root = make_results(tmp_path, tasks=("listops",), models=MODELS, seeds=(0,), epochs=1, patterns=False)
     grid = (Trial(0.001, "done", 0.3, 1.0), Trial(0.003, "done", 0.4, 1.0), Trial(0.01, "diverged"))
-    write_tuning(root, "listops", MODELS[0], Tuning("accuracy", TUNING_SEED, grid, 0.003))
-    write_tuning(root, "listops", MODELS[1], Tuning("accuracy", TUNING_SEED, grid[:2], 0.003))
+    write_tuning(root, "listops", MODELS[0], Tuning("accuracy", TUNING_SEEDS, grid, 0.003))
+    write_tuning(root, "listops", MODELS[1], Tuning("accuracy", TUNING_SEEDS, grid[:2], 0.003))
     analyze(root)
     text = report_of(root)
     assert "| Conventional | listops | 30.0 % | 40.0 % | diverged | 0.003 |" in text
@@ -168,7 +170,7 @@ def test_the_report_shows_the_grid_and_warns_of_a_best_at_its_end(tmp_path: Path
 
 @pytest.mark.usefixtures("texts_alone")
 @pytest.mark.parametrize(
-    "damage", ["[]", "{", '{"trials": [], "metric": "accuracy", "seed": 1, "chosen": 0.1}']
+    "damage", ["[]", "{", '{"trials": [], "metric": "accuracy", "seeds": [1], "chosen": 0.1}']
 )
 def test_a_damaged_choice_is_named_and_loses_no_analysis(damage: str, tmp_path: Path) -> None:
     root = make_results(tmp_path, tasks=("listops",), models=MODELS[:1], seeds=(0,), epochs=1, patterns=False)
@@ -180,7 +182,7 @@ def test_a_damaged_choice_is_named_and_loses_no_analysis(damage: str, tmp_path: 
 
 
 def test_a_choice_that_is_made_stays(tuned: Path, tmp_path: Path) -> None:
-    tuning = Tuning("accuracy", TUNING_SEED, (Trial(0.1, "done", 0.5, 1.0),), 0.1)
+    tuning = Tuning("accuracy", TUNING_SEEDS, (Trial(0.1, "done", 0.5, 1.0),), 0.1)
     root = make_results(tmp_path, tasks=("listops",), models=MODELS[:1], seeds=(0,), epochs=1, patterns=False)
     write_tuning(root, "listops", MODELS[0], tuning)
     plan = make_plan(run_experiment.make_parser().parse_args(GRID))

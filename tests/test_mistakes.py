@@ -12,7 +12,7 @@ from run_cases import SMOKE, Refused
 import run_experiment
 from data_pipeline import TaskData
 from experiment import run_plan
-from experiment.run_plan import TUNING_SEED
+from experiment.run_plan import TUNING_SEEDS
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="the package ray is not installed (requirements-ray.txt)"
@@ -29,7 +29,7 @@ MISTAKES = [
     ("--models conventional conventional", "--models names conventional twice"),
     ("--seeds -1", "--seeds must be at least 0, got -1"),
     ("--seeds 1 1", "--seeds names 1 twice"),
-    (f"--seeds {TUNING_SEED}", "kept for choosing learning rates"),
+    (f"--seeds {TUNING_SEEDS[1]}", "kept for choosing learning rates"),
     ("--output-dir a_file/below", "a_file is no folder; choose another --output-dir"),
     ("--device gpu", "unknown --device 'gpu': did you mean 'cpu'?"),
     pytest.param("--device cuda", "--device cuda cannot be used here", marks=no_cuda),

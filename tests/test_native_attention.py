@@ -14,6 +14,7 @@ import pytest
 import torch
 from triton_cases import KINDS, Case, Kind, beyond, errors, masks
 
+import attention_kernels
 from attention_engine import native_build
 from attention_engine.attention_scores import DotProduct, Gravity, Mask
 from attention_kernels import attend, cannot
@@ -72,6 +73,18 @@ def test_an_offset_of_q_and_k_is_no_distance(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", ["gravity", "force"])
 def test_coincident_pairs_go_where_float64_is(kind: Kind, softening: float) -> None:
     assert wrong(Case(kind, queries=35, duplicates=True, softening=softening), 2e-5, 1e-3) == {}
+
+
+@pytest.mark.parametrize("kind", ["gravity", "force"])
+@pytest.mark.parametrize("power", [1.0, 2.0])
+@pytest.mark.parametrize(("causal", "head_dim"), [(True, 16), (False, 12)])
+def test_near_pairs_of_long_vectors_which_training_makes_stay_in_float32(
+    kind: Kind, power: float, causal: bool, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_kernels, "tiled_attention", None)
+    sizes: dict[str, Any] = {"queries": 150, "keys": 150, "head_dim": head_dim, "mask": Mask(causal=causal)}
+    case = Case(kind, power=power, duplicates=True, apart=0.6, size=6.0, **sizes)
+    assert wrong(case) == {}
 
 
 @pytest.mark.parametrize("kind", KINDS)

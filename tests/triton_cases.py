@@ -37,6 +37,8 @@ class Case:
     learned: bool = False  # whether power and softening are, for each timescale and head
     distance: Literal["euclidean", "cosine", "manhattan"] = "euclidean"
     duplicates: bool = False  # q equals k
+    apart: float = 0.0  # by which q then is beside k
+    size: float = 1.0  # of q and k
     offset: float = 0.0  # of q and k, which no distance sees
     mask: Mask = NO_MASK
     dtype: torch.dtype = torch.float32
@@ -55,8 +57,10 @@ class Case:
             draw(self.batch, length, projections, self.heads, self.head_dim).permute(0, 2, 3, 1, 4)
             for length in (self.queries, self.keys, self.keys)
         )
-        q, k = q + self.offset, k + self.offset
-        found = {"q": q, "k": q.clone() if self.duplicates else k, "v": v}
+        q, k = q * self.size + self.offset, k * self.size + self.offset
+        if self.duplicates:
+            k = q + self.apart * draw(*q.shape)
+        found = {"q": q, "k": k, "v": v}
         if self.mask.padding is not None:
             padding = self.mask.padding.cpu()[:, None, None, :, None]
             found |= {name: found[name].masked_fill(padding, POISON) for name in ("k", "v")}

@@ -164,6 +164,7 @@ NOINLINE void add_product(const float* __restrict P, const float* __restrict B, 
 // --- a call -------------------------------------------------------------------------------------------------
 
 enum Kind { DOT_PRODUCT, GRAVITY, FORCE };
+enum Decay { NONE, RATE, CLOCK };  // of weights: by log gamma of |i - j|, or by the time that passes by the clocks
 
 struct View {  // of floats (N, T or 1, H, L or S, D), of which D is contiguous; the strides of the others
   float* data;
@@ -175,6 +176,7 @@ struct Call {
   float scale, softening;                     // the factor of q . k for DOT_PRODUCT; for the others, x = r2 + softening
   View q, k, v;
   const float *strength, *key_mass, *log_decay;  // A_i (N, T, H, L), m_j (N, T, H, S), log gamma (T, H), or null
+  const float *query_clock, *key_clock;       // the time at each token (N, T, H, L) and (N, T, H, S), or null
   const uint8_t *padding, *pairs;             // (N, S) and (N, H, L, S), of which true is blocked, or null
   int64_t pair_strides[4];
   const int32_t* reach;                       // (N, T, H), the largest |i - j| to look at, or null
@@ -182,6 +184,7 @@ struct Call {
   float* log_sum;                             // (N, T, H, L): log2 of a row's sum; for FORCE one over it
   View upstream, dq, dk, dv;
   float *dstrength, *dmass, *drate;           // (N, T, H, L), (N, T, H, S), (N, T, H)
+  float *dquery_clock, *dkey_clock;
   char* workspace;
 };
 
@@ -202,6 +205,7 @@ struct Problem {
     return (found < 1e-18f ? 1e-18f : found) * LOG2E;  // what is divided by it stays a number
   }
   float decay(const Call& c, int t) const {
+    if (c.query_clock) return -LOG2E;
     return c.log_decay ? c.log_decay[(first + t) * c.heads + head] * LOG2E : 0;
   }
 };
@@ -305,15 +309,20 @@ static void norms(const float* x, int count, int padded, int head_dim, float add
 struct Keys {
   int count;
   float *place, *mass, *unit, *centre;  // (rounded), their positions in order; (T, rounded) in (T) units; (WIDTH)
+  float* clock;                         // (T, rounded), or null
 
   Keys(const Call& c, const Problem& problem, Arena& arena) : count(0) {
     place = arena.get(c.keys + PAIR);
     centre = arena.get(WIDTH);
     mass = arena.get(problem.timescales * (c.keys + PAIR)), unit = arena.get(problem.timescales);
+    clock = c.key_clock ? arena.get(problem.timescales * (c.keys + PAIR)) : nullptr;
     const uint8_t* absent = c.padding ? c.padding + (int64_t)problem.example * c.keys : nullptr;
     for (int j = 0; j < c.keys; j++)
       if (!absent || !absent[j]) place[count++] = j;
     for (int j = count; j < rounded(); j++) place[j] = 0;
+    for (int t = 0; clock && t < problem.timescales; t++)
+      for (int j = 0; j < rounded(); j++)
+        clock[t * rounded() + j] = j < count ? c.key_clock[problem.row(c, t) * c.keys + (int64_t)place[j]] : 0;
     memset(centre, 0, sizeof(float) * WIDTH);
     if (c.kind == DOT_PRODUCT) return;
     Vector sums[WIDTH / W] = {};
@@ -336,6 +345,8 @@ struct Keys {
   }
 
   int64_t rounded() const { return rounded_up(count, PAIR); }
+
+  const float* times(int t) const { return clock ? clock + t * rounded() : place; }
 
   int before(float position) const { return std::lower_bound(place, place + count, position) - place; }
 
@@ -363,23 +374,39 @@ static float nearest_key(const Call& c, const Problem& problem, const Keys& keys
   return nearest;
 }
 
+// Time from a row to the nearest key that it may attend to, by the clocks; infinite, where there is none.
+static float nearest_time(const Call& c, const Problem& problem, const Keys& keys, int i, int t, float time) {
+  const int end = c.causal ? keys.before(i + c.offset + 1) : keys.count;
+  float nearest = INFINITY;
+  for (int j = 0; j < end; j++)
+    if (!pair_is_blocked(c, problem, i, keys.place[j])) nearest = std::min(nearest, std::fabs(time - keys.times(t)[j]));
+  return nearest;
+}
+
 // Queries first .. first + count of a problem; those up to a multiple of PAIR are zeros.
 struct Rows {
-  int64_t rounded;
-  float *q, *norm, *nearest;  // (rounded, WIDTH), |q_i|^2 / D + softening, distance of the nearest key
+  int64_t rounded, of_timescale;
+  float *q, *norm;       // (rounded, WIDTH), |q_i|^2 / D + softening
+  float *time, *nearest; // position, or (T, rounded) by the clock; the time to the nearest key
 
   Rows(const Call& c, const Problem& problem, const Keys& keys, int first, int count, Arena& arena, float* largest)
-      : rounded(rounded_up(count, PAIR)) {
-    q = arena.get(rounded * WIDTH), norm = arena.get(rounded), nearest = arena.get(rounded);
+      : rounded(rounded_up(count, PAIR)), of_timescale(c.query_clock ? rounded : 0) {
+    const int T = c.query_clock ? problem.timescales : 1;
+    q = arena.get(rounded * WIDTH), norm = arena.get(rounded);
+    time = arena.get(T * rounded), nearest = arena.get(T * rounded);
     const float factor = c.kind == DOT_PRODUCT ? c.scale * LOG2E : 1;
     pack(problem.of(c.q) + first * c.q.of_token, c.q.of_token, c.head_dim, nullptr, count, rounded, keys.centre, factor,
          q);
     if (c.kind != DOT_PRODUCT) norms(q, count, rounded, c.head_dim, c.softening, norm, largest);
-    for (int i = 0; i < rounded; i++) {  // FORCE has no running maximum: its weights are made relative to this
-      const bool used = c.kind == FORCE && c.log_decay && i < count;
-      nearest[i] = used ? nearest_key(c, problem, keys, first + i) : 0;
-      if (nearest[i] == INFINITY) nearest[i] = 0;
-    }
+    for (int t = 0; t < T; t++)
+      for (int i = 0; i < rounded; i++) {
+        float &at = time[t * rounded + i], &near = nearest[t * rounded + i];
+        at = !c.query_clock ? first + i + c.offset : i < count ? c.query_clock[problem.row(c, t) * c.queries + first + i] : 0;
+        near = INFINITY;  // FORCE has no running maximum: its weights are made relative to this
+        if (c.kind == FORCE && i < count && c.query_clock) near = nearest_time(c, problem, keys, first + i, t, at);
+        else if (c.kind == FORCE && i < count && c.log_decay) near = nearest_key(c, problem, keys, first + i);
+        if (near == INFINITY) near = 0;
+      }
   }
 };
 
@@ -420,8 +447,7 @@ static void distances(const Call& c, const Problem& problem, int i, const float*
 
 struct Panel {  // ROWS rows of a tile, at one timescale
   int columns;  // a multiple of PAIR
-  float row;    // position of the first row
-  const float* place;                        // of each key
+  const float *row_time, *key_time;          // positions, or by the clock
   const float *strength, *mass, *nearest;    // A_i, or for FORCE one over the row's sum; m_j; see `Rows`
   float decay;                               // log2 gamma
 };
@@ -435,9 +461,9 @@ NOINLINE void score_panel(const Panel p, float* X, float* P, float* of_row, floa
   Vector found[ROWS], nearest[ROWS] = {};
   UNROLL for (int r = 0; r < ROWS; r++) found[r] = broadcast(KIND == FORCE ? 0 : NOTHING);
   for (int j = 0; j < p.columns; j += W) {
-    Vector mass = {}, place = {};
+    Vector mass = {}, time = {};
     if (KIND != DOT_PRODUCT) mass = load(p.mass + j);
-    if (DECAY) place = load(p.place + j);
+    if (DECAY) time = load(p.key_time + j);
     UNROLL for (int r = 0; r < ROWS; r++) {
       Vector x = load(X + r * STRIDE + j);
       if (KIND != DOT_PRODUCT) {
@@ -446,7 +472,7 @@ NOINLINE void score_panel(const Panel p, float* X, float* P, float* of_row, floa
         x = to_the_power(x) * (KIND == FORCE && FORWARD ? mass : p.strength[r] * mass);
       }
       if (DECAY) {
-        const Vector distance = absolute(place - (p.row + r));
+        const Vector distance = absolute(time - p.row_time[r]);
         if (KIND == FORCE) x *= exp2_of((distance - p.nearest[r]) * p.decay, lowest);
         else x += distance * p.decay;
       }
@@ -480,22 +506,29 @@ struct Sums {
   float *of_strength, *of_row;  // of each row: ds A_i's part of the logit, and c
   float *of_mass, *of_key;      // of each key: the same
   float* rate;                  // ds |i - j|
+  float *row_clock, *key_clock; // ds by the time of each row, and less it by that of each key
 };
 
 // From weights in P and dweights - delta in G to ds = P G, and to the gradient by -x_ij, or for DOT_PRODUCT by q . k,
 // up to a factor, summed over timescales: E. X is 1 / (r2 + softening).
-template <Kind KIND, bool DECAY, bool FIRST, bool LAST>
+template <Kind KIND, Decay DECAY, bool FIRST, bool LAST>
 NOINLINE void gradient_panel(const Panel p, const float* X, const float* P, const float* G, float* E, const Sums to) {
-  Vector strength_sums[ROWS] = {}, row_sums[ROWS] = {}, rate = {};
+  Vector strength_sums[ROWS] = {}, row_sums[ROWS] = {}, clock_sums[ROWS] = {}, rate = {};
   for (int j = 0; j < p.columns; j += W) {
-    Vector mass = {}, place = {}, mass_sums = {}, key_sums = {};
+    Vector mass = {}, time = {}, mass_sums = {}, key_sums = {}, key_clock = {};
     if (KIND == GRAVITY) mass = load(p.mass + j);
     if (KIND != DOT_PRODUCT) mass_sums = load(to.of_mass + j);
     if (KIND != DOT_PRODUCT && LAST) key_sums = load(to.of_key + j);
-    if (DECAY) place = load(p.place + j);
+    if (DECAY != NONE) time = load(p.key_time + j);
+    if (DECAY == CLOCK) key_clock = load(to.key_clock + j);
     UNROLL for (int r = 0; r < ROWS; r++) {
       Vector c = load(P + r * STRIDE + j) * load(G + r * STRIDE + j);
-      if (DECAY) rate += c * absolute(place - (p.row + r));
+      if (DECAY == RATE) rate += c * absolute(time - p.row_time[r]);
+      if (DECAY == CLOCK) {
+        const Vector later = time - p.row_time[r], none = {};
+        const Vector by_time = later > 0 ? c : later < 0 ? -c : none;
+        clock_sums[r] += by_time, key_clock += by_time;
+      }
       if (KIND != DOT_PRODUCT) {
         const Vector inverse = load(X + r * STRIDE + j);
         if (KIND == GRAVITY) {
@@ -511,12 +544,14 @@ NOINLINE void gradient_panel(const Panel p, const float* X, const float* P, cons
     }
     if (KIND != DOT_PRODUCT) store(to.of_mass + j, mass_sums);
     if (KIND != DOT_PRODUCT && LAST) store(to.of_key + j, key_sums);
+    if (DECAY == CLOCK) store(to.key_clock + j, key_clock);
   }
   UNROLL for (int r = 0; r < ROWS; r++) {
     if (KIND == GRAVITY) to.of_strength[r] += sum_of(strength_sums[r]);
     if (KIND != DOT_PRODUCT && LAST) to.of_row[r] += sum_of(row_sums[r]);
+    if (DECAY == CLOCK) to.row_clock[r] += sum_of(clock_sums[r]);
   }
-  if (DECAY) *to.rate += sum_of(rate);
+  if (DECAY == RATE) *to.rate += sum_of(rate);
 }
 
 // Columns that row i of a tile of `count` keys from j0 on may not attend to become `value`; returns the maximum, or
@@ -590,8 +625,8 @@ static Extent forward(const Call& c, const Problem& problem, int first, int last
         for (int t = 0; t < T; t++) {
           if (!is_reached(c, problem, keys, t, i0, i1, j0, j0 + count)) continue;
           const int at = t * TILE_ROWS + r0;
-          const Panel panel{columns, (float)(i + c.offset), keys.place + j0, strength + at, keys.mass + t * S + j0,
-                            rows.nearest + r0, problem.decay(c, t)};
+          const Panel panel{columns, rows.time + t * rows.of_timescale + r0, keys.times(t) + j0, strength + at,
+                            keys.mass + t * S + j0, rows.nearest + t * rows.of_timescale + r0, problem.decay(c, t)};
           float of_row[ROWS], *logits = KIND == DOT_PRODUCT && !DECAY ? X : P;
           if (is_first) score_panel<KIND, DECAY, true, true>(panel, X, P, of_row, closest);
           else score_panel<KIND, DECAY, false, true>(panel, X, P, of_row, nullptr);
@@ -633,9 +668,10 @@ static Extent forward(const Call& c, const Problem& problem, int first, int last
 
 // What a part of the keys adds to the gradients of rows, one behind the other so that parts can be added as one.
 struct OfRows {
-  float *dq, *strength, *row, *rate;  // (L, WIDTH), (T, L), (L), (T)
-  OfRows(float* at, int64_t L, int T) : dq(at), strength(dq + L * WIDTH), row(strength + T * L), rate(row + L) {}
-  static int64_t size(int64_t L, int T) { return rounded_up(L * (WIDTH + T + 1) + T, 16); }
+  float *dq, *strength, *row, *clock, *rate;  // (L, WIDTH), (T, L), (L), (T, L), (T)
+  OfRows(float* at, int64_t L, int T)
+      : dq(at), strength(dq + L * WIDTH), row(strength + T * L), clock(row + L), rate(clock + T * L) {}
+  static int64_t size(int64_t L, int T) { return rounded_up(L * (WIDTH + 2 * T + 1) + T, 16); }
 };
 
 // - upstream_i . output_i, of packed rows: the same sums as in `product`, in the same order. Of a row of which one key
@@ -659,8 +695,8 @@ static float gradient_factor(const Call& c) {
   return KIND == DOT_PRODUCT ? c.scale : (float)DISTANCE_POWER / c.head_dim * (KIND == GRAVITY ? LN2 : 1);
 }
 
-// The sums of all parts to dq, dstrength and drate.
-template <Kind KIND, bool DECAY>
+// The sums of all parts to dq, dstrength, drate and dquery_clock.
+template <Kind KIND, Decay DECAY>
 static void finish_rows(const Call& c, const Problem& problem, const Rows& rows, const float* strength, int parts,
                         float* slabs) {
   const int T = problem.timescales;
@@ -677,13 +713,15 @@ static void finish_rows(const Call& c, const Problem& problem, const Rows& rows,
   for (int t = 0; t < T; t++) {
     for (int64_t i = 0; KIND == GRAVITY && i < c.queries; i++)
       c.dstrength[problem.row(c, t) * c.queries + i] = sums.strength[t * L + i] / strength[t * L + i];
-    if (DECAY) c.drate[problem.row(c, t)] = sums.rate[t];
+    for (int64_t i = 0; DECAY == CLOCK && i < c.queries; i++)
+      c.dquery_clock[problem.row(c, t) * c.queries + i] = sums.clock[t * L + i];
+    if (DECAY == RATE) c.drate[problem.row(c, t)] = sums.rate[t];
   }
 }
 
 // Keys of one of `parts` parts of a problem: dk, dv and dmass, and the part's share of what rows get, in `slabs`. The
 // last part that ends adds those of all up, in order.
-template <Kind KIND, bool DECAY>
+template <Kind KIND, Decay DECAY>
 static void backward(const Call& c, const Problem& problem, int part, int parts, float* slabs, std::atomic<int>& left,
                      Arena arena) {
   const int T = problem.timescales, widest = widest_reach(c, problem);
@@ -698,7 +736,7 @@ static void backward(const Call& c, const Problem& problem, int part, int parts,
   float *P = arena.get(T * TILE_ROWS * STRIDE), *E = arena.get(TILE_ROWS * STRIDE);
   float *k = arena.get(TILE_KEYS * WIDTH), *K = arena.get(TILE_KEYS * WIDTH), *V = arena.get(TILE_KEYS * WIDTH);
   float *dk = arena.get(TILE_KEYS * WIDTH), *dv = arena.get(TILE_KEYS * WIDTH), *key_norm = arena.get(TILE_KEYS);
-  float *of_mass = arena.get(T * TILE_KEYS), *of_key = arena.get(TILE_KEYS);
+  float *of_mass = arena.get(T * TILE_KEYS), *of_key = arena.get(TILE_KEYS), *of_clock = arena.get(T * TILE_KEYS);
   for (int t = 0; t < T; t++) {
     const int64_t row = problem.row(c, t) * c.queries;
     pack(problem.of(c.upstream, t), c.upstream.of_token, c.head_dim, nullptr, c.queries, L, ZERO, 1,
@@ -723,6 +761,7 @@ static void backward(const Call& c, const Problem& problem, int part, int parts,
     if (KIND != DOT_PRODUCT) norms(k, count, columns, c.head_dim, 0, key_norm, &largest);
     std::fill_n(dk, columns * WIDTH, 0.0f), std::fill_n(dv, columns * WIDTH, 0.0f);
     std::fill_n(of_mass, T * TILE_KEYS, 0.0f), std::fill_n(of_key, TILE_KEYS, 0.0f);
+    std::fill_n(of_clock, T * TILE_KEYS, 0.0f);
     const int begin = std::max<int>(0, (c.causal ? first : first - widest) - c.offset) / ROWS * ROWS;
     const int end = std::min<int>(c.queries, last + widest + 1 - c.offset);
     for (int i0 = begin; i0 < end; i0 += TILE_ROWS) {
@@ -740,16 +779,18 @@ static void backward(const Call& c, const Problem& problem, int part, int parts,
           if (!is_reached(c, problem, keys, t, i0, i1, j0, j0 + count)) continue;
           const int64_t row = t * L + i;
           product<true, false>(upstream + row * WIDTH, V, G, columns, delta + row, nullptr);
-          const Panel panel{columns, (float)(i + c.offset), place, strength + row, keys.mass + t * S + j0, rows.nearest + i,
-                            problem.decay(c, t)};
+          const int64_t of_row = t * rows.of_timescale + i;
+          const Panel panel{columns, rows.time + of_row, keys.times(t) + j0, strength + row, keys.mass + t * S + j0,
+                            rows.nearest + of_row, problem.decay(c, t)};
           float *weights = P + (t * TILE_ROWS + r0) * STRIDE, *c_panel = E + r0 * STRIDE;
-          const bool raw = KIND == DOT_PRODUCT && !DECAY;
-          if (!raw && t == first_t) score_panel<KIND, DECAY, true, false>(panel, X, weights, nullptr, nullptr);
-          else if (!raw) score_panel<KIND, DECAY, false, false>(panel, X, weights, nullptr, nullptr);
+          const bool raw = KIND == DOT_PRODUCT && DECAY == NONE;
+          if (!raw && t == first_t) score_panel<KIND, DECAY != NONE, true, false>(panel, X, weights, nullptr, nullptr);
+          else if (!raw) score_panel<KIND, DECAY != NONE, false, false>(panel, X, weights, nullptr, nullptr);
           if (KIND != FORCE) exp_panel<false>(columns, raw ? X : weights, log_sum + row, weights, nullptr);
           for (int r = 0; masked && r < ROWS && i + r < c.queries; r++)
             mask_row<KIND>(c, problem, keys, i + r, j0, count, columns, 0, weights + r * STRIDE);
-          const Sums to{of_rows.strength + row, of_rows.row + i, of_mass + t * TILE_KEYS, of_key, of_rows.rate + t};
+          const Sums to{of_rows.strength + row, of_rows.row + i, of_mass + t * TILE_KEYS, of_key, of_rows.rate + t,
+                        of_rows.clock + row, of_clock + t * TILE_KEYS};
           if (t == first_t && t == last_t) gradient_panel<KIND, DECAY, true, true>(panel, X, weights, G, c_panel, to);
           else if (t == first_t) gradient_panel<KIND, DECAY, true, false>(panel, X, weights, G, c_panel, to);
           else if (t == last_t) gradient_panel<KIND, DECAY, false, true>(panel, X, weights, G, c_panel, to);
@@ -776,6 +817,8 @@ static void backward(const Call& c, const Problem& problem, int part, int parts,
       for (int t = 0; KIND != DOT_PRODUCT && t < T; t++)
         c.dmass[problem.row(c, t) * c.keys + at] = of_mass[t * TILE_KEYS + j] * (KIND == GRAVITY ? LN2 : 1) /
                                                    (keys.mass[t * S + j0 + j] * keys.unit[t]);
+      for (int t = 0; DECAY == CLOCK && t < T; t++)
+        c.dkey_clock[problem.row(c, t) * c.keys + at] = -of_clock[t * TILE_KEYS + j];
     }
   }
   if (!--left) finish_rows<KIND, DECAY>(c, problem, rows, strength, parts, slabs);
@@ -801,10 +844,11 @@ struct Job {
     if (0 < problems && problems < 16) parts = std::clamp((is_backward ? c.keys : c.queries) / 256, 1, (15 + problems) / problems);
     threads = std::max(1, std::min(c.threads, problems * parts));
     slab = is_backward ? OfRows::size(rounded_up(c.queries, PAIR), T) : 0;
-    int64_t floats = S * (2 + T) + T + 3 * T * TILE_ROWS + 2 * ROWS * STRIDE + WIDTH + W;
+    int64_t floats = S * (2 + 2 * T) + T + 3 * T * TILE_ROWS + 2 * ROWS * STRIDE + WIDTH + W;
     if (is_backward)
-      floats += L * (WIDTH + 2) + T * L * (WIDTH + 3) + (T + 1) * TILE_ROWS * STRIDE + TILE_KEYS * (5 * WIDTH + 2 + T) + 2 * PAIR * WIDTH;
-    else floats += 2 * S * WIDTH + TILE_ROWS * (WIDTH * (T + 1) + 2);
+      floats += L * (WIDTH + 1) + T * L * (WIDTH + 5) + (T + 1) * TILE_ROWS * STRIDE + TILE_KEYS * (5 * WIDTH + 2 + 2 * T) +
+                2 * PAIR * WIDTH;
+    else floats += 2 * S * WIDTH + TILE_ROWS * (WIDTH * (T + 1) + 1 + 2 * T);
     room = rounded_up(4 * floats + 64 * 32, 4096);
   }
   int64_t bytes() const { return room * threads + problems * (4 * slab * parts + 64) + 64; }
@@ -816,7 +860,7 @@ static void raise(std::atomic<float>& x, float least) {
   for (float before = x; before < least && !x.compare_exchange_weak(before, least);) {}
 }
 
-template <Kind KIND, bool DECAY>
+template <Kind KIND, Decay DECAY>
 static void work_on(Job& job, int number, Arena arena) {
   const Call& c = job.c;
   const int b = number / job.parts, part = number % job.parts;
@@ -827,7 +871,7 @@ static void work_on(Job& job, int number, Arena arena) {
   }
   const int share = rounded_up((c.queries + job.parts - 1) / job.parts, TILE_ROWS), first = part * share;
   if (first >= c.queries) return;
-  const Extent extent = forward<KIND, DECAY>(c, problem, first, std::min(c.queries, first + share), arena);
+  const Extent extent = forward<KIND, DECAY != NONE>(c, problem, first, std::min(c.queries, first + share), arena);
   raise(job.largest, extent.largest), raise(job.closest, extent.closest);
 }
 
@@ -853,13 +897,16 @@ static void work(void* pointer) {
   char* at = job.c.workspace + job.room * job.started++;
   for (int number; (number = job.next++) < job.problems * job.parts;) {
     const Arena arena{at, at + job.room};
-    switch (job.c.kind * 2 + (job.c.log_decay != nullptr)) {
-      case 0: work_on<DOT_PRODUCT, false>(job, number, arena); break;
-      case 1: work_on<DOT_PRODUCT, true>(job, number, arena); break;
-      case 2: work_on<GRAVITY, false>(job, number, arena); break;
-      case 3: work_on<GRAVITY, true>(job, number, arena); break;
-      case 4: work_on<FORCE, false>(job, number, arena); break;
-      case 5: work_on<FORCE, true>(job, number, arena); break;
+    switch (job.c.kind * 3 + (job.c.query_clock ? CLOCK : job.c.log_decay ? RATE : NONE)) {
+      case 0: work_on<DOT_PRODUCT, NONE>(job, number, arena); break;
+      case 1: work_on<DOT_PRODUCT, RATE>(job, number, arena); break;
+      case 2: work_on<DOT_PRODUCT, CLOCK>(job, number, arena); break;
+      case 3: work_on<GRAVITY, NONE>(job, number, arena); break;
+      case 4: work_on<GRAVITY, RATE>(job, number, arena); break;
+      case 5: work_on<GRAVITY, CLOCK>(job, number, arena); break;
+      case 6: work_on<FORCE, NONE>(job, number, arena); break;
+      case 7: work_on<FORCE, RATE>(job, number, arena); break;
+      case 8: work_on<FORCE, CLOCK>(job, number, arena); break;
     }
   }
 }

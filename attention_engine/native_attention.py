@@ -13,6 +13,7 @@ Symbols and masks: see attention_module.py. The names are those of triton_attent
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +61,8 @@ def cannot(q: Tensor, score: Score, mask: Mask, dropout: float) -> str:
         return f"is for heads of at most {LARGEST_HEAD_DIM} wide, got {q.shape[-1]}: use 'tiled'"
     if dropout:
         return "has no dropout of weights: use 'tiled'"
-    if score.clock is not None:
-        return "has no clocks: use 'tiled'"
+    if score.clock is not None and score.log_decay is not None:
+        return "has no clocks beside constant rates: use 'tiled'"
     if mask.pairs is not None and mask.pairs.dtype != torch.bool:
         return "adds no float mask: use 'tiled'"
     if isinstance(score, Gravity) and score.distance_power not in DISTANCE_POWERS:
@@ -85,7 +86,8 @@ def native_attention(
     log_decay = None if score.log_decay is None else score.log_decay.float()
     without = split_score(score)[0]
     if isinstance(score, DotProduct):
-        timescales = projections if log_decay is None else len(log_decay)
+        of_clock = projections if score.clock is None else score.clock.query.shape[1]
+        timescales = of_clock if log_decay is None else len(log_decay)
         plan = Plan(DOT_PRODUCT, score.scale, timescales, without, mask.without_tensors())
     else:
         kind = GRAVITY if score.normalization == "softmax" else FORCE
@@ -96,7 +98,8 @@ def native_attention(
             strength = score.log_gravity.float().exp().unsqueeze(-1) * score.query_mass.float()
     if skip_far_keys and log_decay is not None and mask.pairs is None and _may_skip(q, k, log_decay):
         reach = _reach(q, k, strength, key_mass, log_decay, mask, plan)
-    tensors = [None if x is None else x.contiguous() for x in (strength, key_mass, log_decay)]
+    clock = (None, None) if score.clock is None else (score.clock.query.float(), score.clock.key.float())
+    tensors = [None if x is None else x.contiguous() for x in (strength, key_mass, log_decay, *clock)]
     try:
         output: Tensor = NativeAttention.apply(q, k, v, *tensors, mask.padding, mask.pairs, reach, plan)
     except Float64NeededError:
@@ -142,12 +145,12 @@ def needs_float64(extent: Extent, plan: Plan, head_dim: int) -> bool:
 
 
 class NativeAttention(torch.autograd.Function):
-    """`NativeAttention.apply(q, k, v, strength, key_mass, log_decay, padding, pairs, reach, plan)`, an
-    output (N, T, H, L, D).
+    """`NativeAttention.apply(q, k, v, strength, key_mass, log_decay, query_clock, key_clock, padding, pairs,
+    reach, plan)`, an output (N, T, H, L, D).
 
-    q, k, v (N, T', H, L or S, D), T' = T or 1; strength (N, T, H, L), key_mass (N, T, H, S) and log_decay
-    (T, H), each float32 or None. Saves its inputs, the output and the log-sum-exp of each row. Double
-    backward is that of the dense formula.
+    q, k, v (N, T', H, L or S, D), T' = T or 1; strength and query_clock (N, T, H, L), key_mass and key_clock
+    (N, T, H, S) and log_decay (T, H), each float32 or None. Saves its inputs, the output and the log-sum-exp
+    of each row. Double backward is that of the dense formula.
     """
 
     @staticmethod
@@ -159,6 +162,8 @@ class NativeAttention(torch.autograd.Function):
         strength: Tensor | None,
         key_mass: Tensor | None,
         log_decay: Tensor | None,
+        query_clock: Tensor | None,
+        key_clock: Tensor | None,
         padding: Tensor | None,
         pairs: Tensor | None,
         reach: Tensor | None,
@@ -166,40 +171,59 @@ class NativeAttention(torch.autograd.Function):
     ) -> Tensor:
         output = _heads_last(len(q), plan.timescales, q.shape[2], q.shape[3], q.shape[4])
         log_sum = torch.empty(output.shape[:-1])
-        call = Arguments(plan, q, k, v, strength, key_mass, log_decay, padding, pairs, reach)
+        of_tokens = strength, key_mass, log_decay, query_clock, key_clock
+        call = Arguments(plan, q, k, v, of_tokens, padding, pairs, reach)
         call.views(output=output)
         call.pointers(log_sum=log_sum)
         extent = call.run(is_backward=False)
         if plan.kind != DOT_PRODUCT and needs_float64(extent, plan, q.shape[-1]):
             raise Float64NeededError
         ctx.plan = plan
-        ctx.save_for_backward(q, k, v, strength, key_mass, log_decay, padding, pairs, reach, output, log_sum)
+        ctx.save_for_backward(q, k, v, *of_tokens, padding, pairs, reach, output, log_sum)
         return output
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, strength, key_mass, log_decay, padding, pairs, reach, output, log_sum = ctx.saved_tensors
+        q, k, v, *of_tokens, padding, pairs, reach, output, log_sum = ctx.saved_tensors
+        strength, key_mass, log_decay, query_clock, key_clock = of_tokens
         plan: Plan = ctx.plan
         if backward_is_differentiated(upstream):
             one = None if strength is None else strength.new_zeros(strength.shape[1:3])  # log G: A_i has G
-            tensors = q, k, v, key_mass, strength, one, log_decay, *[None] * 4, padding, pairs
-            of_q, of_k, of_v, of_strength, of_mass, of_decay = ctx.needs_input_grad[:6]
-            needed = of_q, of_k, of_v, of_mass, of_strength, False, of_decay, *[False] * 6
+            clock = query_clock, key_clock
+            tensors = q, k, v, key_mass, strength, one, log_decay, None, None, *clock, padding, pairs
+            *of_qkv, of_strength, of_mass, of_decay, by_query, by_key = ctx.needs_input_grad[:8]
+            needed = (
+                *of_qkv,
+                of_mass,
+                of_strength,
+                False,
+                of_decay,
+                False,
+                False,
+                by_query,
+                by_key,
+                False,
+                False,
+            )
             found = dense_gradients(plan.score, plan.mask, tensors, needed, upstream)
-            dq, dk, dv, dmass, dstrength, _, drate, *_ = found
-            return dq, dk, dv, dstrength, dmass, drate, None, None, None, None
+            dq, dk, dv, dmass, dstrength, _, drate, _, _, *dclock = found[:11]
+            return dq, dk, dv, dstrength, dmass, drate, *dclock, None, None, None, None
         dq, dk, dv = (_heads_last(*x.shape) for x in (q, k, v))
         dstrength = None if strength is None else torch.empty_like(strength)
         dmass = None if key_mass is None else torch.empty_like(key_mass)
         drate = None if log_decay is None else torch.empty(len(q), *log_decay.shape)
-        if padding is not None:  # whose gradients the kernel leaves as they are
-            for x in (dk, dv) if dmass is None else (dk, dv, dmass):
+        dquery_clock = None if query_clock is None else torch.empty_like(query_clock)
+        dkey_clock = None if key_clock is None else torch.empty_like(key_clock)
+        for x in (dk, dv, dmass, dkey_clock) if padding is not None else ():
+            if x is not None:  # the kernel leaves what is padding as it is
                 x.zero_()
-        call = Arguments(plan, q, k, v, strength, key_mass, log_decay, padding, pairs, reach)
+        call = Arguments(plan, q, k, v, of_tokens, padding, pairs, reach)
         call.views(output=output, upstream=_last_contiguous(upstream), dq=dq, dk=dk, dv=dv)
         call.pointers(log_sum=log_sum, dstrength=dstrength, dmass=dmass, drate=drate)
+        call.pointers(dquery_clock=dquery_clock, dkey_clock=dkey_clock)
         call.run(is_backward=True)
-        return dq, dk, dv, dstrength, dmass, None if drate is None else drate.sum(0), None, None, None, None
+        drate = None if drate is None else drate.sum(0)
+        return dq, dk, dv, dstrength, dmass, drate, dquery_clock, dkey_clock, None, None, None, None
 
 
 def _heads_last(batch: int, timescales: int, heads: int, length: int, width: int) -> Tensor:
@@ -220,9 +244,7 @@ class Arguments:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        strength: Tensor | None,
-        key_mass: Tensor | None,
-        log_decay: Tensor | None,
+        of_tokens: Sequence[Tensor | None],
         padding: Tensor | None,
         pairs: Tensor | None,
         reach: Tensor | None,
@@ -246,7 +268,8 @@ class Arguments:
             softening=plan.softening,
         )
         self.views(q=_last_contiguous(q), k=_last_contiguous(k), v=_last_contiguous(v))
-        self.pointers(strength=strength, key_mass=key_mass, log_decay=log_decay, reach=reach)
+        names = "strength", "key_mass", "log_decay", "query_clock", "key_clock"
+        self.pointers(reach=reach, **dict(zip(names, of_tokens, strict=True)))
         self.pointers(padding=None if padding is None else padding.contiguous())
         if pairs is not None:
             pairs = pairs[:, 0].expand(batch, heads, queries, k.shape[-2])

@@ -55,13 +55,18 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("heads", "queries", "keys", "head_dim", "threads")),
         *((name, ctypes.c_float) for name in ("scale", "softening")),
         *((name, View) for name in ("q", "k", "v")),
-        *((name, ctypes.c_void_p) for name in ("strength", "key_mass", "log_decay", "padding", "pairs")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("strength", "key_mass", "log_decay", "query_clock", "key_clock")
+        ),
+        *((name, ctypes.c_void_p) for name in ("padding", "pairs")),
         ("pair_strides", ctypes.c_int64 * 4),
         ("reach", ctypes.c_void_p),
         ("output", View),
         ("log_sum", ctypes.c_void_p),
         *((name, View) for name in ("upstream", "dq", "dk", "dv")),
-        *((name, ctypes.c_void_p) for name in ("dstrength", "dmass", "drate", "workspace")),
+        *((name, ctypes.c_void_p) for name in ("dstrength", "dmass", "drate", "dquery_clock", "dkey_clock")),
+        ("workspace", ctypes.c_void_p),
     ]
 
 

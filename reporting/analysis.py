@@ -15,6 +15,7 @@ from reporting.accuracy_against_cost import progress_metrics, progress_table, ta
 from reporting.comparison_tables import (
     epoch_table,
     learned_table,
+    length_table,
     mean_ratio,
     metric_table,
     summarize,
@@ -43,7 +44,8 @@ SMOKE = "smoke test: its numbers mean nothing"
 @dataclass(frozen=True)
 class Analysis:
     """All that a report is made from. styles: name, colour and marker by model, in order; baseline: the model
-    that the others are compared with; facts, targets: by task; no_patterns: why a cell has none; tunings: by
+    that the others are compared with; beyond: differences at the longest length that a task was tested at,
+    beyond the one trained on; facts, targets: by task; no_patterns: why a cell has none; tunings: by
     task and model, the first folder's that has one; bad_tunings: why one cannot be read.
 
     See comparison_tables.py and accuracy_against_cost.py for the tables."""
@@ -55,6 +57,7 @@ class Analysis:
     table: pd.DataFrame
     summary: pd.DataFrame
     differences: list[Difference]
+    beyond: list[Difference]
     speeds: list[Speed]
     epochs: pd.DataFrame
     learned: pd.DataFrame
@@ -153,6 +156,7 @@ def make_analysis(joined: JoinedResults, baseline: str | None = None) -> Analysi
         table=table,
         summary=summarize(table),
         differences=compare(table, baseline, {task: one.level for task, one in facts.items()}),
+        beyond=compare(table, baseline, at=_longest(table)),
         speeds=compare_speed(progress, targets, {task: one.metric for task, one in facts.items()}, baseline),
         epochs=epoch_table(results),
         learned=learned_table(results),
@@ -163,6 +167,12 @@ def make_analysis(joined: JoinedResults, baseline: str | None = None) -> Analysi
         tunings=tunings,
         bad_tunings=bad_tunings,
     )
+
+
+def _longest(table: pd.DataFrame) -> dict[str, int]:
+    """By task that was tested at more than one length, the longest."""
+    lengths = {task: length_table(rows)["length"] for task, rows in table.groupby("task", sort=False)}
+    return {str(task): int(found.max()) for task, found in lengths.items() if found.nunique() > 1}
 
 
 def _tunings(joined: JoinedResults) -> tuple[dict[tuple[str, str], Tuning], list[str]]:

@@ -156,7 +156,7 @@ def _of_model(analysis: Analysis, model: str, differences: dict[tuple[str, str],
     sentences = [f"{'; '.join(parts)}."]
     if any("diverged" in analysis.lost(row.task, model) for row in rows):
         sentences.append("Seeds that diverged are in no mean, which flatters it.")
-    sentences += [*_soon(analysis, model), *_cost(analysis, model)]
+    sentences += [*_soon(analysis, model), *_beyond(analysis, model), *_cost(analysis, model)]
     return Verdict(analysis.names[model], " ".join(sentences))
 
 
@@ -182,6 +182,20 @@ def _soon(analysis: Analysis, model: str) -> list[str]:
         if (tasks := [one.task for one in told if (one.wins > one.losses) is ahead])
     ]
     return [f"It reaches the target {' and '.join(parts)}."] if parts else []
+
+
+def _beyond(analysis: Analysis, model: str) -> list[str]:
+    """What is decided beyond the length trained on."""
+    parts = []
+    for verdict in ("better", "worse"):
+        named = [
+            f"{row.task} at {row.length:,} tokens ({row.metric.difference(row.mean.mean)} {row.metric.step})"
+            for row in analysis.beyond
+            if row.model == model and row.verdict == verdict
+        ]
+        if named:
+            parts.append(f"{verdict} on {_listed(named)}")
+    return [f"Beyond the trained length it is {', '.join(parts)}."] if parts else []
 
 
 def _cost(analysis: Analysis, model: str) -> list[str]:

@@ -17,7 +17,7 @@ from reporting.metrics import Metric, metric_named
 from reporting.run_results import TaskFacts
 from reporting.seed_statistics import Estimate
 from reporting.text_tables import NONE, TextTable, short, short_p
-from reporting.verdicts import Speed
+from reporting.verdicts import Difference, Speed
 
 MIB = 2.0**20
 INTERVAL = "Mean over n seeds [95 % t interval]; n = 1: one run, no interval"
@@ -205,12 +205,19 @@ def _published_table(analysis: Analysis, facts: TaskFacts) -> TextTable:
 
 
 def difference_tables(analysis: Analysis) -> list[TextTable]:
-    if not analysis.differences:
-        return []
+    """At the length trained on, and at the longest that was tested."""
+    found = []
+    for differences, title in ((analysis.differences, ""), (analysis.beyond, ", at the longest length")):
+        if differences:
+            found.append(_difference_table(analysis, differences, title))
+    return found
+
+
+def _difference_table(analysis: Analysis, differences: Sequence[Difference], title: str) -> TextTable:
     rows = []
-    for row in analysis.differences:
+    for row in differences:
         notice = analysis.notice(row.task)
-        task = row.task + (f" ({notice})" if notice else "")
+        task = row.task + (f" at {row.length:,}" if row.length else "") + (f" ({notice})" if notice else "")
         difference = shown_mean(row.mean, row.metric.scale)
         numbers = (
             str(row.mean.n),
@@ -228,4 +235,4 @@ def difference_tables(analysis: Analysis) -> list[TextTable]:
         "exact test of the shares where seeds either learn or do not, with Holm's correction over the "
         "models of a task"
     )
-    return [TextTable(f"Differences to {analysis.baseline_name}", header, rows, note, names=2)]
+    return TextTable(f"Differences to {analysis.baseline_name}{title}", header, rows, note, names=2)

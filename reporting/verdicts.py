@@ -1,6 +1,7 @@
 """Whether a model differs from the baseline: in quality, in the share of seeds that learn, in speed.
 
     compare(table, "conventional", {"recall": 0.03})      # a Difference for each task and model
+    compare(table, "conventional", at={"recall": 96})     # the same at a length beyond the one trained on
     compare_speed(progress, targets, metrics)             # a Speed for each task and model
 
 The comparisons of one task, each model with the baseline, are a family named beforehand: Holm's correction is
@@ -65,6 +66,7 @@ class Difference(NamedTuple):
     shares: Shares | None
     p_shares: float
     p_holm: float
+    length: int | None = None  # of the test, where it is not the one trained on
 
     @property
     def p(self) -> float:
@@ -100,19 +102,25 @@ class Difference(NamedTuple):
 
 
 def compare(
-    table: pd.DataFrame, baseline: str = BASELINE, levels: Mapping[str, float | None] | None = None
+    table: pd.DataFrame,
+    baseline: str = BASELINE,
+    levels: Mapping[str, float | None] | None = None,
+    at: Mapping[str, int] | None = None,
 ) -> list[Difference]:
     """Each model minus the baseline, one entry per task and model. levels: the metric of guessing, by task;
-    without it no seed is said to have learned or not."""
+    without it no seed is said to have learned or not. at: by task, the length of the test; only tasks that
+    have one."""
     found = []
-    for task in table["task"].unique():
+    for task in table["task"].unique() if at is None else at:
         of_task = table[table["task"] == task]
         metric = metric_in(of_task)
-        values = {model: by_seed(of_task, task, model, metric.best) for model in of_task["model"].unique()}
+        length = None if at is None else at[task]
+        column = metric.best if length is None else metric.at_length(length)
+        values = {model: by_seed(of_task, task, model, column) for model in of_task["model"].unique()}
         base = values.get(baseline, {})
         learned = _learned(values, metric, (levels or {}).get(task))
         family = [
-            _difference(task, model, metric, mine, base, _shares(learned, model, baseline))
+            _difference(task, model, metric, mine, base, _shares(learned, model, baseline), length)
             for model, mine in values.items()
             if model != baseline
         ]
@@ -129,6 +137,7 @@ def _difference(
     mine: dict[int, float],
     base: dict[int, float],
     shares: Shares | None,
+    length: int | None,
 ) -> Difference:
     differences = list(paired_differences(mine, base).values())
     return Difference(
@@ -143,6 +152,7 @@ def _difference(
         shares,
         math.nan if shares is None else fisher_p(*shares),
         math.nan,
+        length,
     )
 
 

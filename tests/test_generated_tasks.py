@@ -225,7 +225,6 @@ def encoder_of(model: str, task: TaskData) -> TransformerClassifier:
 
 
 BACKENDS = [(model, backend) for model in MODELS for backend in ("dense", "tiled", "native")]
-BACKENDS.remove(("adaptive", "native"))  # has no clocks
 BACKENDS += [("conventional", "sdpa"), ("torch.nn:MultiheadAttention", "dense")]
 
 

@@ -48,12 +48,22 @@ def test_outputs_and_gradients_are_those_of_the_formula(
         assert wrong(case) == {}
 
 
+@each_score
+@pytest.mark.parametrize("shape", SHAPES)
+def test_clocks_and_their_gradients_are_those_of_the_formula(kind: Kind, power: float, shape: str) -> None:
+    for shared, causal in ((True, True), (False, False)):
+        timing: dict[str, Any] = {"decay": None, "clock": True, "mask": Mask(causal=causal)}
+        assert wrong(Case(kind, power=power, shared=shared, **timing, **SHAPES[shape])) == {}
+
+
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("clock", [False, True])
 @pytest.mark.parametrize(
     "mask", ["padding", "an example of padding only", "causal, padding in front", "pairs"]
 )
-def test_masks_hold(kind: Kind, mask: str) -> None:
-    assert wrong(Case(kind, heads=2, mask=masks(2, 2, 19, 35)[mask])) == {}
+def test_masks_hold(kind: Kind, clock: bool, mask: str) -> None:
+    decay = None if clock else (0.6, 0.95)
+    assert wrong(Case(kind, heads=2, decay=decay, clock=clock, mask=masks(2, 2, 19, 35)[mask])) == {}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,8 @@ from run_experiment import make_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README + METHOD, re.DOTALL | re.MULTILINE)
 COMMANDS = re.findall(r"^    (?:pip .*&& )?(python .*?)(?:  #.*)?$", README, re.MULTILINE)
 
 

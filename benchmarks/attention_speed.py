@@ -32,7 +32,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
-from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score
+from attention_engine.attention_scores import Clock, DotProduct, Gravity, Mask, Score
 from attention_engine.native_build import library, unavailable
 from attention_kernels import BACKENDS, attend
 from benchmarks.benchmarking import (
@@ -62,6 +62,7 @@ from reporting.figure_style import (
     BLUE,
     GREEN,
     ORANGE,
+    PURPLE,
     SKY,
     VERMILLION,
     figure_style,
@@ -85,12 +86,14 @@ LINES: dict[str, Any] = {
 
 
 class Mechanism(NamedTuple):
-    """What is measured. normalization: gravity's, or None for the dot product. gammas: one a timescale."""
+    """What is measured. normalization: gravity's, or None for the dot product. gammas: one a timescale.
+    adaptive: whether time passes by clocks."""
 
     color: str
     normalization: Any = None
     gammas: tuple[float, ...] = ()
     skip_far_keys: bool = True
+    adaptive: bool = False
 
     @property
     def timescales(self) -> int:
@@ -108,6 +111,7 @@ MECHANISMS = {
     "gravitational force": Mechanism(ORANGE, "force"),
     "multi-timescale, all keys": Mechanism(BLUE, gammas=DEFAULT_GAMMAS, skip_far_keys=False),
     "multi-timescale 0.6 0.9 0.99": Mechanism(SKY, gammas=SHORT_HORIZONS),
+    "adaptive": Mechanism(PURPLE, adaptive=True),
     "combined softmax": Mechanism(GREEN, "softmax", DEFAULT_GAMMAS),
     "combined force": Mechanism("#66C2A5", "force", DEFAULT_GAMMAS),
 }
@@ -171,6 +175,8 @@ def cases_of(length: int, settings: SpeedSettings) -> list[Case]:
                 continue
             if backend == "native" and unavailable(settings.head_dim, 2):
                 continue
+            if backend == "triton" and MECHANISMS[mechanism].adaptive:  # it has no clocks
+                continue
             case = Case(mechanism, backend, length)
             if backend != ANCHOR and bytes_needed(case, settings) <= settings.memory_limit * 1e9:
                 found.append(case)
@@ -214,7 +220,11 @@ def make_attention(
         log_decay = leaf(torch.tensor(mechanism.gammas).log()[:, None].expand(-1, heads).contiguous())
         inputs.append(log_decay)
     score: Score
-    if mechanism.normalization is None:
+    if mechanism.adaptive:
+        time = leaf(F.softplus(drawn(1, heads, case.length) - 3).cumsum(-1))
+        inputs.append(time)
+        score = DotProduct(width**-0.5, clock=Clock(time, time))
+    elif mechanism.normalization is None:
         score = DotProduct(width**-0.5, log_decay)
     else:
         shape = (mechanism.timescales, heads, case.length)

@@ -270,8 +270,7 @@ class Trainer:
             fused=device.type in ("cpu", "cuda"),
         )
         self.bf16 = use_bf16(settings.precision, device)
-        splits = (task.train, task.val, task.test, *task.longer_tests.values())
-        longest = max(int(np.max(split.lengths, initial=1)) for split in splits)
+        longest = max(int(np.max(split.lengths, initial=1)) for split in (task.train, task.val, task.test))
         self.pad_to: Any = longest if settings.pad_to == "max" else "longest"
         self.warm = False
         self.rows: list[dict[str, Any]] = []
@@ -309,7 +308,9 @@ class Trainer:
     def evaluate(self, model: Callable[[Tensor, Tensor], Tensor], split: TokenDataset) -> Evaluation:
         """Evaluate `self.model`, or `self.forward`, which may be compiled; sums are over examples."""
         self.model.eval()
-        batches = evaluation_batches(split, self.settings.batch_size, pad_to=self.pad_to, device=self.device)
+        beyond = self.pad_to != "longest" and int(np.max(split.lengths, initial=1)) > self.pad_to
+        pad_to = "longest" if beyond else self.pad_to
+        batches = evaluation_batches(split, self.settings.batch_size, pad_to=pad_to, device=self.device)
         sums, predictions = [], 0
         with random_stream(self.device, self.seed, "evaluation", len(self.rows)):
             for batch in self._checked(batches):

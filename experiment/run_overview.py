@@ -20,7 +20,7 @@ from experiment.run_plan import PRESETS, RunPlan, parameter_counts, settings_by_
 from experiment.run_progress import duration
 from reporting.metrics import PERCENT
 from reporting.run_results import metric_of
-from results_folder import CellRecord
+from results_folder import Cell, CellRecord
 from train_and_evaluate import ModelSettings, Trainer, TrainingSettings
 from training.model_cost import count_parameters
 from training.training_progress import Progress
@@ -77,7 +77,8 @@ def dry_run(plan: RunPlan, tasks: dict[str, TaskData]) -> int:
             failed = True
             print(f"{cell}  fails: {first_line(error)}", flush=True)
             continue
-        total += estimate.cell * (len(plan.seeds_of(task)) + len(plan.learning_rates))
+        trials = len(plan.trials_for(Cell(task, name, 0)))
+        total += estimate.cell * (len(plan.seeds_of(task)) + trials)
         times = f"{estimate.step * 1000:8,.0f} ms{duration(estimate.epoch):>9}{duration(estimate.cell):>15}"
         print(f"{cell}{times}", flush=True)
     print(f"in all at most about {duration(total)}, one cell after the other; nothing was written")
@@ -107,7 +108,7 @@ def estimate_time(model: Model, task: TaskData, settings: ModelSettings, plan: R
     def evaluate(part: TokenDataset) -> None:
         trainer.evaluate(trainer.forward, part)
 
-    def seconds(act: Callable[[TokenDataset], None]) -> float:
+    def seconds(act: Callable[[TokenDataset], None], parts: list[TokenDataset]) -> float:
         started = time.perf_counter()
         for part in parts:
             act(part)
@@ -117,10 +118,12 @@ def estimate_time(model: Model, task: TaskData, settings: ModelSettings, plan: R
         return math.ceil(len(split) / training.batch_size)
 
     train(parts[0])
-    step, evaluation_step = seconds(train), seconds(evaluate)
+    step, evaluation_step = seconds(train, parts), seconds(evaluate, parts)
     epoch = step * steps(task.train) + evaluation_step * steps(task.val)
     # The test split is read with the best and with the last epoch's weights.
     cell = epoch * training.max_epochs + 2 * evaluation_step * steps(task.test)
+    for longer in task.longer_tests.values():
+        cell += seconds(evaluate, [examples_at(longer, 0.5, training.batch_size)]) * steps(longer)
     return TimeEstimate(step, epoch, cell)
 
 

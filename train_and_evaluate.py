@@ -425,11 +425,14 @@ class Trainer:
 
 
 def learned_scalars(model: TransformerClassifier) -> dict[str, dict[str, list[list[float]]]]:
-    """What the mechanism shows of itself, by layer: each (T, H)."""
+    """What the mechanism shows of itself, by layer: each (T, H), with the digits that float32 has."""
     found = {}
     for index, attention in enumerate(model.attentions):
         scalars: dict[str, Tensor] = getattr(attention, "learned_scalars", dict)()
-        found[f"layer{index}"] = {name: value.tolist() for name, value in scalars.items()}
+        found[f"layer{index}"] = {
+            name: [[float(f"{x:.7g}") for x in row] for row in value.tolist()]
+            for name, value in scalars.items()
+        }
     return {layer: scalars for layer, scalars in found.items() if scalars}
 
 

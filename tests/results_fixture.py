@@ -1,7 +1,9 @@
 """Results folders as run_experiment.py writes them, with seeded random numbers and no training."""
 
+import functools
 import json
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +49,17 @@ def write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
 
 
-def change(path: Path, edit: Callable[[Row], Any]) -> None:
-    """Edit the value of a JSON file in place."""
-    value = json.loads(path.read_text(encoding="utf-8"))
-    edit(value)
-    write(path, value)
-
-
 def rewrite(path: Path, **values: Any) -> None:
     """Change entries of a JSON file."""
-    change(path, lambda value: value.update(values))
+    write(path, json.loads(path.read_text(encoding="utf-8")) | values)
+
+
+def put(path: Path, place: str, value: Any) -> None:
+    """Set one entry of a JSON file. place: the keys that lead to it, with spaces between them."""
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    *parents, last = place.split()
+    functools.reduce(operator.getitem, parents, whole)[last] = value
+    write(path, whole)
 
 
 def write_rows(folder: Path, rows: Iterable[Row]) -> None:

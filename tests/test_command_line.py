@@ -72,9 +72,6 @@ def ended_by(error: BaseException) -> Callable[[list[str]], int]:
     return lambda argv: exit_code("bake.py", body)
 
 
-# --- ranges -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "values",
     [
@@ -121,9 +118,6 @@ def test_an_illegal_value_is_refused_with_its_range(name: str, value: Any, messa
     assert str(refused.value) == message
 
 
-# --- options ----------------------------------------------------------------------------------------------
-
-
 def test_each_field_is_an_option_of_its_type_and_what_is_not_given_leaves_no_trace() -> None:
     argv = (
         "--batch-size 8 --salt 0.5 --no-steam --flour wheat --oven left --rests 1 2.5 --proofs 3 --offset -4"
@@ -157,9 +151,6 @@ def test_home_is_meant_by_a_tilde_however_a_path_is_given(monkeypatch: pytest.Mo
     monkeypatch.setenv("HOME", "/home/baker")
     assert paths(["--oven=~/x"]).oven == paths(["bread", "--tin=~/x"]).tin == Path("/home/baker/x")
     assert given_path("a/~") == Path("a/~")
-
-
-# --- mistakes ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -234,9 +225,6 @@ def test_our_own_errors_are_not_taken_for_the_users() -> None:
         ended_by(ValueError("ours"))([])
 
 
-# --- streams ----------------------------------------------------------------------------------------------
-
-
 PROGRAM = """
 import sys
 from command_line import exit_code
@@ -267,9 +255,6 @@ def test_who_reads_what_is_printed_changes_neither_the_work_nor_its_exit_code(
         assert (tmp_path / "code").read_text() == "3\n"
     assert "Traceback" not in ran.stderr and "BrokenPipe" not in ran.stderr
     assert ("not all could be printed: No space left on device" in ran.stderr) == ("full" in shell)
-
-
-# --- names ------------------------------------------------------------------------------------------------
 
 
 MODELS = ["conventional", "gravitational", "multi_timescale"]

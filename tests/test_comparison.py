@@ -31,9 +31,6 @@ def results(holed: Path) -> Results:
     return usable(read_results(holed))
 
 
-# Tables
-
-
 def test_the_pure_tables_leave_their_input_alone(results: Results) -> None:
     table = metric_table(results, {})
     before = table.copy()
@@ -65,9 +62,6 @@ def test_a_ratio_is_the_mean_of_those_of_the_same_seed() -> None:
     assert math.isnan(mean_ratio(table, "listops", "b", "seconds_per_epoch"))
 
 
-# Figures
-
-
 def test_learning_curves_draw_the_mean_of_finished_seeds_and_mark_cells_that_did_not_finish(
     results: Results,
 ) -> None:
@@ -95,9 +89,6 @@ def test_each_model_has_its_own_name_colour_and_marker() -> None:
 def test_text_that_cannot_be_drawn_is_boxed_and_cut() -> None:
     assert drawable("a\nb\u0001\u6f22é") == "a□b□□é"
     assert drawable("x" * 50, 10) == "x" * 9 + "…"
-
-
-# Text
 
 
 def test_markup_characters_are_escaped_in_markdown_and_latex() -> None:

@@ -176,13 +176,10 @@ def test_an_axis_of_epochs_has_whole_ticks_however_few_there_are(epochs: int) ->
 
 
 def test_learning_curves_are_by_steps_and_by_epochs_where_no_steps_are_on_record() -> None:
-    rows = [
-        {"model": "gravitational", "seed": seed, "state": "done", "epoch": epoch, "steps": 40.0 * epoch}
-        | {f"{split}_{kind}": 0.1 * epoch for split in ("train", "val") for kind in ("accuracy", "loss")}
-        for seed in (0, 1)
-        for epoch in (1, 2, 3)
-    ]
-    epochs = pd.DataFrame(rows)
+    epoch = np.tile([1, 2, 3], 2)
+    quality = dict.fromkeys(("train_accuracy", "train_loss", "val_accuracy", "val_loss"), 0.1 * epoch)
+    epochs = pd.DataFrame({"epoch": epoch, "steps": 40.0 * epoch, "seed": [0] * 3 + [1] * 3} | quality)
+    epochs = epochs.assign(model="gravitational", state="done")
     for table, label, last in ((epochs, "optimizer steps", 120), (epochs.assign(steps=None), "epoch", 3)):
         figure = curves_figure(table, STYLES, "curves", level=0.1, target=0.27)
         assert {ax.get_xlabel() for ax in figure.axes} == {label} and len(figure.axes) == 4

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from results_fixture import change, make_results, report_of, rewrite, rows_of, tidy, write_rows
+from results_fixture import make_results, put, report_of, rewrite, rows_of, tidy, write_rows
 from run_cases import Refused
 
 from analyze_results import analyze, main
@@ -27,16 +27,12 @@ SEEDS = (0, 1, 2)
 CELL = Cell("bytes", "conventional", 0)
 
 
-def set_info(root: Path, **values: Any) -> None:
-    """Change what a run's config says of its task."""
-    change(root / "config.json", lambda config: config["task_info"]["bytes"].update(values))
-
-
 @pytest.fixture
 def bits(tmp_path: Path) -> Path:
     """A task of bytes: seed k has 3 + k / 100 bits with softmax attention, and 0.1 bits less with gravity."""
     root = make_results(tmp_path, tasks=("bytes",), models=MODELS, seeds=SEEDS, patterns=False, epochs=3)
-    set_info(root, metric="bits_per_byte", num_classes=256, chance=1 / 256)
+    for name, known in (("metric", "bits_per_byte"), ("num_classes", 256), ("chance", 1 / 256)):
+        put(root / "config.json", f"task_info bytes {name}", known)
     by_length = {"512": {"loss": 2.4, "accuracy": 0.3}, "128": {"loss": 2.1, "accuracy": 0.4}}
     for seed in SEEDS:
         for model, less in zip(MODELS, (0.0, 0.1), strict=True):
@@ -98,7 +94,7 @@ def test_bits_are_the_loss_over_ln_2_or_nothing() -> None:
 def test_an_unknown_metric_of_a_task_is_one_line_and_exit_code_2(
     metric: object, bits: Path, refused: Refused
 ) -> None:
-    set_info(bits, metric=metric)
+    put(bits / "config.json", "task_info bytes metric", metric)
     said = refused(main, bits)
     assert "task bytes: unknown metric" in said and "bits_per_byte" in said
 

@@ -44,9 +44,6 @@ def make_cell(root: Path, cell: Cell = CELL, state: str = "done", reason: str = 
     return folder
 
 
-# --- writing ----------------------------------------------------------------------------------------------
-
-
 def test_a_writer_that_fails_leaves_the_old_content_and_no_litter(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     write_text(path, "old")
@@ -101,9 +98,6 @@ def test_a_number_that_json_lacks_is_refused_and_the_old_content_stays(tmp_path:
     assert list(tmp_path.iterdir()) == [path]
 
 
-# --- the folder -------------------------------------------------------------------------------------------
-
-
 def test_starts_in_one_second_get_folders_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,9 +133,6 @@ def test_cells_lie_under_task_model_and_seed(tmp_path: Path) -> None:
     hostile = Cell("../..", "a/b\\c", 0).folder(tmp_path)
     assert hostile.parent.parent.parent == tmp_path
     assert file_name("..") not in ("..", ".", "")
-
-
-# --- reading ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -48,9 +48,7 @@ def test_an_analysis_has_a_report_with_every_figure_three_tables_and_png_and_pdf
     assert sorted(shown) == sorted(stems)  # in the report
 
 
-def test_another_process_makes_the_same_bytes_of_a_moved_folder_and_needs_no_torch(
-    smoke: Path, tmp_path: Path
-) -> None:
+def test_another_process_makes_the_same_bytes_elsewhere_without_torch(smoke: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(smoke, tmp_path / smoke.name, ignore=shutil.ignore_patterns("analysis")))
     code = (
         "import sys, analyze_results, evaluate_performance\n"
@@ -68,9 +66,7 @@ def test_another_process_makes_the_same_bytes_of_a_moved_folder_and_needs_no_tor
 
 
 @pytest.mark.usefixtures("texts_alone")
-def test_a_failure_leaves_the_old_analysis_and_no_scraps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_leaves_the_old_analysis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_results(tmp_path, models=MODELS[:1], seeds=(0,), patterns=False)
     write(root / "analysis" / "old.json", "old")
     before = snapshot(root)
@@ -101,7 +97,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
 
 
 @pytest.mark.parametrize("seeds", [(0,), ()])
-def test_a_folder_without_a_done_cell_still_gets_a_report_that_says_so(
+def test_a_folder_without_a_done_cell_has_a_report_that_says_so(
     tmp_path: Path, seeds: tuple[int, ...]
 ) -> None:
     states = {Cell("listops", "conventional", 0): "pending", Cell("listops", "gravitational", 0): "missing"}

@@ -242,9 +242,7 @@ SHELLS = ("{} 2>&-", "{} >&-", "{} <&- >&- 2>&-", "{} | true", "{} 2>&1 | true",
     ("shell", "encoding"),
     [*[(shell, "utf-8") for shell in SHELLS], ("{} >/dev/null", "ascii"), ("{} >/dev/null", "cp1252")],
 )
-def test_who_reads_what_is_printed_changes_neither_the_work_nor_its_exit_code(
-    shell: str, encoding: str, tmp_path: Path
-) -> None:
+def test_who_reads_changes_neither_work_nor_exit_code(shell: str, encoding: str, tmp_path: Path) -> None:
     (tmp_path / "bake.py").write_text(PROGRAM)
     program = f'{{ "{sys.executable}" "{tmp_path}/bake.py" "{tmp_path}/work"; echo $? > "{tmp_path}/code"; }}'
     environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "PYTHONIOENCODING": encoding}

@@ -62,9 +62,7 @@ def test_a_ratio_is_the_mean_of_those_of_the_same_seed() -> None:
     assert math.isnan(mean_ratio(table, "listops", "b", "seconds_per_epoch"))
 
 
-def test_learning_curves_draw_the_mean_of_finished_seeds_and_mark_cells_that_did_not_finish(
-    results: Results,
-) -> None:
+def test_learning_curves_are_means_of_finished_seeds_and_mark_the_others(results: Results) -> None:
     epochs = epoch_table(results)
     styles = {"multi_timescale": MODEL_STYLES["multi_timescale"]}
     ax = new_figure(1, 1, 6, 3)[1][0, 0]

@@ -112,9 +112,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_results(root, models=models, seeds=(0,), epochs=1, states=pending)
 
 
-def test_the_script_prints_a_runs_numbers_and_draws_its_figures(
-    results: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_numbers_are_printed_and_figures_drawn(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = results / "listops" / "gravitational_multi_timescale" / "seed0"
     assert main([str(folder)]) == 0
     printed = capsys.readouterr().out
@@ -128,9 +126,7 @@ def test_the_script_prints_a_runs_numbers_and_draws_its_figures(
     assert {path.name for path in drawn.iterdir()} == expected | {"explorer.html"}
 
 
-def test_the_script_says_so_where_there_is_nothing_to_draw(
-    results: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_is_said_that_there_is_nothing_to_draw(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(results / "listops" / "conventional" / "seed0")]) == 0
     printed = capsys.readouterr().out
     for part in ("pending", "there is no attention_patterns.npz", "nothing to draw"):

@@ -78,9 +78,7 @@ def texts_of(figure: Figure) -> list[str]:
     return [text.get_text() for ax in figure.axes for text in ax.texts]
 
 
-def test_the_forest_and_the_gains_are_the_paired_differences_of_the_table(
-    figures: dict[str, Figure], summary: pd.DataFrame
-) -> None:
+def test_forest_and_gains_are_paired_differences(figures: dict[str, Figure], summary: pd.DataFrame) -> None:
     base = dict(enumerate(values_of(summary, "conventional", ACCURACY)))
     [forest], [gains] = figures["differences"].axes, figures["gain_at_cost"].axes
     times = values_of(summary, "conventional", "seconds_per_epoch")

@@ -150,9 +150,7 @@ def test_who_learns_sooner_is_said_and_at_what_cost_with_its_caution(tmp_path: P
         ("quick", "pending", "No cell is done, so nothing can be said of any model."),
     ],
 )
-def test_a_smoke_test_and_a_folder_without_a_result_say_nothing_of_any_model(
-    preset: str, state: str, expected: str, tmp_path: Path
-) -> None:
+def test_without_results_nothing_is_said(preset: str, state: str, expected: str, tmp_path: Path) -> None:
     states = {Cell("listops", "conventional", 0): state}
     root = make_results(tmp_path, models=MODELS[:1], seeds=(0,), preset=preset, states=states)
     screen = first_screen(make_analysis(read_joined([root])))

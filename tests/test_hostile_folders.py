@@ -126,9 +126,7 @@ QUIET: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthC
 @pytest.mark.usefixtures("texts_alone", "undurable")
 @settings(max_examples=12, derandomize=True, **QUIET)
 @given(changes=CHANGES)
-def test_a_mutated_folder_is_analysed_without_a_traceback_and_its_whole_cells_are_used(
-    original: Path, changes: Changes
-) -> None:
+def test_a_mutated_folder_is_analysed_and_its_whole_cells_used(original: Path, changes: Changes) -> None:
     check_mutated(original, changes)
 
 

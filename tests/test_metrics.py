@@ -91,9 +91,7 @@ def test_bits_are_the_loss_over_ln_2_or_nothing() -> None:
 
 
 @pytest.mark.parametrize("metric", ["f1", 3, None, ["accuracy"]])
-def test_an_unknown_metric_of_a_task_is_one_line_and_exit_code_2(
-    metric: object, bits: Path, refused: Refused
-) -> None:
+def test_an_unknown_metric_is_refused_in_one_line(metric: object, bits: Path, refused: Refused) -> None:
     put(bits / "config.json", "task_info bytes metric", metric)
     said = refused(main, bits)
     assert "task bytes: unknown metric" in said and "bits_per_byte" in said

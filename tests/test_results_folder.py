@@ -1,6 +1,5 @@
 """No file of a results folder is half-written, no two runs share one, and whatever lies in it is read."""
 
-import json
 import math
 import multiprocessing
 import os
@@ -29,6 +28,8 @@ from results_folder import (
 )
 
 CELL = Cell("listops", "gravitational", 3)
+NO_STATES = ('"finished"', '"missing"', '""', "null", "3", '["done"]', '{"done": 1}')
+NO_ROWS = ('{"loss": 1}', '{"epoch": "1"}', "[]", "7", '{"epoch": 1, "loss": NaN}', '{"epoch": 2}\n' * 2)
 FIRST: dict[str, Any] = {"epoch": 1, "val_accuracy": 0.5}
 SECOND: dict[str, Any] = {"epoch": 2, "val_accuracy": None}
 
@@ -79,10 +80,8 @@ def test_content_is_durable_before_it_is_in_place(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_files_can_be_read_by_whom_the_umask_says(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
-    try:
-        write_text(tmp_path / "shared", "text")
-    finally:
-        os.umask(before)
+    write_text(tmp_path / "shared", "text")
+    os.umask(before)
     assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o666 & ~umask
 
 
@@ -98,9 +97,7 @@ def test_a_number_that_json_lacks_is_refused_and_the_old_content_stays(tmp_path:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_starts_in_one_second_get_folders_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_starts_in_one_second_have_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "strftime", lambda form: "results_20260102_030405")
     names = [create_results_folder(tmp_path / "deep" / "er").name for _ in range(3)]
     assert names == [f"results_20260102_030405{tail}" for tail in ("", "_2", "_3")]
@@ -136,9 +133,7 @@ def test_cells_lie_under_task_model_and_seed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_cell_is_read_as_it_was_written_and_has_a_result_where_it_is_done(
-    tmp_path: Path, state: str
-) -> None:
+def test_a_cell_is_read_as_written_and_has_a_result_where_it_is_done(tmp_path: Path, state: str) -> None:
     folder = make_cell(tmp_path, state=state, reason="why")
     record = read_cell(tmp_path, CELL)
     assert (record.cell, record.folder, record.state, record.reason) == (CELL, folder, state, "why")
@@ -159,20 +154,12 @@ def test_a_cell_that_never_started_is_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        None,
-        b"",
-        b'{"state": "do',
-        b"[1]",
-        b"null",
-        b"\xff\xfe",
-        b'{"state": "done", "epoch": NaN}',
-        b"[" * 10**5,
+        *(None, b"", b'{"state": "do', b"[1]", b"null", b"\xff\xfe"),
+        *(b'{"state": "done", "epoch": NaN}', b"[" * 10**5),
     ],
     ids=["absent", "empty", "cut", "list", "null", "not UTF-8", "NaN", "deep"],
 )
-def test_a_file_that_is_unreadable_or_lacking_makes_the_cell_failed_with_a_reason(
-    tmp_path: Path, file: str, content: bytes | None
-) -> None:
+def test_an_unreadable_file_fails_its_cell(tmp_path: Path, file: str, content: bytes | None) -> None:
     path = make_cell(tmp_path) / file
     path.write_bytes(content) if content is not None else path.unlink()
     record = read_cell(tmp_path, CELL)
@@ -185,18 +172,17 @@ def test_a_file_that_is_unreadable_or_lacking_makes_the_cell_failed_with_a_reaso
         assert record.reason.startswith("unreadable: ") and file in record.reason
 
 
-@pytest.mark.parametrize("row", ['{"loss": 1}', '{"epoch": "1"}', '{"epoch": 1, "loss": NaN}', "[]", "7"])
-def test_a_row_of_metrics_that_is_none_makes_the_cell_failed(tmp_path: Path, row: str) -> None:
-    (make_cell(tmp_path) / "metrics.jsonl").write_text(json.dumps(FIRST) + "\n" + row + "\n")
+@pytest.mark.parametrize(
+    ("file", "content", "why"),
+    [
+        *[("metrics.jsonl", row, "metrics.jsonl") for row in NO_ROWS],
+        *[("status.json", f'{{"state": {state}}}', "unknown state") for state in NO_STATES],
+    ],
+)
+def test_what_is_no_row_or_state_fails_its_cell(tmp_path: Path, file: str, content: str, why: str) -> None:
+    (make_cell(tmp_path) / file).write_text(content)
     record = read_cell(tmp_path, CELL)
-    assert record.state == "failed" and "metrics.jsonl" in record.reason
-
-
-@pytest.mark.parametrize("state", ["finished", "missing", "", None, 3, ["done"], {"done": 1}])
-def test_an_unknown_state_makes_the_cell_failed(tmp_path: Path, state: Any) -> None:
-    write_json(make_cell(tmp_path) / "status.json", {"state": state})
-    record = read_cell(tmp_path, CELL)
-    assert record.state == "failed" and "unknown state" in record.reason
+    assert record.state == "failed" and why in record.reason
 
 
 def test_results_are_read_in_the_order_of_the_plan_with_what_is_missing(tmp_path: Path) -> None:

@@ -49,9 +49,7 @@ def test_seeds_of_two_folders_are_analysed_as_one_and_both_are_named(tmp_path: P
     assert set(two.rglob("*")) == before and not (one / "analysis").exists()
 
 
-def test_the_output_goes_where_it_is_asked_to_and_replaces_nothing_but_an_analysis(
-    one: Path, tmp_path: Path, refused: Refused
-) -> None:
+def test_an_output_replaces_nothing_but_an_analysis(one: Path, tmp_path: Path, refused: Refused) -> None:
     target = tmp_path / "out"
     for _ in range(2):
         assert main([str(one), "--output-dir", str(target)]) == 0

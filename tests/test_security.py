@@ -99,9 +99,7 @@ def results(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "target"), [(".", "outside"), *itertools.product(FILES, ("outside", "absent", "/dev/zero"))]
 )
-def test_a_file_or_cell_that_is_a_link_out_of_the_folder_is_named_and_not_read(
-    name: str, target: str, results: Path, tmp_path: Path
-) -> None:
+def test_a_link_out_of_the_folder_is_not_read(name: str, target: str, results: Path, tmp_path: Path) -> None:
     path = CELL.folder(results) / name
     if target == "outside":
         path.rename(tmp_path / target)
@@ -179,9 +177,7 @@ def test_a_bomb_of_patterns_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.
         read_attention_patterns(path)
 
 
-def test_an_analysis_folder_that_is_a_link_is_not_written_through(
-    results: Path, tmp_path: Path, refused: Refused
-) -> None:
+def test_an_analysis_that_is_a_link_is_refused(results: Path, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "outside").mkdir()
     (results / "analysis").symlink_to(tmp_path / "outside")
     assert "is a link" in refused(evaluate_main, CELL.folder(results))

@@ -41,9 +41,7 @@ def test_differences_are_compared_by_hand() -> None:
     ],
 )
 @pytest.mark.parametrize("metric", [PERCENT, BITS])
-def test_the_verdict_follows_from_the_numbers(
-    shift: float, noise: list[float], verdict: str, metric: Metric
-) -> None:
+def test_verdicts_follow_from_numbers(shift: float, noise: list[float], verdict: str, metric: Metric) -> None:
     scale = 1 if metric is PERCENT else -2  # fewer bits are better, a relevant difference is twice as large
     mine = [BASE[seed] + scale * (shift + one) for seed, one in enumerate(noise)]
     [row] = compare(tidy({"conventional": BASE, "a": mine}, metric.best))

@@ -45,7 +45,7 @@ def test_an_analysis_has_a_report_with_every_figure_three_tables_and_png_and_pdf
     figures = {path.name for path in (analysis / "figures").iterdir()}
     assert figures == {f"{stem}.{suffix}" for stem in stems for suffix in ("png", "pdf")}
     shown = re.findall(r"\(figures/(.+?)\.png\)", report_of(holed))
-    assert sorted(shown) == sorted(stems)  # in the report
+    assert set(shown) == set(stems)
 
 
 def test_another_process_makes_the_same_bytes_elsewhere_without_torch(smoke: Path, tmp_path: Path) -> None:

@@ -1,20 +1,14 @@
 """The tables of a comparison are those a person gets by hand, and the figures draw what the tables hold."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from results_fixture import MODELS, make_results, tidy
+from results_fixture import tidy
 
-from reporting.comparison_figures import plot_quality
-from reporting.comparison_tables import (
-    convergence_epoch,
-    epoch_table,
-    mean_ratio,
-    metric_table,
-    summarize,
-)
+from reporting.comparison_tables import convergence_epoch, epoch_table, mean_ratio, metric_table, summarize
 from reporting.figure_style import MODEL_STYLES, drawable, model_styles, new_figure
 from reporting.run_results import usable
 from reporting.text_tables import (
@@ -29,22 +23,12 @@ from reporting.text_tables import (
 )
 from reporting.training_figures import plot_curves
 from reporting.verdicts import compare
-from results_folder import Cell, Results, read_results
-
-STATES = {Cell("listops", "multi_timescale", 1): "diverged"} | {
-    Cell("listops", "gravitational", seed): "failed" for seed in range(3)
-}
+from results_folder import Results, read_results
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Three seeds of four models; one cell diverged, and one model has none that is done."""
-    root = tmp_path_factory.mktemp("results")
-    make_results(root, tasks=("listops",), states=STATES, patterns=False)
-    return usable(read_results(root))
-
-
-# Tables
+def results(holed: Path) -> Results:
+    return usable(read_results(holed))
 
 
 def test_the_pure_tables_leave_their_input_alone(results: Results) -> None:
@@ -58,16 +42,12 @@ def test_the_pure_tables_leave_their_input_alone(results: Results) -> None:
 @pytest.mark.parametrize(
     ("accuracies", "chance", "epoch"),
     [
-        ([0.2, 0.5, 0.9, 1.0], 0.0, 3),
-        ([0.2, 0.5, 0.89, 1.0], 0.0, 4),
+        *[([0.2, 0.5, 0.9, 1.0], 0.0, 3), ([0.2, 0.5, 0.89, 1.0], 0.0, 4)],
         ([0.52, 0.55, 0.6], 0.0, 2),  # guessing is 83 % of the best already
         ([0.52, 0.55, 0.6], 0.5, 3),  # (0.55 - 0.5) / 0.1 = 0.5
         ([0.7, 0.95, 1.0], 0.5, 2),  # exactly 0.9, which rounds to just below it
-        ([0.8, 0.3, 0.2], 0.1, 1),
-        ([0.5], 0.1, 1),
-        ([0.5, 0.45], 0.5, None),
-        ([0.0, 0.0], 0.0, None),
-        ([], 0.0, None),
+        *[([0.8, 0.3, 0.2], 0.1, 1), ([0.5], 0.1, 1)],
+        *[([0.5, 0.45], 0.5, None), ([0.0, 0.0], 0.0, None), ([], 0.0, None)],
     ],
 )
 def test_convergence_is_the_first_epoch_at_90_percent_of_the_way_from_chance_to_the_best(
@@ -82,12 +62,7 @@ def test_a_ratio_is_the_mean_of_those_of_the_same_seed() -> None:
     assert math.isnan(mean_ratio(table, "listops", "b", "seconds_per_epoch"))
 
 
-# Figures
-
-
-def test_learning_curves_draw_the_mean_of_finished_seeds_and_mark_cells_that_did_not_finish(
-    results: Results,
-) -> None:
+def test_learning_curves_are_means_of_finished_seeds_and_mark_the_others(results: Results) -> None:
     epochs = epoch_table(results)
     styles = {"multi_timescale": MODEL_STYLES["multi_timescale"]}
     ax = new_figure(1, 1, 6, 3)[1][0, 0]
@@ -98,15 +73,6 @@ def test_learning_curves_draw_the_mean_of_finished_seeds_and_mark_cells_that_did
     np.testing.assert_allclose(np.asarray(thick.get_ydata()), means)
     crosses = [line for line in ax.get_lines() if line.get_marker() == "x"]
     assert [np.asarray(line.get_xdata()).tolist() for line in crosses] == [[3]]
-
-
-def test_a_model_without_a_result_keeps_its_place_and_says_why() -> None:
-    styles = model_styles(MODELS)
-    values = tidy({"conventional": [0.3, 0.4]})
-    ax = new_figure(1, 1, 5, 3)[1][0, 0]
-    plot_quality(values, styles, ax, absent={"gravitational": "no result (1 failed)"})
-    assert [label.get_text() for label in ax.get_yticklabels()] == [style.name for style in styles.values()]
-    assert "no result (1 failed)" in [text.get_text() for text in ax.texts]
 
 
 def test_each_model_has_its_own_name_colour_and_marker() -> None:
@@ -121,9 +87,6 @@ def test_each_model_has_its_own_name_colour_and_marker() -> None:
 def test_text_that_cannot_be_drawn_is_boxed_and_cut() -> None:
     assert drawable("a\nb\u0001\u6f22é") == "a□b□□é"
     assert drawable("x" * 50, 10) == "x" * 9 + "…"
-
-
-# Text
 
 
 def test_markup_characters_are_escaped_in_markdown_and_latex() -> None:

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import results_fixture
+from results_fixture import make_results, pattern_arrays
 from run_cases import Refused
 
 from evaluate_performance import main
 from reporting.attention_numbers import attention_entropy, share_within, token_masses
 from results_folder import AttentionPatterns, Cell, read_attention_patterns, write_arrays
-
-# Attention
 
 
 def patterns_with(**changes: np.ndarray) -> AttentionPatterns:
@@ -51,7 +49,7 @@ def test_masses_are_relative_to_their_example_and_sorted_from_the_heaviest() -> 
 
 
 def test_patterns_come_back_from_a_file(tmp_path: Path) -> None:
-    arrays = results_fixture.pattern_arrays("gravitational", np.random.default_rng(0))
+    arrays = pattern_arrays("gravitational", np.random.default_rng(0))
     write_arrays(tmp_path / "patterns.npz", arrays)
     found = read_attention_patterns(tmp_path / "patterns.npz")
     for name, array in arrays.items():
@@ -82,7 +80,7 @@ def write_zip(path: Path) -> None:
 
 
 def write_damaged(path: Path) -> None:
-    write_arrays(path, results_fixture.pattern_arrays("conventional", np.random.default_rng(0)))
+    write_arrays(path, pattern_arrays("conventional", np.random.default_rng(0)))
     content = path.read_bytes()
     path.write_bytes(content[:200] + bytes(2800) + content[3000:])
 
@@ -106,22 +104,15 @@ def test_a_file_that_is_no_patterns_file_is_refused_and_nothing_in_it_is_run(
         read_attention_patterns(tmp_path / "attention_patterns.npz")
 
 
-# The script
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("results")
     models = ("gravitational_multi_timescale", "conventional")
-    failed = Cell("listops", "conventional", 0)
-    return results_fixture.make_results(
-        root, tasks=("listops",), models=models, seeds=(0,), states={failed: "pending"}
-    )
+    pending = {Cell("listops", "conventional", 0): "pending"}
+    return make_results(root, models=models, seeds=(0,), epochs=1, states=pending)
 
 
-def test_the_script_prints_a_runs_numbers_and_draws_its_figures(
-    results: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_numbers_are_printed_and_figures_drawn(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = results / "listops" / "gravitational_multi_timescale" / "seed0"
     assert main([str(folder)]) == 0
     printed = capsys.readouterr().out
@@ -129,19 +120,17 @@ def test_the_script_prints_a_runs_numbers_and_draws_its_figures(
     assert f"test_accuracy_best              {accuracy:.6g}" in printed
     assert "attention_entropy" in printed and "heaviest_tokens" in printed
     drawn = results / "analysis" / "listops_gravitational_multi_timescale_seed0"
-    maps = {"attention_layer1", "attention_layer2"}
-    expected = {"learning_curves", "learned", "attention_distance", "masses", *maps}
-    assert {path.stem for path in drawn.iterdir()} == {*expected, "explorer"}
-    assert {path.suffix for path in drawn.iterdir()} == {".png", ".pdf", ".html"}
+    figures = ("learning_curves", "learned", "attention_distance", "masses")
+    stems = (*figures, "attention_layer1", "attention_layer2")
+    expected = {f"{stem}.{suffix}" for stem in stems for suffix in ("png", "pdf")}
+    assert {path.name for path in drawn.iterdir()} == expected | {"explorer.html"}
 
 
-def test_the_script_says_so_where_there_is_nothing_to_draw(
-    results: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_is_said_that_there_is_nothing_to_draw(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(results / "listops" / "conventional" / "seed0")]) == 0
     printed = capsys.readouterr().out
-    assert "pending" in printed and "there is no attention_patterns.npz" in printed
-    assert "nothing to draw" in printed
+    for part in ("pending", "there is no attention_patterns.npz", "nothing to draw"):
+        assert part in printed
 
 
 def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(results: Path, refused: Refused) -> None:

@@ -1,12 +1,10 @@
 """Several folders are one run where nothing but seeds, models and machines differs, and are refused else."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from results_fixture import make_results, write
+from results_fixture import make_results, put, rewrite
 from run_cases import Refused
 
 from analyze_results import main
@@ -15,39 +13,44 @@ from reporting.run_results import read_joined
 from results_folder import Cell
 
 MODELS = ("conventional", "gravitational")
+RATE = "settings training learning_rate"
 
 
 pytestmark = pytest.mark.usefixtures("texts_alone")
 
 
 def folder(root: Path, seeds: tuple[int, ...], **options: Any) -> Path:
-    given: dict[str, Any] = {"tasks": ("listops",), "models": MODELS, "patterns": False, "epochs": 1}
+    given: dict[str, Any] = {"models": MODELS, "patterns": False, "epochs": 1}
     return make_results(root, seeds=seeds, **given | options)
 
 
-def change(root: Path, edit: Callable[[dict[str, Any]], Any], name: str = "config.json") -> None:
-    value = json.loads((root / name).read_text())
-    edit(value)
-    write(root / name, value)
+@pytest.fixture
+def one(tmp_path: Path) -> Path:
+    return folder(tmp_path / "one", (0,))
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    return folder(tmp_path / "two", (1,))
 
 
 def test_seeds_of_two_folders_are_analysed_as_one_and_both_are_named(tmp_path: Path) -> None:
-    one, two = folder(tmp_path / "one", (0, 1)), folder(tmp_path / "two", (2,))
-    change(two, lambda value: value.update(device_name="Another CPU"), "environment.json")
-    before = set((tmp_path / "two").rglob("*"))
+    one = folder(tmp_path / "one", (0, 1))
+    two = folder(tmp_path / "two", (2,))
+    rewrite(two / "environment.json", device_name="Another CPU")
+    before = set(two.rglob("*"))
     assert main([str(one), str(two)]) == 0
     text = (one / "analysis_joined" / "report.md").read_text(encoding="utf-8")
-    assert "- results folders: one (seeds 0, 1); two (seeds 2)" in text and "- seeds: 0, 1, 2" in text
-    assert "(n = 3, 95 % interval" in text
-    assert "A CPU (one); Another CPU (two)" in text and "**Several machines.**" in text
-    assert "python analyze_results.py one two" in text
-    assert set((tmp_path / "two").rglob("*")) == before and not (one / "analysis").exists()
+    for part in (
+        *("- results folders: one (seeds 0, 1); two (seeds 2)", "- seeds: 0, 1, 2", "(n = 3, 95 % interval"),
+        *("A CPU (one); Another CPU (two)", "**Several machines.**", "python analyze_results.py one two"),
+    ):
+        assert part in text
+    assert set(two.rglob("*")) == before and not (one / "analysis").exists()
 
 
-def test_the_output_goes_where_it_is_asked_to_and_replaces_nothing_but_an_analysis(
-    tmp_path: Path, refused: Refused
-) -> None:
-    one, target = folder(tmp_path / "one", (0,), models=MODELS[:1]), tmp_path / "out"
+def test_an_output_replaces_nothing_but_an_analysis(one: Path, tmp_path: Path, refused: Refused) -> None:
+    target = tmp_path / "out"
     for _ in range(2):
         assert main([str(one), "--output-dir", str(target)]) == 0
     assert (target / "report.html").is_file() and not (one / "analysis").exists()
@@ -58,57 +61,36 @@ def test_the_output_goes_where_it_is_asked_to_and_replaces_nothing_but_an_analys
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
-def arithmetic(root: Path) -> None:
-    for seed in (1,):
-        cell = Cell("listops", "conventional", seed).folder(root)
-        change(cell, lambda value: value.update(precision="bf16"), "result.json")
-
-
 @pytest.mark.parametrize(
-    ("edit", "difference"),
+    ("place", "value", "difference"),
     [
-        (lambda value: value.update(preset="quick"), "preset is full in one and quick in two"),
-        (
-            lambda value: value["settings"]["training"].update(learning_rate=1e-3),
-            "training setting learning_rate is 0.0001 in one and 0.001 in two",
-        ),
-        (
-            lambda value: value["settings"]["model"].update(softening=0.5),
-            "model setting softening is not set in one and 0.5 in two",
-        ),
-        (
-            lambda value: value["settings"]["data"]["listops"].update(max_length=80),
-            "listops setting max_length is not set in one and 80 in two",
-        ),
-        (
-            lambda value: value["task_info"]["listops"]["provenance"].update(sha256="1"),
-            f"listops data sha256 is {'0' * 64} in one and 1 in two",
-        ),
+        ("preset", "quick", "preset is full in one and quick"),
+        (RATE, 1e-3, "training setting learning_rate is 0.0001 in one and 0.001"),
+        ("settings model softening", 0.5, "model setting softening is not set in one and 0.5"),
+        ("settings data listops max_length", 80, "listops setting max_length is not set in one and 80"),
+        ("task_info listops provenance sha256", "1", f"listops data sha256 is {'0' * 64} in one and 1"),
     ],
 )
 def test_unlike_folders_are_refused_in_one_line_unless_it_is_asked_for(
-    edit: Callable[[dict[str, Any]], Any], difference: str, tmp_path: Path, refused: Refused
+    place: str, value: Any, difference: str, one: Path, two: Path, refused: Refused
 ) -> None:
-    one, two = folder(tmp_path / "one", (0,)), folder(tmp_path / "two", (1,))
-    change(two, edit)
+    put(two / "config.json", place, value)
     said = refused(main, one, two)
-    assert said.startswith(f"analyze_results.py: error: {difference}; --allow-differences")
+    assert said.startswith(f"analyze_results.py: error: {difference} in two; --allow-differences")
     assert not (one / "analysis_joined").exists()
-    assert read_joined([one, two], allow_differences=True).differences == (difference,)
+    assert read_joined([one, two], allow_differences=True).differences == (f"{difference} in two",)
 
 
-def test_other_arithmetic_is_a_difference_and_a_place_of_the_data_is_none(tmp_path: Path) -> None:
-    one, two = folder(tmp_path / "one", (0,)), folder(tmp_path / "two", (1,))
-    change(two, lambda value: value["settings"]["data"]["listops"].update(data_dir="elsewhere"))
+def test_other_arithmetic_is_a_difference_and_a_place_of_the_data_is_none(one: Path, two: Path) -> None:
+    put(two / "config.json", "settings data listops data_dir", "elsewhere")
     assert len(read_joined([one, two]).results.cells) == 4
-    arithmetic(two)
+    rewrite(Cell("listops", "conventional", 1).folder(two) / "result.json", precision="bf16")
     with pytest.raises(InputError, match="arithmetic is None in one and None and bf16 in two"):
         read_joined([one, two])
 
 
-def test_a_report_of_unlike_folders_says_so_first(tmp_path: Path) -> None:
-    one, two = folder(tmp_path / "one", (0,)), folder(tmp_path / "two", (1,))
-    change(two, lambda value: value["settings"]["training"].update(learning_rate=1e-3))
+def test_a_report_of_unlike_folders_says_so_first(one: Path, two: Path, tmp_path: Path) -> None:
+    put(two / "config.json", RATE, 1e-3)
     assert main([str(one), str(two), "--allow-differences", "--output-dir", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     top = text.split("\n## ")[0]
@@ -118,10 +100,8 @@ def test_a_report_of_unlike_folders_says_so_first(tmp_path: Path) -> None:
 
 def test_a_cell_is_taken_from_the_folder_that_finished_it_and_never_twice(tmp_path: Path) -> None:
     states = {Cell("listops", "gravitational", 0): "failed"}
-    one, two = (
-        folder(tmp_path / "one", (0,), states=states),
-        folder(tmp_path / "two", (0,), models=MODELS[1:]),
-    )
+    one = folder(tmp_path / "one", (0,), states=states)
+    two = folder(tmp_path / "two", (0,), models=MODELS[1:])
     cells = {record.cell.model: record for record in read_joined([one, two]).results.cells}
     assert cells["gravitational"].state == "done" and two in cells["gravitational"].folder.parents
     three = folder(tmp_path / "three", (0,))
@@ -133,8 +113,7 @@ def test_a_cell_is_taken_from_the_folder_that_finished_it_and_never_twice(tmp_pa
         read_joined([one, tmp_path / "two" / ".." / "one"])
 
 
-def test_further_tasks_and_models_are_an_addition(tmp_path: Path) -> None:
-    one = folder(tmp_path / "one", (0,))
+def test_further_tasks_and_models_are_an_addition(one: Path, tmp_path: Path) -> None:
     two = folder(tmp_path / "two", (0,), tasks=("imdb",), models=("multi_timescale",))
     joined = read_joined([one, two])
     assert set(joined.results.config["task_info"]) == {"listops", "imdb"}

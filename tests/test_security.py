@@ -3,14 +3,14 @@
 import ast
 import gzip
 import io
+import itertools
 import os
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import results_fixture
+from results_fixture import make_results, write
 from run_cases import Refused
 
 from command_line import InputError
@@ -37,12 +37,9 @@ def names_of(tree: ast.AST) -> dict[str, str]:
     """What each imported name stands for: `np` for numpy, `load` for torch.load."""
     found: dict[str, str] = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {
-                entry.asname or entry.name.split(".")[0]: entry.name for entry in node.names if entry.asname
-            }
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {entry.asname or entry.name: f"{node.module}.{entry.name}" for entry in node.names}
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            found |= {entry.asname or entry.name: module + entry.name for entry in node.names}
     return found
 
 
@@ -79,64 +76,46 @@ def test_every_load_in_the_programs_refuses_pickles_and_no_archive_is_extracted(
 @pytest.mark.parametrize(
     "source",
     [
-        "import torch\ntorch.load('x')",
-        "import torch as t\nt.load('x', weights_only=False)",
-        "from torch import load\nload('x')",
-        "import numpy as np\nnp.load('x')",
+        *("import torch\ntorch.load('x')", "import torch as t\nt.load('x', weights_only=False)"),
+        *("from torch import load\nload('x')", "import numpy\nnumpy.load('x', allow_pickle=maybe)"),
         "from numpy import load as read\nread('x', allow_pickle=True)",
-        "import numpy\nnumpy.load('x', allow_pickle=maybe)",
-        "import pickle\npickle.loads(b'')",
-        "import tarfile\ntarfile.open('x').extractall()",
-        "eval('1')",
+        *("import pickle\npickle.loads(b'')", "import tarfile\ntarfile.open('x').extractall()", "eval('1')"),
     ],
 )
 def test_the_walk_finds_what_it_looks_for(source: str) -> None:
     assert len(faults(source)) == 1
 
 
-# Links, pipes, sizes
+CELL = Cell("listops", "gravitational", 0)
+FILES = ("status.json", "config.json", "metrics.jsonl", "result.json")
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    root = tmp_path / "results"
-    models = ("conventional", "gravitational")
-    return results_fixture.make_results(root, tasks=("listops",), models=models, seeds=(0,))
+    """Of two models, with one cell each."""
+    return make_results(tmp_path / "results", models=("conventional", CELL.model), seeds=(0,), epochs=1)
 
 
-def folder_of(root: Path, model: str = "gravitational") -> Path:
-    return Cell("listops", model, 0).folder(root)
-
-
-@pytest.mark.parametrize("name", ["status.json", "config.json", "metrics.jsonl", "result.json"])
-@pytest.mark.parametrize("target", ["file", "nothing", "device"])
-def test_a_file_that_is_a_link_out_of_the_folder_is_named_and_not_read(
-    name: str, target: str, results: Path, tmp_path: Path
-) -> None:
-    place = {"file": tmp_path / name, "nothing": tmp_path / "absent", "device": Path("/dev/zero")}[target]
-    path = folder_of(results) / name
-    if target == "file":
-        path.replace(place)
+@pytest.mark.parametrize(
+    ("name", "target"), [(".", "outside"), *itertools.product(FILES, ("outside", "absent", "/dev/zero"))]
+)
+def test_a_link_out_of_the_folder_is_not_read(name: str, target: str, results: Path, tmp_path: Path) -> None:
+    path = CELL.folder(results) / name
+    if target == "outside":
+        path.rename(tmp_path / target)
     else:
         path.unlink()
-    path.symlink_to(place)
-    broken, whole = read_results(results).cells[1], read_results(results).cells[0]
-    assert (broken.state, broken.damaged, whole.state) == ("failed", True, "done")
+    path.symlink_to(tmp_path / target)
+    whole, broken = read_results(results).cells
+    assert (broken.state, broken.damaged, broken.result, whole.state) == ("failed", True, None, "done")
     assert "a link that leads out of the folder" in broken.reason
 
 
 def test_a_link_within_the_folder_is_followed(results: Path) -> None:
-    path = folder_of(results) / "result.json"
+    path = CELL.folder(results) / "result.json"
     path.replace(results / "elsewhere.json")
     path.symlink_to(results / "elsewhere.json")
-    assert read_results(results).cells[1].state == "done"
-
-
-def test_a_cell_that_is_a_link_out_of_the_folder_is_not_read(results: Path, tmp_path: Path) -> None:
-    folder_of(results).rename(tmp_path / "outside")
-    folder_of(results).symlink_to(tmp_path / "outside")
-    record = read_results(results).cells[1]
-    assert (record.state, record.result) == ("failed", None)
+    assert read_cell(results, CELL).state == "done"
 
 
 def test_a_run_config_that_is_a_link_out_of_the_folder_is_refused(results: Path, tmp_path: Path) -> None:
@@ -146,22 +125,20 @@ def test_a_run_config_that_is_a_link_out_of_the_folder_is_refused(results: Path,
         read_results(results)
 
 
-@pytest.mark.parametrize("name", ["status.json", "config.json", "metrics.jsonl", "result.json"])
+@pytest.mark.parametrize("name", FILES)
 def test_a_pipe_or_a_folder_in_the_place_of_a_file_keeps_nobody_waiting(name: str, results: Path) -> None:
-    path = folder_of(results) / name
+    path = CELL.folder(results) / name
     path.unlink()
     os.mkfifo(path)
-    assert "not a file" in read_results(results).cells[1].reason
+    assert "not a file" in read_cell(results, CELL).reason
     path.unlink()
     path.mkdir()
-    assert read_results(results).cells[1].state == "failed"
+    assert read_cell(results, CELL).state == "failed"
 
 
 def test_a_file_of_an_unlikely_size_is_not_read(results: Path) -> None:
-    path = folder_of(results) / "metrics.jsonl"
-    with path.open("r+b") as file:
-        file.truncate(LARGEST_JSON + 1)  # a hole: no such space is taken
-    assert "bytes, more than any of ours has" in read_results(results).cells[1].reason
+    os.truncate(CELL.folder(results) / "metrics.jsonl", LARGEST_JSON + 1)  # a hole: no such space is taken
+    assert "bytes, more than any of ours has" in read_cell(results, CELL).reason
 
 
 @pytest.mark.parametrize("text", ["1" * 30, "1e300", "-1e41", "1e999", "NaN", '"\\ud800"', "[" * 10_000])
@@ -174,13 +151,13 @@ def test_values_that_no_run_writes_are_refused(text: str, tmp_path: Path) -> Non
 
 def test_a_reason_is_one_line_without_terminal_commands(results: Path) -> None:
     status = {"state": "failed", "reason": "a\x1b[2J\nb\t\x07" + "c" * 5000}
-    results_fixture.write(folder_of(results) / "status.json", status)
-    reason = read_cell(results, Cell("listops", "gravitational", 0)).reason
+    write(CELL.folder(results) / "status.json", status)
+    reason = read_cell(results, CELL).reason
     assert reason.startswith("a [2J b c") and reason.isprintable() and len(reason) <= 1000
 
 
 def test_patterns_that_are_a_link_or_a_pipe_are_refused(results: Path, tmp_path: Path) -> None:
-    path = folder_of(results) / "attention_patterns.npz"
+    path = CELL.folder(results) / "attention_patterns.npz"
     path.replace(tmp_path / "outside.npz")
     path.symlink_to(tmp_path / "outside.npz")
     with pytest.raises(ValueError, match="a link"):
@@ -200,44 +177,30 @@ def test_a_bomb_of_patterns_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.
         read_attention_patterns(path)
 
 
-def test_an_analysis_folder_that_is_a_link_is_not_written_through(
-    results: Path, tmp_path: Path, refused: Refused
-) -> None:
+def test_an_analysis_that_is_a_link_is_refused(results: Path, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "outside").mkdir()
     (results / "analysis").symlink_to(tmp_path / "outside")
-    assert "is a link" in refused(evaluate_main, folder_of(results))
+    assert "is a link" in refused(evaluate_main, CELL.folder(results))
     assert list((tmp_path / "outside").iterdir()) == []
 
 
-# Archives
-
-
-@pytest.fixture
-def three_reviews(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(imdb, "REVIEWS_PER_FOLDER", 3)
-    yield
-
-
-@pytest.mark.usefixtures("three_reviews")
+@pytest.mark.parametrize(
+    ("limit", "value", "members", "size", "why"),
+    [
+        ("LARGEST_UNPACKED", 2**22, 1, 2**26, "unpacks to more than"),
+        ("MOST_MEMBERS", 50, 60, 0, "more than 50 members"),
+    ],
+)
 def test_an_archive_that_unpacks_to_far_too_much_is_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: str, value: int, members: int, size: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archives, "LARGEST_UNPACKED", 2**22)
+    monkeypatch.setattr(archives, limit, value)
     path = tmp_path / "aclImdb_v1.tar.gz"
     with gzip.open(path, "wb") as file, tarfile.open(fileobj=file, mode="w|") as archive:
-        info = tarfile.TarInfo("aclImdb/notes.txt")
-        info.size = 2**26
-        archive.addfile(info, io.BytesIO(bytes(2**26)))
+        for number in range(members):
+            info = tarfile.TarInfo(f"aclImdb/train/unsup/{number}_0.txt")
+            info.size = size
+            archive.addfile(info, io.BytesIO(bytes(size)))
     assert path.stat().st_size < 2**17
-    with pytest.raises(InputError, match="unpacks to more than"):
-        read_source(path, None)
-
-
-def test_an_archive_of_very_many_members_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MOST_MEMBERS", 50)
-    path = tmp_path / "aclImdb_v1.tar.gz"
-    with gzip.open(path, "wb") as file, tarfile.open(fileobj=file, mode="w|") as archive:
-        for number in range(60):
-            archive.addfile(tarfile.TarInfo(f"aclImdb/train/unsup/{number}_0.txt"))
-    with pytest.raises(InputError, match="more than 50 members"):
+    with pytest.raises(InputError, match=why):
         read_source(path, None)

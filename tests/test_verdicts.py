@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 from results_fixture import tidy
 
-from reporting.metrics import METRICS, PERCENT
+from reporting.metrics import METRICS, PERCENT, Metric
 from reporting.verdicts import Shares, Speed, compare, compare_speed
 
 BITS = METRICS["bits_per_byte"]
+BASE = [0.5 + 0.01 * seed for seed in range(8)]
 NOISE = [0.004, -0.003, 0.001, 0.002, -0.005, 0.003, -0.002, 0.0]
 
 
@@ -30,27 +31,20 @@ def test_differences_are_compared_by_hand() -> None:
 @pytest.mark.parametrize(
     ("shift", "noise", "verdict"),
     [
-        (0.1, NOISE, "better"),
-        (-0.1, NOISE, "worse"),
+        *[(0.1, NOISE, "better"), (-0.1, NOISE, "worse")],
         (0.001, NOISE, "no relevant difference"),  # within a point
         (0.01, [10 * one for one in NOISE], "open"),
-        (0.1, NOISE[:2], "too few seeds"),
-        (0.1, NOISE[:1], "too few seeds"),
+        *[(0.1, NOISE[:2], "too few seeds"), (0.1, NOISE[:1], "too few seeds")],
         (0.1, [0.0] * 8, "better"),  # all differences equal: the sign flips decide
         (0.1, [0.0] * 5, "open"),  # they cannot with five seeds
         (0.0, [0.0] * 5, "no relevant difference"),
     ],
 )
 @pytest.mark.parametrize("metric", [PERCENT, BITS])
-def test_the_verdict_follows_from_the_numbers(
-    shift: float, noise: list[float], verdict: str, metric: object
-) -> None:
-    sign = 1 if metric is PERCENT else -1  # fewer bits are better
-    scale = 1 if metric is PERCENT else 2  # a relevant difference is twice as large
-    base = [0.5 + 0.01 * seed for seed in range(8)]
-    mine = [base[seed] + sign * scale * (shift + one) for seed, one in enumerate(noise)]
-    name = PERCENT.best if metric is PERCENT else BITS.best
-    [row] = compare(tidy({"conventional": base, "a": mine}, name))
+def test_verdicts_follow_from_numbers(shift: float, noise: list[float], verdict: str, metric: Metric) -> None:
+    scale = 1 if metric is PERCENT else -2  # fewer bits are better, a relevant difference is twice as large
+    mine = [BASE[seed] + scale * (shift + one) for seed, one in enumerate(noise)]
+    [row] = compare(tidy({"conventional": BASE, "a": mine}, metric.best))
     assert row.verdict == verdict and row.metric is metric
 
 
@@ -59,11 +53,10 @@ def test_without_the_baseline_there_is_no_pair() -> None:
 
 
 def test_the_family_of_a_correction_is_one_task() -> None:
-    base = [0.5 + 0.01 * seed for seed in range(8)]
-    up = [value + 0.004 + one for value, one in zip(base, NOISE, strict=True)]
-    models = {"conventional": base, "a": up, "b": base[:1]}
+    up = [value + 0.004 + one for value, one in zip(BASE, NOISE, strict=True)]
+    models = {"conventional": BASE, "a": up, "b": BASE[:1]}
     one = compare(tidy(models))
-    two = compare(pd.concat([tidy(models), tidy(models | {"c": base}, task="u")]))
+    two = compare(pd.concat([tidy(models), tidy(models | {"c": BASE}, task="u")]))
     assert one[0].p_holm == one[0].p_t == two[0].p_holm  # b has too few seeds to be tested
     assert math.isnan(one[1].p_holm)
     assert two[2].p_holm == pytest.approx(2 * two[2].p_t)
@@ -76,7 +69,7 @@ def test_the_family_of_a_correction_is_one_task() -> None:
         ([0.1] * 4 + [0.99] * 4, [0.99] * 8, Shares(4, 8, 8, 8), "open"),  # p = 0.077
         ([0.99] * 8, [0.1] * 6 + [0.99] * 2, Shares(8, 8, 2, 8), "better"),
         ([0.1] * 8, [0.99] * 8, None, "worse"),  # none learns: of one kind, and of no spread
-        ([0.5 + 0.01 * seed for seed in range(8)], [0.99] * 8, None, "worse"),  # on both sides, without a gap
+        (BASE, [0.99] * 8, None, "worse"),  # on both sides, without a gap
     ],
 )
 def test_where_seeds_either_learn_or_do_not_the_shares_decide(
@@ -92,21 +85,13 @@ def test_where_seeds_either_learn_or_do_not_the_shares_decide(
 def curves(times: dict[str, list[int | None]], epochs: int = 5, steps: bool = True) -> pd.DataFrame:
     """Progress of seeds that reach 0.9 at an epoch, or never."""
     rows = [
-        (
-            "t",
-            model,
-            seed,
-            "done",
-            epoch,
-            10.0 * epoch if steps else math.nan,
-            0.9 if at and epoch >= at else 0.1,
-        )
+        (model, seed, epoch, 10.0 * epoch if steps else math.nan, 0.9 if at and epoch >= at else 0.1)
         for model, found in times.items()
         for seed, at in enumerate(found)
         for epoch in range(1, epochs + 1)
     ]
-    columns = ["task", "model", "seed", "state", "epoch", "steps", "quality"]
-    return pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=["model", "seed", "epoch", "steps", "quality"])
+    return table.assign(task="t", state="done")
 
 
 def speeds(progress: pd.DataFrame) -> dict[str, Speed]:

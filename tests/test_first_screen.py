@@ -12,6 +12,7 @@ from reporting.analysis import make_analysis
 from reporting.first_screen import first_screen
 from reporting.metrics import ACCURACY
 from reporting.run_results import read_joined
+from reporting.summary_tables import difference_tables
 from results_folder import Cell, note_sharing, read_results
 
 TEN = tuple(range(10))
@@ -41,6 +42,19 @@ def results_of(root: Path) -> list[tuple[Cell, Path]]:
     """The cells that are done, and where their results are."""
     cells = [record for record in read_results(root).cells if record.state == "done"]
     return [(record.cell, record.folder / "result.json") for record in cells]
+
+
+def test_what_is_decided_beyond_the_trained_length_is_said_and_in_a_table(tmp_path: Path) -> None:
+    root = folder(tmp_path, {MODELS[1]: [0.01, -0.01], MODELS[2]: [0.01, -0.01]})
+    for cell, path in results_of(root):
+        far = {"conventional": 0.3, MODELS[1]: 0.2, MODELS[2]: 0.3}[cell.model] + 0.001 * cell.seed
+        by_length = {str(n): {"loss": 1.0, "accuracy": value} for n, value in ((40, 0.4), (2048, far))}
+        rewrite(path, test_by_length=by_length)
+    (_, gravity, scales), _, _ = seen(root)
+    assert "Beyond the trained length it is worse on listops at 2,048 tokens (-10.0 points)." in gravity
+    assert "Beyond" not in scales
+    _, beyond = difference_tables(make_analysis(read_joined([root])))
+    assert [row[1] for row in beyond.rows] == ["listops at 2,048"] * 2
 
 
 def test_ten_seeds_are_given_the_verdicts_of_their_numbers(tmp_path: Path) -> None:

@@ -48,6 +48,14 @@ def test_verdicts_follow_from_numbers(shift: float, noise: list[float], verdict:
     assert row.verdict == verdict and row.metric is metric
 
 
+def test_at_another_length_the_tests_of_that_length_are_compared() -> None:
+    of_length = tidy({"conventional": BASE, "a": [one - 0.2 for one in BASE]}, PERCENT.at_length(96))
+    table = pd.concat([tidy({"conventional": BASE, "a": BASE}), of_length])
+    [row] = compare(table, at={"listops": 96})
+    assert (row.length, row.verdict) == (96, "worse") and row.mean.mean == pytest.approx(-0.2)
+    assert [row.length for row in compare(table)] == [None] and compare(table, at={}) == []
+
+
 def test_without_the_baseline_there_is_no_pair() -> None:
     assert [row.verdict for row in compare(tidy({"a": [0.1, 0.2]}))] == ["no pair"]
 

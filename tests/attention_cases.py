@@ -18,6 +18,8 @@ N, L, S, E, H, T = 3, 6, 7, 20, 4, 2  # and D = 5
 POISON = 1e9
 
 Factory = Callable[..., AttentionModule]
+BOTH = GravitationalMultiTimescaleAttention
+LEARNED: dict[str, Any] = {"learned_power": True, "learned_softening": True}
 FORCE: dict[str, Any] = {"normalization": "force"}
 TWO: dict[str, Any] = {"num_timescales": T, "gammas": (0.6, 0.9)}
 
@@ -31,20 +33,16 @@ FACTORIES: dict[str, Factory] = {
     "gravitational": factory(GravitationalAttention),
     "gravitational force": factory(GravitationalAttention, **FORCE),
     "multi-timescale": factory(MultiTimescaleAttention, **TWO),
-    "gravitational multi-timescale": factory(GravitationalMultiTimescaleAttention, **TWO),
-    "gravitational multi-timescale force": factory(GravitationalMultiTimescaleAttention, **TWO, **FORCE),
+    "gravitational multi-timescale": factory(BOTH, **TWO),
+    "gravitational multi-timescale force": factory(BOTH, **TWO, **FORCE),
     "heads": factory(MultiTimescaleAttention, timescales="heads"),
     "heads adaptive": factory(MultiTimescaleAttention, timescales="heads", adaptive=True),
     "gravitational adaptive": factory(GravitationalAttention, adaptive=True),
     "multi-timescale adaptive": factory(MultiTimescaleAttention, adaptive=True, **TWO),
-    "gravitational multi-timescale force adaptive": factory(
-        GravitationalMultiTimescaleAttention, adaptive=True, **TWO, **FORCE
-    ),
+    "gravitational multi-timescale force adaptive": factory(BOTH, adaptive=True, **TWO, **FORCE),
     "gravitational cosine": factory(GravitationalAttention, distance="cosine"),
     "gravitational manhattan": factory(GravitationalAttention, distance="manhattan"),
-    "gravitational multi-timescale force learned": factory(
-        GravitationalMultiTimescaleAttention, learned_power=True, learned_softening=True, **TWO, **FORCE
-    ),
+    "gravitational multi-timescale force learned": factory(BOTH, **LEARNED, **TWO, **FORCE),
 }
 TIMESCALES = {name: T if "multi" in name else 1 for name in FACTORIES}
 each_module = pytest.mark.parametrize("name", list(FACTORIES))
@@ -77,10 +75,11 @@ def make_inputs(*, self_attention: bool = False, sizes: tuple[int, int, int, int
     return Inputs(query, key, value, padding)
 
 
-def drawn(factory: Factory, **kwargs: Any) -> AttentionModule:
+def drawn(factory: Callable[..., nn.Module], **kwargs: Any) -> AttentionModule:
     """The module with every parameter drawn, biases too."""
     torch.manual_seed(3)
     module = factory(**kwargs)
+    assert isinstance(module, AttentionModule)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)

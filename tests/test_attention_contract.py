@@ -63,7 +63,6 @@ ILLEGAL: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (EVERY, {"embed_dim": 21}, "embed_dim=21"),
     (EVERY, {"embed_dim": 0}, "embed_dim=0"),
     (EVERY, {"num_heads": 0}, "num_heads=0"),
-    (EVERY, {"num_heads": -4}, "num_heads=-4"),
     (EVERY, {"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
     (EVERY, {"dropout": 1.0}, "dropout must be in .*got 1.0"),
     (EVERY, {"dropout": math.nan}, "dropout must be in .*got nan"),
@@ -194,49 +193,35 @@ def test_unbatched_input_is_a_batch_of_one(name: str, need_weights: bool) -> Non
 @each_module
 @with_and_without_weights
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 0.03), (torch.float16, 0.005)]
+    ("dtype", "autocast", "tolerance"),
+    [
+        (torch.float64, False, 1e-12),
+        (torch.bfloat16, False, 0.03),
+        (torch.float16, False, 0.005),
+        (torch.float32, True, 0.05),
+        (torch.bfloat16, True, 0.05),
+    ],
 )
-def test_output_and_gradients_have_the_dtype_of_the_query(
-    name: str, need_weights: bool, dtype: torch.dtype, tolerance: float
+def test_output_and_gradients_have_the_dtype_of_the_query_under_autocast_too(
+    name: str, need_weights: bool, dtype: torch.dtype, autocast: bool, tolerance: float
 ) -> None:
-    query, key, value, padding = make_inputs()
-    precise = make(name).to(dtype).double()
-    expected, _ = precise(*(part.to(dtype).double() for part in (query, key, value)), padding, need_weights)
-    module = make(name).to(dtype)
-    made = FACTORIES[name](dtype=dtype, device="cpu")
-    assert {parameter.dtype for parameter in made.parameters()} == {dtype}
-    leaf = query.to(dtype).requires_grad_()
-    output, weights = module(leaf, key.to(dtype), value.to(dtype), padding, need_weights)
+    of_parameters = torch.float32 if autocast else dtype
+    module = make(name).to(of_parameters)
+    assert {p.dtype for p in FACTORIES[name](dtype=dtype, device="cpu").parameters()} == {dtype}
+    *inputs, padding = make_inputs()
+    given = [x.to(dtype).requires_grad_() for x in inputs]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output, weights = module(*given, padding, need_weights)
+    expected = copy.deepcopy(module).double()(*(x.double() for x in given), padding, need_weights)[0]
     assert output.dtype == dtype
     assert weights is None or weights.dtype == dtype
     assert relative(output, expected) < tolerance
     output.float().square().sum().backward()
-    assert leaf.grad is not None and leaf.grad.dtype == dtype
+    assert all(x.grad is not None and x.grad.dtype == dtype for x in given)
     found = gradients(module)
     assert len(found) == len(list(module.parameters()))
-    assert all(gradient.isfinite().all() for gradient in found.values())
-
-
-@each_module
-@with_and_without_weights
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_under_autocast_the_output_has_the_dtype_of_the_query(
-    name: str, need_weights: bool, dtype: torch.dtype
-) -> None:
-    module = make(name)
-    query, key, value, padding = make_inputs()
-    expected, _ = module(query, key, value, padding, need_weights)
-    with torch.autocast("cpu", torch.bfloat16):
-        output, _ = module(query.to(dtype), key.to(dtype), value.to(dtype), padding, need_weights)
-        maps = module.attention_maps(query.to(dtype), key.to(dtype), padding)
-    assert (output.dtype, maps.dtype) == (dtype, torch.float32)
-    torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]))
-    assert relative(output, expected) < 0.05
-    output.float().square().sum().backward()
-    found = gradients(module)
-    assert len(found) == len(list(module.parameters()))
-    assert all(gradient.isfinite().all() for gradient in found.values())
-    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    assert {gradient.dtype for gradient in found.values()} == {of_parameters}
 
 
 @each_module
@@ -373,14 +358,3 @@ def test_pytorchs_encoder_calls_our_forward_train_equals_eval_and_padding_is_not
     assert bool(evaluated.isfinite().all())
     torch.testing.assert_close(evaluated[kept], trained[kept])
     torch.testing.assert_close(poisoned[kept], evaluated[kept])
-
-
-def test_conventional_attention_in_pytorchs_encoder_equals_pytorchs_own() -> None:
-    theirs = nn.TransformerEncoderLayer(E, H, 24, dropout=0.0, batch_first=True)
-    ours, attention = copy.deepcopy(theirs), make("conventional")
-    attention.load_state_dict(theirs.self_attn.state_dict())
-    ours.self_attn = attention  # type: ignore[assignment]
-    x, _, _, padding = make_inputs(self_attention=True)
-    with torch.no_grad():
-        expected, found = (layer.eval()(x, src_key_padding_mask=padding) for layer in (theirs, ours))
-    torch.testing.assert_close(found[~padding], expected[~padding])

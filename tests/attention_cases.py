@@ -16,61 +16,36 @@ from multi_timescale_attention import MultiTimescaleAttention
 
 N, L, S, E, H, T = 3, 6, 7, 20, 4, 2  # and D = 5
 POISON = 1e9
-GAMMAS = (0.6, 0.9)
 
 Factory = Callable[..., AttentionModule]
+BOTH = GravitationalMultiTimescaleAttention
+LEARNED: dict[str, Any] = {"learned_power": True, "learned_softening": True}
+FORCE: dict[str, Any] = {"normalization": "force"}
+TWO: dict[str, Any] = {"num_timescales": T, "gammas": (0.6, 0.9)}
 
 
-def make_conventional(embed_dim: int = E, num_heads: int = H, **kwargs: Any) -> AttentionModule:
-    return ConventionalAttention(embed_dim, num_heads, **kwargs)
-
-
-def make_gravitational(embed_dim: int = E, num_heads: int = H, **kwargs: Any) -> AttentionModule:
-    return GravitationalAttention(embed_dim, num_heads, **kwargs)
-
-
-def make_force(embed_dim: int = E, num_heads: int = H, **kwargs: Any) -> AttentionModule:
-    return GravitationalAttention(embed_dim, num_heads, **{"normalization": "force", **kwargs})
-
-
-def make_multi_timescale(embed_dim: int = E, num_heads: int = H, **kwargs: Any) -> AttentionModule:
-    return MultiTimescaleAttention(embed_dim, num_heads, **{"num_timescales": T, "gammas": GAMMAS, **kwargs})
-
-
-def make_both(embed_dim: int = E, num_heads: int = H, **kwargs: Any) -> AttentionModule:
-    own = {"num_timescales": T, "gammas": GAMMAS, **kwargs}
-    return GravitationalMultiTimescaleAttention(embed_dim, num_heads, **own)
-
-
-def make_both_force(embed_dim: int = E, num_heads: int = H, **kwargs: Any) -> AttentionModule:
-    return make_both(embed_dim, num_heads, **{"normalization": "force", **kwargs})
-
-
-def make_heads(embed_dim: int = E, num_heads: int = H, **kwargs: Any) -> AttentionModule:
-    return MultiTimescaleAttention(embed_dim, num_heads, **{"timescales": "heads", **kwargs})
+def factory(module: Factory, **own: Any) -> Factory:
+    return functools.partial(module, embed_dim=E, num_heads=H, **own)
 
 
 FACTORIES: dict[str, Factory] = {
-    "conventional": make_conventional,
-    "gravitational": make_gravitational,
-    "gravitational force": make_force,
-    "multi-timescale": make_multi_timescale,
-    "gravitational multi-timescale": make_both,
-    "gravitational multi-timescale force": make_both_force,
-    "heads": make_heads,
-    "heads adaptive": functools.partial(make_heads, adaptive=True),
-    "gravitational adaptive": functools.partial(make_gravitational, adaptive=True),
-    "multi-timescale adaptive": functools.partial(make_multi_timescale, adaptive=True),
-    "gravitational multi-timescale force adaptive": functools.partial(make_both_force, adaptive=True),
-    "gravitational cosine": functools.partial(make_gravitational, distance="cosine"),
-    "gravitational manhattan": functools.partial(make_gravitational, distance="manhattan"),
-    "gravitational multi-timescale force learned": functools.partial(
-        make_both_force, learned_power=True, learned_softening=True
-    ),
+    "conventional": factory(ConventionalAttention),
+    "gravitational": factory(GravitationalAttention),
+    "gravitational force": factory(GravitationalAttention, **FORCE),
+    "multi-timescale": factory(MultiTimescaleAttention, **TWO),
+    "gravitational multi-timescale": factory(BOTH, **TWO),
+    "gravitational multi-timescale force": factory(BOTH, **TWO, **FORCE),
+    "heads": factory(MultiTimescaleAttention, timescales="heads"),
+    "heads adaptive": factory(MultiTimescaleAttention, timescales="heads", adaptive=True),
+    "gravitational adaptive": factory(GravitationalAttention, adaptive=True),
+    "multi-timescale adaptive": factory(MultiTimescaleAttention, adaptive=True, **TWO),
+    "gravitational multi-timescale force adaptive": factory(BOTH, adaptive=True, **TWO, **FORCE),
+    "gravitational cosine": factory(GravitationalAttention, distance="cosine"),
+    "gravitational manhattan": factory(GravitationalAttention, distance="manhattan"),
+    "gravitational multi-timescale force learned": factory(BOTH, **LEARNED, **TWO, **FORCE),
 }
 TIMESCALES = {name: T if "multi" in name else 1 for name in FACTORIES}
 each_module = pytest.mark.parametrize("name", list(FACTORIES))
-with_and_without_weights = pytest.mark.parametrize("need_weights", [True, False])
 
 
 def has_backend(name: str, backend: str) -> bool:
@@ -87,25 +62,32 @@ class Inputs(NamedTuple):
     padding: Tensor  # (N, S), True = blocked; the first example has none, and none is all padding
 
 
-def make_inputs(dtype: torch.dtype = torch.float32, *, self_attention: bool = False) -> Inputs:
+def make_inputs(*, self_attention: bool = False, sizes: tuple[int, int, int, int] = (N, L, S, E)) -> Inputs:
     """Seeded inputs of sizes that all differ; in self-attention query, key and value are (N, L, E)."""
+    batch, queries, keys, width = sizes
     generator = torch.Generator().manual_seed(7)
-    query = torch.randn(N, L, E, generator=generator).to(dtype)
-    key, value = (torch.randn(N, S, E, generator=generator).to(dtype) for _ in range(2))
-    length = L if self_attention else S
-    true_lengths = torch.tensor([length, length - 2, length - 4])
-    padding = torch.arange(length) >= true_lengths[:, None]
-    return Inputs(query, query, query, padding) if self_attention else Inputs(query, key, value, padding)
+    query = torch.randn(batch, queries, width, generator=generator)
+    key, value = (torch.randn(batch, keys, width, generator=generator) for _ in range(2))
+    if self_attention:
+        key = value = query
+    length = key.shape[1]
+    padding = torch.arange(length) >= length - 2 * torch.arange(batch)[:, None]
+    return Inputs(query, key, value, padding)
 
 
-def make(name: str, **kwargs: Any) -> AttentionModule:
+def drawn(factory: Callable[..., nn.Module], **kwargs: Any) -> AttentionModule:
     """The module with every parameter drawn, biases too."""
     torch.manual_seed(3)
-    module = FACTORIES[name](**kwargs)
+    module = factory(**kwargs)
+    assert isinstance(module, AttentionModule)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return module
+
+
+def make(name: str, **kwargs: Any) -> AttentionModule:
+    return drawn(FACTORIES[name], **kwargs)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -113,7 +95,14 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
-def run(module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], **kwargs: Any) -> dict[str, Tensor]:
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Those that parameters have, by name; then they have none."""
+    found = {f"gradient of {name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    return found
+
+
+def run(module: nn.Module, inputs: tuple[Tensor, ...], **kwargs: Any) -> dict[str, Tensor]:
     """Output, weights and the gradients of inputs and parameters, for a loss that reads both unevenly."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     module.zero_grad()
@@ -128,10 +117,7 @@ def run(module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], **kwargs: Any)
     for name, leaf in zip(("query", "key", "value"), leaves, strict=True):
         assert leaf.grad is not None
         found[f"gradient of {name}"] = leaf.grad
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and parameter.grad is not None:
-            found[f"gradient of {name}"] = parameter.grad.clone()
-    return found
+    return found | gradients(module)
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
@@ -141,13 +127,6 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         error = float((value.double() - expected[name].double()).norm())
         # The key bias has no gradient in softmax attention: what is left is rounding.
         assert error <= tolerance * max(float(expected[name].double().norm()), 1e-1), (name, error)
-
-
-def gradients(module: nn.Module) -> list[Tensor]:
-    """Those of all parameters; each must have one."""
-    found = [parameter.grad for parameter in module.parameters()]
-    assert all(gradient is not None for gradient in found)
-    return [gradient for gradient in found if gradient is not None]
 
 
 def nothing_read(module: AttentionModule) -> Tensor:

@@ -1,14 +1,15 @@
 """Each attention module computes its formula: outputs and all gradients against plain float64 PyTorch, with
 explicit (L, S, D) differences, and against values that a person can check."""
 
+import copy
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from attention_cases import E, Factory, H, Inputs, drawn, make_inputs, run
+from torch import Tensor
 
 from attention_module import AttentionModule
 from conventional_attention import ConventionalAttention
@@ -17,427 +18,271 @@ from gravitational_multi_timescale_attention import GravitationalMultiTimescaleA
 from multi_timescale_attention import MultiTimescaleAttention
 from timescales import default_gammas, laplace_mixing
 
-N, L, S, E, H = 3, 6, 7, 20, 4  # and D = 5
-GAMMAS = {1: (0.7,), 2: (0.6, 0.95), 3: (0.5, 0.8, 0.99)}
-MASKS = ("none", "padding", "causal")
-
-each_power = pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
-each_normalization = pytest.mark.parametrize("normalization", ["softmax", "force"])
+UNIT_MASS = math.log(math.e - 1)
+Settings = dict[str, Any]
+ONE, TWO, THREE = {"gammas": (0.7,)}, {"gammas": (0.6, 0.95)}, {"gammas": (0.5, 0.8, 0.99)}
+SOFTMAX, FORCE = {"normalization": "softmax"}, {"normalization": "force"}
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(3)
+# --- the formulas in plain PyTorch, as the class docstrings write them ------------------------------------
 
 
-def randomised(module: AttentionModule) -> AttentionModule:
-    """Every parameter drawn, biases too."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return module
+def plain_log_discount(module: Any, row: int, query: Tensor, key: Tensor, padding: Tensor) -> Tensor:
+    """By distance or time, of a timescale and head: (L, S) or (N, L, S)."""
+    distance = (torch.arange(query.shape[1])[:, None] - torch.arange(key.shape[1])).abs()
+    if getattr(module, "discounts", None) is None:
+        return distance * 0.0
+    rho = module.discounts.rho[row] + module.discounts.start[row]
+    if module.discounts.rate is None:
+        return -F.softplus(rho) * distance
+    rate = module.discounts.rate.weight[row]
+    of_queries = F.softplus(query @ rate + rho).cumsum(-1)
+    of_keys = (F.softplus(key @ rate + rho) * ~padding).cumsum(-1)
+    return -(of_queries[:, :, None] - of_keys[:, None]).abs()
 
 
-def make_inputs(batch: int = N, queries: int = L, keys: int = S, width: int = E) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    shapes = {
-        "query": (batch, queries, width),
-        "key": (batch, keys, width),
-        "value": (batch, keys, width),
-    }
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-def make_masks(kind: str, batch: int, queries: int, keys: int) -> tuple[dict[str, Any], Tensor]:
-    """The arguments of `forward` and the pairs (N, L, S) that they block; no row is blocked altogether."""
-    blocked = torch.zeros(batch, queries, keys, dtype=torch.bool)
-    if kind == "padding":
-        padding = torch.arange(keys) >= keys - torch.arange(batch)[:, None] * 2
-        return {"key_padding_mask": padding}, blocked | padding[:, None, :]
-    if kind == "causal":
-        return {"is_causal": True}, blocked | torch.ones(queries, keys, dtype=torch.bool).triu(1)
-    return {}, blocked
+def plain_force(field: Any, row: int, query: Tensor, key: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """(N, L, S), without G and the query's mass where they cancel."""
+    if field.distance == "cosine":
+        r2 = 1 - F.cosine_similarity(q[:, :, None], k[:, None], dim=-1)
+    else:
+        differences = q[:, :, None] - k[:, None]  # (N, L, S, D)
+        euclidean = field.distance == "euclidean"
+        r2 = differences.square().mean(-1) if euclidean else differences.abs().mean(-1) ** 2
+    softening, power = field.softening, torch.tensor(field.distance_power)
+    if field.log_softening is not None:
+        softening = 1e-6 + (softening - 1e-6) * field.log_softening[row].exp()
+    if field.log_power is not None:
+        power = power * field.log_power[row].exp()
+    of_keys = F.softplus(key @ field.key_mass.weight[row] + field.key_mass.bias[row] + UNIT_MASS)
+    force = of_keys[:, None] / (r2 + softening) ** (power / 2)
+    if field.normalization == "force":
+        return force
+    of_queries = F.softplus(query @ field.query_mass.weight[row] + field.query_mass.bias[row] + UNIT_MASS)
+    return field.log_gravity[row].exp() * of_queries[:, :, None] * force
 
 
 def plain_weights(
-    module: AttentionModule,
-    parameters: Mapping[str, Tensor],
-    q: Tensor,
-    k: Tensor,
-    inputs: Mapping[str, Tensor],
-    t: int,
-    h: int,
-    blocked: Tensor,
+    module: Any, row: int, inputs: tuple[Tensor, Tensor], q: Tensor, k: Tensor, padding: Tensor, causal: bool
 ) -> Tensor:
-    """Attention weights (N, L, S) of timescale t and head h, as the class docstrings write them."""
-    distance = (torch.arange(q.shape[1])[:, None] - torch.arange(k.shape[1])).abs()
-    gamma = torch.ones(())
-    elapsed = torch.zeros(())
-    if "discounts.rho" in parameters:
-        row = t * module.num_heads + h
-        start = module.get_buffer("discounts.start")[row]
-        if "discounts.rate.weight" in parameters:
-            rate = parameters["discounts.rate.weight"][row]
-            rho = parameters["discounts.rho"][row] + start
-            # Rates of blocked keys do not count where a whole column is blocked: padding.
-            padded = blocked.all(1) if blocked.any() and not blocked[0].any() else torch.zeros(())
-            of_keys = (F.softplus(inputs["key"] @ rate + rho) * (1 - padded * 1.0)).cumsum(-1)
-            of_queries = F.softplus(inputs["query"] @ rate + rho).cumsum(-1)
-            elapsed = (of_queries[:, :, None] - of_keys[:, None]).abs()
-        else:
-            gamma = (-F.softplus(parameters["discounts.rho"][row] + start)).exp()
-    of_logits = getattr(getattr(module, "discounts", None), "discount", "weights") == "logits"
-    on_logits, on_weights = (gamma**distance, 0.0) if of_logits else (1.0, distance * gamma.log() - elapsed)
+    """(N, L, S) of row t * H + h: timescale t and head h."""
+    blocked = padding[:, None] | torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).triu(1) & causal
+    log_discount = plain_log_discount(module, row, *inputs, padding)
     if isinstance(module, ConventionalAttention | MultiTimescaleAttention):
-        logits = q @ k.mT / module.head_dim**0.5 * on_logits + on_weights
-        return logits.masked_fill(blocked, -math.inf).softmax(-1)
-    assert isinstance(module, GravitationalAttention | GravitationalMultiTimescaleAttention)
-
-    def mass(role: str, x: Tensor) -> Tensor:
-        row = t * module.num_heads + h
-        weight, bias = parameters[f"field.{role}_mass.weight"], parameters[f"field.{role}_mass.bias"]
-        return F.softplus(x @ weight[row] + bias[row] + math.log(math.e - 1))
-
-    field = module.field
-    softening: Any = field.softening
-    row, power = t * module.num_heads + h, torch.tensor(field.distance_power)
-    if "field.log_power" in parameters:
-        power = power * parameters["field.log_power"][row].exp()
-    if "field.log_softening" in parameters:
-        least = 1e-6
-        softening = least + (softening - least) * parameters["field.log_softening"][row].exp()
-    if field.distance == "cosine":
-        r2 = 1 - F.cosine_similarity(q[:, :, None], k[:, None], dim=-1)
-    elif field.distance == "manhattan":
-        r2 = ((q[:, :, None] - k[:, None]).abs().sum(-1) / module.head_dim) ** 2
+        logits = q @ k.mT / module.head_dim**0.5
     else:
-        r2 = (q[:, :, None] - k[:, None]).square().sum(-1) / module.head_dim  # (N, L, S, D) -> (N, L, S)
-    force = mass("key", inputs["key"])[:, None] / (r2 + softening) ** (power / 2)
-    if field.normalization == "force":
-        force = (force * gamma**distance * (-elapsed).exp()).masked_fill(blocked, 0.0)
-        return force / force.sum(-1, keepdim=True)
-    strength = parameters["field.log_gravity"][t * module.num_heads + h].exp() * mass(
-        "query", inputs["query"]
-    )
-    logits = strength[:, :, None] * force * on_logits + on_weights
+        logits = plain_force(module.field, row, *inputs, q, k)
+        if module.field.normalization == "force":
+            force = (logits * log_discount.exp()).masked_fill(blocked, 0.0)
+            return force / force.sum(-1, keepdim=True)
+    of_logits = getattr(getattr(module, "discounts", None), "discount", "weights") == "logits"
+    logits = logits * log_discount.exp() if of_logits else logits + log_discount
     return logits.masked_fill(blocked, -math.inf).softmax(-1)
 
 
 def plain_attention(
-    module: AttentionModule, parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor], blocked: Tensor
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The output (N, L, E) and the weights (N, T, H, L, S)."""
-    width, timescales = module.embed_dim, module.num_timescales
-    projected = []
-    for name, weight, bias in zip(
-        ("query", "key", "value"),
-        parameters["in_proj_weight"].chunk(3),
-        parameters["in_proj_bias"].chunk(3),
-        strict=True,
-    ):
-        projected.append((inputs[name] @ weight.T + bias).split(module.head_dim, dim=-1))  # by (t, h)
-    reads, weights = [], []
-    for t in range(timescales):
-        for h in range(module.num_heads):
-            index = h + (t * module.num_heads if module.num_projections > 1 else 0)
-            q, k, v = (part[index] for part in projected)
-            weights.append(plain_weights(module, parameters, q, k, inputs, t, h, blocked))
-            reads.append(weights[-1] @ v)
-    read = torch.stack(reads, 1).unflatten(1, (timescales, module.num_heads))  # (N, T, H, L, D)
-    read = read.transpose(2, 3).flatten(3)  # (N, T, L, E)
-    if "decoder.mixing" in parameters:
-        read = torch.einsum("bt,ntle->nble", parameters["decoder.mixing"], read)
-    joined = torch.cat(list(read.unbind(1)), -1)
-    if "decoder.hidden.weight" in parameters:
-        joined = F.gelu(joined @ parameters["decoder.hidden.weight"].T + parameters["decoder.hidden.bias"])
-    assert joined.shape[-1] == module.out_proj.in_features
-    assert width == module.out_proj.out_features
-    output = joined @ parameters["out_proj.weight"].T + parameters["out_proj.bias"]
-    return output, torch.stack(weights, 1).unflatten(1, (timescales, module.num_heads))
+    padding = torch.zeros(key.shape[:2], dtype=torch.bool) if key_padding_mask is None else key_padding_mask
+    of_projections = zip(
+        (query, key, value), module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3), strict=True
+    )
+    projected = [(x @ weight.T + bias).split(module.head_dim, -1) for x, weight, bias in of_projections]
+    maps, reads = [], []
+    for row in range(module.num_timescales * module.num_heads):
+        own = isinstance(module, MultiTimescaleAttention)  # q, k and v of each timescale
+        q, k, v = (part[row if own else row % module.num_heads] for part in projected)
+        maps.append(plain_weights(module, row, (query, key), q, k, padding, is_causal))
+        reads.append(maps[-1] @ v)
+    shape = module.num_timescales, module.num_heads
+    read = torch.stack(reads, 2).unflatten(2, shape).flatten(3)  # (N, L, T, E)
+    if hasattr(module, "decoder") and module.decoder.kind == "laplace":
+        read = torch.einsum("bt,nlte->nlbe", module.decoder.mixing, read)
+    joined = read.flatten(2)
+    if hasattr(module, "decoder") and module.decoder.kind == "mlp":
+        joined = F.gelu(joined @ module.decoder.hidden.weight.T + module.decoder.hidden.bias)
+    output = joined @ module.out_proj.weight.T + module.out_proj.bias
+    return output, torch.stack(maps, 1).unflatten(1, shape)
 
 
-def evaluate(
-    module: AttentionModule,
-    inputs: dict[str, Tensor],
-    need_weights: bool,
-    mask: str,
-    plain: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """Output, weights and every gradient of the module, or of the plain formula in the given dtype."""
-    batch, queries, keys = *inputs["query"].shape[:2], inputs["key"].shape[1]
-    kwargs, blocked = make_masks(mask, batch, queries, keys)
-    leaves = {name: value.to(plain, copy=True).requires_grad_() for name, value in inputs.items()}
-    parameters: dict[str, Tensor] = dict(module.named_parameters())
-    if plain is None:
-        module.zero_grad()
-        output, weights = module(*leaves.values(), need_weights=need_weights, **kwargs)
-    else:
-        parameters = {
-            name: p.detach().to(plain, copy=True).requires_grad_() for name, p in parameters.items()
-        }
-        output, maps = plain_attention(module, parameters, leaves, blocked)
-        weights = maps.mean((1, 2)) if need_weights else None
-    results = {"output": output}
-    if weights is not None:
-        results["weights"] = weights
-    generator = torch.Generator().manual_seed(5)
-    upstream = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in results.values()]
-    torch.autograd.backward(list(results.values()), upstream)
-    found = {name: value.detach() for name, value in results.items()}
-    for name, leaf in (leaves | parameters).items():
-        assert leaf.grad is not None, name
-        found[f"gradient of {name}"] = leaf.grad.clone()
-    if plain is not None:
-        found["attention maps"] = maps.detach()
-    else:
-        found["attention maps"] = module.attention_maps(inputs["query"], inputs["key"], **kwargs).detach()
-    return found
+def plain(module: AttentionModule, dtype: torch.dtype) -> AttentionModule:
+    """A copy of the module that computes the formula instead."""
+    copied = copy.deepcopy(module).to(dtype)
+
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, need_weights: bool, **masks: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        output, maps = plain_attention(copied, query, key, value, **masks)
+        return output, maps.mean((1, 2)) if need_weights else None
+
+    def attention_maps(query: Tensor, key: Tensor, **masks: Any) -> Tensor:
+        return plain_attention(copied, query, key, key, **masks)[1]
+
+    copied.forward, copied.attention_maps = forward, attention_maps  # type: ignore[method-assign, assignment]
+    return copied
 
 
-def check(
-    module: AttentionModule,
-    inputs: dict[str, Tensor],
-    need_weights: bool,
-    mask: str = "none",
-    tolerance: float = 1e-5,
-) -> None:
+def check(module: AttentionModule, inputs: Inputs, need_weights: bool, tolerance: float = 1e-5) -> None:
     """Everything within the tolerance of the plain float64 formula, relative to its norm. A sum that nearly
     cancels, such as the gradient of a single number, may err by a digit more than the plain formula does in
     float32: its distances are of differences, the module's of matrix products."""
-    found = evaluate(module, inputs, need_weights, mask)
-    exact = evaluate(module, inputs, need_weights, mask, torch.float64)
-    single = evaluate(module, inputs, need_weights, mask, torch.float32)
-    assert found.keys() == exact.keys()
-    wrong = {}
-    for name, value in exact.items():
-        error = float((found[name].double() - value).norm() / value.norm())
-        unavoidable = float((single[name].double() - value).norm() / value.norm())
-        if not error < max(tolerance, 10 * unavoidable):
-            wrong[name] = (error, unavoidable)
-    assert wrong == {}
+    single, double = plain(module, torch.float32), plain(module, torch.float64)
+    all_masks: list[dict[str, Any]] = [{}, {"key_padding_mask": inputs.padding}, {"is_causal": True}]
+    for masks in all_masks:
+        found, rounded, exact = (
+            run(version, leaves, need_weights=need_weights, **masks)
+            | {"attention maps": version.attention_maps(leaves[0], leaves[1], **masks).detach()}
+            for version, leaves in (
+                (module, inputs[:3]),
+                (single, inputs[:3]),
+                (double, tuple(x.double() for x in inputs[:3])),
+            )
+        )
+        assert found.keys() == exact.keys()
+        wrong = {}
+        for name, value in exact.items():
+            error = float((found[name].double() - value).norm() / value.norm())
+            unavoidable = float((rounded[name].double() - value).norm() / value.norm())
+            if not error < max(tolerance, 10 * unavoidable):
+                wrong[name] = (error, unavoidable)
+        assert wrong == {}, list(masks)
 
 
-# --- the formulas -----------------------------------------------------------------------------------------
+def both_gravities(*settings: Settings) -> list[tuple[Factory, Settings]]:
+    alone = [(GravitationalAttention, given) for given in settings]
+    return [*alone, *((GravitationalMultiTimescaleAttention, TWO | given) for given in settings)]
 
 
-@pytest.mark.parametrize("mask", MASKS)
-def test_conventional_attention_is_its_formula(mask: str, need_weights: bool) -> None:
-    check(randomised(ConventionalAttention(E, H)), make_inputs(), need_weights, mask)
+FORMULAS: list[tuple[Factory, Settings]] = [
+    (ConventionalAttention, {}),
+    *((MultiTimescaleAttention, THREE | {"decoder": decoder}) for decoder in ("laplace", "linear", "mlp")),
+    (MultiTimescaleAttention, ONE),
+    (MultiTimescaleAttention, {"timescales": "heads"}),
+    (MultiTimescaleAttention, {"timescales": "heads", "adaptive": True}),
+    (MultiTimescaleAttention, TWO | {"adaptive": True}),
+    (MultiTimescaleAttention, TWO | {"discount": "logits"}),
+    (GravitationalMultiTimescaleAttention, TWO | {"discount": "logits"}),
+    (GravitationalMultiTimescaleAttention, ONE | {"decoder": "mlp", **FORCE}),
+    (GravitationalMultiTimescaleAttention, THREE | {"decoder": "linear", "distance_power": 1.0}),
+    (GravitationalMultiTimescaleAttention, THREE | {"decoder": "mlp", "distance_power": 4.0, **FORCE}),
+    *both_gravities({"adaptive": True}, {"adaptive": True, **FORCE}),
+    *both_gravities(
+        *(
+            {"softening": softening, "distance_power": power, **normalization}
+            for normalization in (SOFTMAX, FORCE)
+            for power, softening in ((1.0, 0.01), (2.0, 2.0), (2.0, 0.01), (4.0, 0.01), (4.0, 2.0))
+        )
+    ),
+]
 
 
-@each_normalization
-@each_power
-@pytest.mark.parametrize("softening", [0.01, 2.0])
-def test_gravitational_attention_is_its_formula(
-    normalization: Any, power: float, softening: float, need_weights: bool
+def name_of(part: Any) -> str:
+    return part.__name__ if isinstance(part, type) else str(part)
+
+
+@pytest.mark.parametrize(("module", "settings"), FORMULAS, ids=name_of)
+def test_each_module_is_its_formula(module: Factory, settings: Settings, need_weights: bool) -> None:
+    check(drawn(module, embed_dim=E, num_heads=H, **settings), make_inputs(), need_weights)
+
+
+DISTANCES = [{"distance": distance} for distance in ("cosine", "manhattan")]
+LEARNED = {"learned_power": True, "learned_softening": True, **FORCE, "distance_power": 3.0}
+LAWS = both_gravities(
+    *(distance | normalization for distance in DISTANCES for normalization in (SOFTMAX, FORCE)),
+    *(distance | {"learned_softening": True} for distance in ({}, *DISTANCES)),
+    *(distance | LEARNED for distance in ({}, *DISTANCES)),
+    {"distance_power": 4.0, "distance": "manhattan"},
+    {"distance_power": 4.0, "distance": "cosine", **FORCE},
+    {"learned_power": True, **FORCE},
+)
+
+
+@pytest.mark.parametrize(("module", "settings"), LAWS, ids=name_of)
+def test_other_distances_and_learned_laws_are_their_formulas(
+    module: Factory, settings: Settings, need_weights: bool
 ) -> None:
-    module = randomised(
-        GravitationalAttention(E, H, softening=softening, distance_power=power, normalization=normalization)
-    )
-    for mask in MASKS:
-        check(module, make_inputs(), need_weights, mask)
+    check(drawn(module, embed_dim=E, num_heads=H, **settings), make_inputs(), need_weights, tolerance=3e-5)
 
 
-@pytest.mark.parametrize("timescales", [1, 3])
-@pytest.mark.parametrize("decoder", ["laplace", "linear", "mlp"])
-@pytest.mark.parametrize("mask", MASKS)
-def test_multi_timescale_attention_is_its_formula(
-    timescales: int, decoder: Any, need_weights: bool, mask: str
-) -> None:
-    module = MultiTimescaleAttention(
-        E, H, num_timescales=timescales, gammas=GAMMAS[timescales], decoder=decoder
-    )
-    check(randomised(module), make_inputs(), need_weights, mask)
-
-
-@each_normalization
-@pytest.mark.parametrize("timescales", [1, 3])
-@pytest.mark.parametrize(("power", "decoder"), [(1.0, "laplace"), (2.0, "linear"), (4.0, "mlp")])
-def test_gravitational_multi_timescale_attention_is_its_formula(
-    normalization: Any, power: float, timescales: int, decoder: Any, need_weights: bool
-) -> None:
-    module = GravitationalMultiTimescaleAttention(
-        E,
-        H,
-        num_timescales=timescales,
-        gammas=GAMMAS[timescales],
-        decoder=decoder,
-        softening=0.2,
-        distance_power=power,
-        normalization=normalization,
-    )
-    randomised(module)
-    for mask in MASKS:
-        check(module, make_inputs(), need_weights, mask)
+LONG: list[tuple[Factory, Settings]] = [
+    (ConventionalAttention, {}),
+    (MultiTimescaleAttention, TWO),
+    *both_gravities(SOFTMAX, FORCE),
+]
 
 
 @pytest.mark.usefixtures("each_fused_backend")
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(
-    ("module_class", "kwargs"),
-    [
-        (ConventionalAttention, {}),
-        (GravitationalAttention, {}),
-        (GravitationalAttention, {"normalization": "force"}),
-        (MultiTimescaleAttention, {"num_timescales": 2, "gammas": GAMMAS[2]}),
-        (GravitationalMultiTimescaleAttention, {"num_timescales": 2, "gammas": GAMMAS[2]}),
-        (
-            GravitationalMultiTimescaleAttention,
-            {"num_timescales": 2, "gammas": GAMMAS[2], "normalization": "force"},
-        ),
-    ],
-    ids=["conventional", "gravity", "force", "timescales", "both", "both force"],
-)
-def test_sequences_longer_than_a_tile_follow_the_formula(
-    module_class: Callable[..., AttentionModule], kwargs: dict[str, Any], mask: str
-) -> None:
-    module = randomised(module_class(6, 2, **kwargs))
+@pytest.mark.parametrize(("module", "settings"), LONG, ids=name_of)
+def test_sequences_longer_than_a_tile_follow_the_formula(module: Factory, settings: Settings) -> None:
     # Some of so many pairs are so near that r2 from a matrix product loses a digit against a difference.
-    check(module, make_inputs(1, 260, 290, 6), need_weights=False, mask=mask, tolerance=1e-4)
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(
-    ("module_class", "kwargs"),
-    [
-        (MultiTimescaleAttention, {"timescales": "heads"}),
-        (MultiTimescaleAttention, {"timescales": "heads", "adaptive": True}),
-        (MultiTimescaleAttention, {"num_timescales": 2, "adaptive": True}),
-        (GravitationalAttention, {"adaptive": True}),
-        (GravitationalAttention, {"adaptive": True, "normalization": "force"}),
-        (GravitationalMultiTimescaleAttention, {"num_timescales": 2, "adaptive": True}),
-        (MultiTimescaleAttention, {"num_timescales": 2, "gammas": GAMMAS[2], "discount": "logits"}),
-        (
-            GravitationalMultiTimescaleAttention,
-            {"num_timescales": 2, "gammas": GAMMAS[2], "discount": "logits"},
-        ),
-    ],
-)
-def test_heads_as_timescales_adaptive_ones_and_discounted_logits_are_their_formulas(
-    module_class: Callable[..., AttentionModule], kwargs: dict[str, Any], mask: str, need_weights: bool
-) -> None:
-    check(randomised(module_class(E, H, **kwargs)), make_inputs(), need_weights, mask)
-
-
-@each_normalization
-@pytest.mark.parametrize("distance", ["cosine", "manhattan"])
-def test_other_distances_are_their_formulas(normalization: Any, distance: Any, need_weights: bool) -> None:
-    kwargs = {"normalization": normalization, "distance": distance}
-    for module in (
-        GravitationalAttention(E, H, **kwargs),
-        GravitationalMultiTimescaleAttention(E, H, gammas=GAMMAS[2], distance_power=4.0, **kwargs),
-    ):
-        for mask in MASKS:
-            check(randomised(module), make_inputs(), need_weights, mask, tolerance=3e-5)
-
-
-@pytest.mark.parametrize("distance", ["euclidean", "cosine", "manhattan"])
-@pytest.mark.parametrize(
-    "learned",
-    [
-        {"learned_power": True, "normalization": "force"},
-        {"learned_softening": True},
-        {"learned_power": True, "learned_softening": True, "normalization": "force", "distance_power": 3.0},
-    ],
-)
-def test_learned_powers_and_softening_are_their_formulas(
-    learned: dict[str, Any], distance: Any, need_weights: bool
-) -> None:
-    for module in (
-        GravitationalAttention(E, H, distance=distance, **learned),
-        GravitationalMultiTimescaleAttention(E, H, gammas=GAMMAS[2], distance=distance, **learned),
-    ):
-        for mask in MASKS:
-            check(randomised(module), make_inputs(), need_weights, mask, tolerance=3e-5)
+    inputs = make_inputs(sizes=(2, 260, 290, 6))
+    check(drawn(module, embed_dim=6, num_heads=2, **settings), inputs, need_weights=False, tolerance=1e-4)
 
 
 # --- values by hand ---------------------------------------------------------------------------------------
 
 
-def inverse_softplus(mass: float) -> float:
-    return math.log(math.expm1(mass))
-
-
-def set_mass(layer: nn.Linear, weight: float, bias: float) -> None:
+def plainest(width: int, **settings: Any) -> GravitationalAttention:
+    """One head, softening 1, masses 1; q, k and v are the input itself."""
+    module = GravitationalAttention(width, 1, softening=1.0, **settings)
     with torch.no_grad():
-        layer.weight.zero_()
-        layer.weight[:, 0] = weight
-        layer.bias.fill_(bias - math.log(math.e - 1))
-
-
-def make_identity(module: AttentionModule) -> AttentionModule:
-    """q, k and v (of every timescale) are the input itself, or its heads."""
-    with torch.no_grad():
-        eye = torch.eye(module.embed_dim)
-        module.in_proj_weight.copy_(eye.repeat(3 * module.num_projections, 1))
-        if module.in_proj_bias is not None:
-            module.in_proj_bias.zero_()
+        module.in_proj_weight.copy_(torch.eye(width).repeat(3, 1))
+        for mass in (module.field.key_mass, module.field.query_mass):
+            if mass is not None:
+                mass.weight.zero_()
     return module
 
 
 @pytest.mark.parametrize(
-    ("power", "share"),
-    [(2.0, 5 / 6), (1.0, 5**0.5 / (1 + 5**0.5)), (4.0, 25 / 26)],
+    ("settings", "tokens", "shares"),
+    [
+        ({"distance_power": 2.0}, [[0.0], [2.0]], [5, 1]),  # r2 + softening: 1 and 5
+        ({"distance_power": 1.0}, [[0.0], [2.0]], [5**0.5, 1]),
+        ({"distance_power": 4.0}, [[0.0], [2.0]], [25, 1]),
+        ({"distance": "cosine"}, [[1.0, 0.0], [0.0, 3.0], [-2.0, 0.0]], [6, 3, 2]),  # 1 - cos: 0, 1 and 2
+        # zeros are as far as half of the way
+        ({"distance": "cosine"}, [[1.0, 0.0], [5.0, 0.0], [0.0, 0.0]], [3, 3, 2]),
+        # 4 / D and 2 / D, squared
+        ({"distance": "manhattan"}, [[0.0, 0.0], [1.0, 3.0], [-2.0, 0.0]], [10, 2, 5]),
+    ],
 )
-def test_force_of_two_tokens_two_apart(power: float, share: float) -> None:
-    """Tokens at 0 and 2, softening 1: distances squared and softened are 1 and 5, masses equal."""
-    module = make_identity(
-        GravitationalAttention(1, 1, softening=1.0, distance_power=power, normalization="force")
-    )
-    assert isinstance(module, GravitationalAttention)
-    set_mass(module.field.key_mass, 0.0, 0.0)
-    x = torch.tensor([[0.0], [2.0]])
-    expected = torch.tensor([[share, 1 - share], [1 - share, share]])
-    torch.testing.assert_close(module(x, x, x)[1], expected)
+def test_forces_on_the_first_token_by_hand(
+    settings: Settings, tokens: list[list[float]], shares: list[float]
+) -> None:
+    x = torch.tensor(tokens)
+    weights = plainest(x.shape[1], **settings, **FORCE)(x, x, x)[1]
+    torch.testing.assert_close(weights[0], torch.tensor(shares) / sum(shares))
 
 
 def test_softmax_gravity_of_two_tokens() -> None:
     """G = 2, query mass 3, key mass 0.5, forces 3 / 1 and 3 / 5: their difference is 2.4."""
-    module = make_identity(GravitationalAttention(1, 1, softening=1.0))
-    assert isinstance(module, GravitationalAttention)
-    assert module.field.query_mass is not None
-    assert module.field.log_gravity is not None
-    set_mass(module.field.key_mass, 0.0, inverse_softplus(0.5))
-    set_mass(module.field.query_mass, 0.0, inverse_softplus(3.0))
+    module = plainest(1)
+    masses = ((module.field.key_mass, 0.5), (module.field.query_mass, 3.0))
     with torch.no_grad():
-        module.field.log_gravity.fill_(math.log(2.0))
+        for layer, mass in masses:
+            assert layer is not None
+            layer.bias.fill_(math.log(math.expm1(mass)) - UNIT_MASS)
+        module.get_parameter("field.log_gravity").fill_(math.log(2.0))
     x = torch.tensor([[0.0], [2.0]])
     share = 1 / (1 + math.exp(-2.4))
-    expected = torch.tensor([[share, 1 - share], [1 - share, share]])
-    torch.testing.assert_close(module(x, x, x)[1], expected)
+    torch.testing.assert_close(module(x, x, x)[1], torch.tensor([[share, 1 - share], [1 - share, share]]))
     torch.testing.assert_close(module.learned_scalars()["gravity"], torch.tensor([[2.0]]))
 
 
-@pytest.mark.parametrize(
-    ("distance", "tokens", "shares"),
-    [
-        ("cosine", [[1.0, 0.0], [0.0, 3.0], [-2.0, 0.0]], [6, 3, 2]),  # 1 - cos: 0, 1 and 2
-        ("cosine", [[1.0, 0.0], [5.0, 0.0], [0.0, 0.0]], [3, 3, 2]),  # zeros are as far as half of the way
-        ("manhattan", [[0.0, 0.0], [1.0, 3.0], [-2.0, 0.0]], [10, 2, 5]),  # 4 / D and 2 / D, squared
-    ],
-)
-def test_forces_of_other_distances_by_hand(
-    distance: Any, tokens: list[list[float]], shares: list[float]
-) -> None:
-    """Seen from the first token, softening 1, masses equal."""
-    module = make_identity(
-        GravitationalAttention(2, 1, softening=1.0, normalization="force", distance=distance)
-    )
-    assert isinstance(module, GravitationalAttention)
-    set_mass(module.field.key_mass, 0.0, 0.0)
-    x = torch.tensor(tokens)
-    expected = torch.tensor(shares) / sum(shares)
-    torch.testing.assert_close(module(x, x, x)[1][0], expected)
-
-
 def test_a_learned_power_starts_at_the_head_width_and_a_learned_softening_where_it_is_asked_to() -> None:
-    learned: dict[str, Any] = {"learned_power": True, "learned_softening": True, "normalization": "force"}
-    scalars = GravitationalAttention(E, H, softening=0.3, **learned).learned_scalars()
-    torch.testing.assert_close(scalars["power"], torch.full((1, H), float(E // H)))
-    torch.testing.assert_close(scalars["softening"], torch.full((1, H), 0.3))
-    scalars = GravitationalAttention(E, H, distance_power=3.0, **learned).learned_scalars()
-    torch.testing.assert_close(scalars["power"], torch.full((1, H), 3.0))
+    learned: Settings = {"learned_power": True, "learned_softening": True, **FORCE}
+    for given, power in ((None, E / H), (3.0, 3.0)):
+        scalars = GravitationalAttention(
+            E, H, softening=0.3, distance_power=given, **learned
+        ).learned_scalars()
+        torch.testing.assert_close(scalars["power"], torch.full((1, H), power))
+        torch.testing.assert_close(scalars["softening"], torch.full((1, H), 0.3))
 
 
 def test_a_learned_softening_never_gets_below_the_least() -> None:
@@ -445,35 +290,33 @@ def test_a_learned_softening_never_gets_below_the_least() -> None:
     with torch.no_grad():
         module.get_parameter("field.log_softening").fill_(-1e4)
     torch.testing.assert_close(module.learned_scalars()["softening"], torch.full((1, H), 1e-6))
-    x = make_inputs()["query"]
+    x = make_inputs().query
     x[:, 1] = x[:, 0]
-    output = module(x, x, x, need_weights=False)[0]
-    output.square().sum().backward()
-    assert all(bool(p.grad.isfinite().all()) for p in module.parameters() if p.grad is not None)
+    found = run(module, (x, x, x), need_weights=False)
+    assert all(bool(part.isfinite().all()) for part in found.values())
 
 
 @pytest.mark.usefixtures("each_fused_backend")
-@pytest.mark.parametrize("mechanism", ["dot product", "gravity", "force"])
-def test_equal_scores_leave_gamma_to_the_power_of_the_distance(mechanism: str) -> None:
+@pytest.mark.parametrize(
+    ("factory", "settings"),
+    [
+        (MultiTimescaleAttention, {}),
+        (GravitationalMultiTimescaleAttention, SOFTMAX),
+        (GravitationalMultiTimescaleAttention, FORCE),
+    ],
+    ids=name_of,
+)
+def test_equal_scores_leave_gamma_to_the_power_of_the_distance(factory: Factory, settings: Settings) -> None:
     """gamma 1/2 over 3 tokens: 4 : 2 : 1 seen from the end, 1 : 2 : 1 from the middle."""
-    module: AttentionModule
-    if mechanism == "dot product":
-        module = MultiTimescaleAttention(2, 1, num_timescales=1, gammas=(0.5,))
-    else:
-        normalization: Any = "softmax" if mechanism == "gravity" else "force"
-        module = GravitationalMultiTimescaleAttention(
-            2, 1, num_timescales=1, gammas=(0.5,), normalization=normalization
-        )
-    x = torch.zeros(3, 2)
-    expected = torch.tensor([[4 / 7, 2 / 7, 1 / 7], [1 / 4, 1 / 2, 1 / 4], [1 / 7, 2 / 7, 4 / 7]])
-    torch.testing.assert_close(module(x, x, x)[1], expected)
-    values = torch.tensor([[7.0, 0.0], [0.0, 7.0], [0.0, 0.0]])
+    module = factory(embed_dim=3, num_heads=1, gammas=(0.5,), **settings)
     with torch.no_grad():
-        module.in_proj_weight.zero_()
-        module.in_proj_weight[-2:] = torch.eye(2)
-        module.out_proj.weight.copy_(torch.eye(2))
-    output = module(x, x, values, need_weights=False)[0]
-    torch.testing.assert_close(output, torch.tensor([[4.0, 2.0], [7 / 4, 7 / 2], [1.0, 2.0]]))
+        module.in_proj_weight[-3:] = module.out_proj.weight[:] = torch.eye(3)
+    x, expected = (
+        torch.zeros(3, 3),
+        torch.tensor([[4, 2, 1], [2, 4, 2], [1, 2, 4]]) / torch.tensor([[7], [8], [7]]),
+    )
+    torch.testing.assert_close(module(x, x, x)[1], expected)
+    torch.testing.assert_close(module(x, x, torch.eye(3), need_weights=False)[0], expected)
 
 
 @pytest.mark.parametrize("gammas", [None, (0.6, 0.9, 0.99), (1e-6, 0.5, 1 - 1e-6), (1e-300, 0.1, 0.2)])
@@ -483,73 +326,33 @@ def test_discounts_start_where_they_are_asked_to(gammas: tuple[float, ...] | Non
     torch.testing.assert_close(module.learned_scalars()["gamma"], expected)
 
 
-def test_default_horizons_are_log_spaced_from_ten_to_a_thousand() -> None:
-    assert default_gammas(3) == pytest.approx((0.9, 0.99, 0.999))
-    assert default_gammas(1) == pytest.approx((0.99,))
-    assert default_gammas(2) == pytest.approx((0.9, 0.999))
-    horizons = [1 / (1 - gamma) for gamma in default_gammas(5)]
-    assert horizons == pytest.approx([10, 10**1.5, 100, 10**2.5, 1000])
+@pytest.mark.parametrize(
+    ("count", "horizons"), [(1, [100]), (2, [10, 1000]), (5, [10, 10**1.5, 100, 10**2.5, 1000])]
+)
+def test_default_horizons_are_log_spaced_from_ten_to_a_thousand(count: int, horizons: list[float]) -> None:
+    assert [1 / (1 - gamma) for gamma in default_gammas(count)] == pytest.approx(horizons)
 
 
 def test_masses_and_gravity_start_at_one() -> None:
     module = GravitationalMultiTimescaleAttention(E, H)
     x = torch.zeros(1, 2, E)
-    masses = module.masses(x, x)
-    torch.testing.assert_close(masses["key"], torch.ones(1, 3, H, 2))
-    torch.testing.assert_close(masses["query"], torch.ones(1, 3, H, 2))
+    for mass in module.masses(x, x).values():
+        torch.testing.assert_close(mass, torch.ones(1, 3, H, 2))
     torch.testing.assert_close(module.learned_scalars()["gravity"], torch.ones(3, H))
-
-
-# --- relations --------------------------------------------------------------------------------------------
-
-
-def test_without_discount_one_timescale_is_conventional_attention() -> None:
-    discounted = MultiTimescaleAttention(
-        E, H, num_timescales=1, gammas=(1 - 1e-9,), learn_gammas=False, decoder="linear"
-    )
-    conventional = ConventionalAttention(E, H)
-    state = {name: value for name, value in discounted.state_dict().items() if "proj" in name}
-    conventional.load_state_dict(state)
-    inputs = make_inputs()
-    for found, expected in zip(discounted(**inputs), conventional(**inputs), strict=True):
-        torch.testing.assert_close(found, expected)
-
-
-@each_normalization
-def test_without_discount_one_timescale_is_gravitational_attention(normalization: Any) -> None:
-    both = GravitationalMultiTimescaleAttention(
-        E, H, num_timescales=1, gammas=(1 - 1e-9,), decoder="linear", normalization=normalization
-    )
-    gravity = GravitationalAttention(E, H, normalization=normalization)
-    state = {name: value for name, value in randomised(both).state_dict().items() if "discounts" not in name}
-    with torch.no_grad():
-        both.discounts.rho.fill_(-25.0)
-    gravity.load_state_dict(state)
-    inputs = make_inputs()
-    for found, expected in zip(both(**inputs), gravity(**inputs), strict=True):
-        torch.testing.assert_close(found, expected)
-
-
-def test_only_the_multi_timescale_module_has_projections_per_timescale() -> None:
-    own, shared = MultiTimescaleAttention(E, H), GravitationalMultiTimescaleAttention(E, H)
-    assert own.in_proj_weight.shape == (3 * 3 * E, E)
-    assert shared.in_proj_weight.shape == (3 * E, E)
-    assert shared.field.key_mass.weight.shape == (3 * H, E)
 
 
 @pytest.mark.parametrize("gammas", [(0.9, 0.99, 0.999), (0.6, 0.9, 0.99), (0.3, 0.8), (0.5,)])
 def test_laplace_mixing_solves_the_tikhonov_normal_equations(gammas: tuple[float, ...]) -> None:
-    low, high = min(1 / (1 - g) for g in gammas), max(1 / (1 - g) for g in gammas)
+    low, high = 1 / (1 - gammas[0]), 1 / (1 - gammas[-1])
     count = len(gammas)
     lags = [low * (high / low) ** (b / max(1, count - 1)) for b in range(count)]
     discounts = torch.tensor([[gamma**lag for lag in lags] for gamma in gammas], dtype=torch.float64)
+    identity = torch.eye(count, dtype=torch.float64)
     for alpha in (0.01, 0.1, 1.0):
-        normal = discounts.T @ discounts + alpha**2 * torch.eye(count, dtype=torch.float64)
-        expected = torch.linalg.solve(normal, discounts.T)
+        expected = torch.linalg.solve(discounts.T @ discounts + alpha**2 * identity, discounts.T)
         torch.testing.assert_close(laplace_mixing(gammas, alpha), expected)
-    inverse = laplace_mixing(gammas, 1e-9) @ discounts
-    torch.testing.assert_close(inverse, torch.eye(count, dtype=torch.float64), atol=1e-6, rtol=0)
-    decoder = MultiTimescaleAttention(E, H, num_timescales=count, gammas=gammas).decoder
+    torch.testing.assert_close(laplace_mixing(gammas, 1e-9) @ discounts, identity, atol=1e-6, rtol=0)
     if count > 1:
-        found, start = decoder.mixing.detach(), laplace_mixing(gammas).float()
+        found = MultiTimescaleAttention(E, H, gammas=gammas).decoder.mixing.detach()
+        start = laplace_mixing(gammas).float()
         torch.testing.assert_close(found / found.norm(), start / start.norm())

@@ -1,5 +1,5 @@
 """Autograd's rules hold for every backend: what backward reads is saved by autograd and read once, transforms
-of `torch.func` and higher derivatives work, and what cannot be done is said."""
+of `torch.func` and higher derivatives work, and what cannot be done is said; and a backend is chosen."""
 
 import copy
 import itertools
@@ -9,46 +9,54 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import FACTORIES, E, H, N, assert_same, has_backend, make, make_inputs, relative
-from torch import Tensor, nn
+from attention_cases import (
+    FACTORIES,
+    E,
+    H,
+    N,
+    assert_same,
+    each_module,
+    gradients,
+    has_backend,
+    make,
+    relative,
+)
+from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from attention_kernels import BACKENDS, use_backend
+from attention_engine.attention_scores import DotProduct, Mask
+from attention_kernels import BACKENDS, attend, use_backend
 from attention_module import AttentionModule
 
 ON_CPU = [backend for backend in BACKENDS if backend not in ("auto", "triton")]
 CASES = [(name, backend) for name in FACTORIES for backend in ON_CPU if has_backend(name, backend)]
 each_case = pytest.mark.parametrize(("name", "backend"), CASES)
-each_module = pytest.mark.parametrize("name", list(FACTORIES))
 LENGTH = 40
 
 
-def tokens(batch: int = N) -> Tensor:
-    return torch.randn(batch, LENGTH, E, generator=torch.Generator().manual_seed(1))
+def tokens() -> Tensor:
+    return torch.randn(N, LENGTH, E, generator=torch.Generator().manual_seed(1))
 
 
-def loss(module: nn.Module, x: Tensor, **masks: Any) -> Tensor:
-    output: Tensor = module(x, x, x, need_weights=False, **masks)[0]
-    return output.square().sum()
+def attended(module: AttentionModule, **masks: Any) -> Callable[[Tensor], Tensor]:
+    return lambda y: module(y, y, y, need_weights=False, **masks)[0]
 
 
-def gradients(module: AttentionModule) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-    module.zero_grad()
-    assert found
-    return found
+def loss(module: AttentionModule, x: Tensor, **masks: Any) -> Tensor:
+    return attended(module, **masks)(x).square().sum()
 
 
-def make_masks() -> dict[str, dict[str, Tensor]]:
-    late = torch.arange(LENGTH) >= torch.tensor([LENGTH, LENGTH - 9, 20])[:, None]
+def make_mask(kind: str) -> dict[str, Tensor]:
+    late = torch.arange(LENGTH) >= torch.tensor([[LENGTH], [LENGTH - 9], [20]])
     order = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
-    return {
+    kinds = {
         "padding": {"key_padding_mask": late},
         "pairs": {"attn_mask": order},
         "pairs of heads": {"attn_mask": order.expand(N * H, -1, -1).clone()},
         "float pairs": {"attn_mask": torch.zeros(LENGTH, LENGTH).masked_fill(order, -torch.inf)},
     }
+    return kinds[kind]
 
 
 @each_case
@@ -56,12 +64,12 @@ def make_masks() -> dict[str, dict[str, Tensor]]:
 def test_a_mask_refilled_before_backward_is_an_error_or_changes_nothing(
     name: str, backend: str, kind: str
 ) -> None:
-    module, x, masks = make(name), tokens(), make_masks()[kind]
-    if backend == "native" and kind == "float pairs":
-        with use_backend(backend), pytest.raises(ValueError, match="use 'tiled'"):
-            loss(module, x, **masks)
-        return
+    module, x, masks = make(name), tokens(), make_mask(kind)
     with use_backend(backend):
+        if (backend, kind) == ("native", "float pairs"):
+            with pytest.raises(ValueError, match="use 'tiled'"):
+                loss(module, x, **masks)
+            return
         loss(module, x, **masks).backward()
         expected = gradients(module)
         late = loss(module, x, **masks)
@@ -81,27 +89,27 @@ def test_checkpointing_gives_the_same_gradients(
     name: str, backend: str, reentrant: bool, dropout: float
 ) -> None:
     module, x = make(name, dropout=dropout), tokens().requires_grad_()
-    if backend in ("sdpa", "native") and dropout:
-        with use_backend(backend), pytest.raises(ValueError, match="no dropout"):
-            loss(module, x)
-        return
     found = []
-    for checkpointed in (False, True):
-        torch.manual_seed(4)
-        with use_backend(backend):
+    with use_backend(backend):
+        if backend in ("sdpa", "native") and dropout:
+            with pytest.raises(ValueError, match="no dropout"):
+                loss(module, x)
+            return
+        for checkpointed in (False, True):
+            torch.manual_seed(4)
             if checkpointed:
                 checkpoint(lambda y: loss(module, y), x, use_reentrant=reentrant).backward()
             else:
                 loss(module, x).backward()
-        assert x.grad is not None
-        found.append({"x": x.grad, **gradients(module)})
-        x.grad = None
+            assert x.grad is not None
+            found.append({"x": x.grad, **gradients(module)})
+            x.grad = None
     assert_same(found[1], found[0], 1e-6)
 
 
 @each_case
 def test_saved_tensors_go_through_hooks_and_are_read_once(name: str, backend: str) -> None:
-    module, x, masks = make(name), tokens(), make_masks()["pairs"]
+    module, x, masks = make(name), tokens(), make_mask("pairs")
     numbers, read = itertools.count(), []
 
     def pack(tensor: Tensor) -> tuple[int, Tensor]:
@@ -132,25 +140,19 @@ def per_sample(module: AttentionModule, x: Tensor) -> Tensor:
 
 
 def per_sample_by_a_loop(module: AttentionModule, x: Tensor) -> Tensor:
-    rows = []
-    for y in x:
-        found = torch.autograd.grad(loss(module, y[None]), list(module.parameters()))
-        rows.append(torch.cat([part.flatten() for part in found]))
-    return torch.stack(rows)
+    parameters = list(module.parameters())
+    found = (torch.autograd.grad(loss(module, y[None]), parameters) for y in x)
+    return torch.stack([torch.cat([part.flatten() for part in of_one]) for of_one in found])
 
 
-def attended(module: AttentionModule) -> Callable[[Tensor], Tensor]:
-    return lambda y: module(y, y, y, need_weights=False)[0]
-
-
-def tangent_by_dual_numbers(module: AttentionModule, x: Tensor) -> Tensor:
+def by_dual_numbers(module: AttentionModule, x: Tensor) -> Tensor:
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         tangent: Tensor = torch.autograd.forward_ad.unpack_dual(attended(module)(dual)).tangent
     return tangent
 
 
-def tangent_by_double_backward(module: AttentionModule, x: Tensor) -> Tensor:
+def by_double_backward(module: AttentionModule, x: Tensor) -> Tensor:
     with use_backend("dense"):
         return torch.autograd.functional.jvp(attended(module), x, torch.ones_like(x))[1]
 
@@ -159,22 +161,16 @@ def jacobian(module: AttentionModule, x: Tensor, **kwargs: Any) -> Tensor:
     return torch.autograd.functional.jacobian(attended(module), x[:1, :5], **kwargs)
 
 
-TRANSFORMS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+Function = Callable[[AttentionModule, Tensor], Tensor]
+TRANSFORMS: dict[str, tuple[Function, Function]] = {
     "per-sample gradients": (per_sample, per_sample_by_a_loop),
-    "vmap": (
-        lambda module, x: torch.func.vmap(attended(module))(x[:, None])[:, 0],
-        lambda module, x: attended(module)(x),
-    ),
-    "jacrev": (
-        lambda module, x: torch.func.jacrev(attended(module))(x[:1, :5]),
-        lambda module, x: jacobian(module, x),
-    ),
+    "jacrev": (lambda module, x: torch.func.jacrev(attended(module))(x[:1, :5]), jacobian),
     "vectorised Jacobian": (lambda module, x: jacobian(module, x, vectorize=True), jacobian),
     "jvp": (
         lambda module, x: torch.func.jvp(attended(module), (x,), (torch.ones_like(x),))[1],
-        tangent_by_double_backward,
+        by_double_backward,
     ),
-    "dual numbers": (tangent_by_dual_numbers, tangent_by_double_backward),
+    "dual numbers": (by_dual_numbers, by_double_backward),
 }
 
 
@@ -187,15 +183,10 @@ def test_transforms_of_functions_work_by_themselves(name: str, what: str) -> Non
     assert relative(transformed(module, x), plain(module, x)) < 1e-5
 
 
-@each_case
+@pytest.mark.parametrize(("name", "backend"), [case for case in CASES if case[1] != "dense"])
 def test_a_named_backend_says_that_transforms_are_for_dense(name: str, backend: str) -> None:
-    module, x = make(name), tokens()
-    with use_backend(backend):
-        if backend == "dense":
-            torch.func.vmap(attended(module))(x[:, None])
-        else:
-            with pytest.raises(ValueError, match="use 'dense'"):
-                torch.func.vmap(attended(module))(x[:, None])
+    with use_backend(backend), pytest.raises(ValueError, match="use 'dense'"):
+        torch.func.vmap(attended(make(name)))(tokens()[:, None])
 
 
 def penalty(module: AttentionModule, x: Tensor) -> dict[str, Tensor]:
@@ -206,25 +197,17 @@ def penalty(module: AttentionModule, x: Tensor) -> dict[str, Tensor]:
 
 
 @each_case
-def test_double_backward_is_right_or_refused(name: str, backend: str) -> None:
-    module, x = make(name).double(), tokens().double().requires_grad_()
+def test_double_backward_is_that_of_the_formula_or_refused(name: str, backend: str) -> None:
+    dtype, tolerance = (torch.float32, 1e-4) if backend == "native" else (torch.float64, 1e-9)
+    module, x = make(name).to(dtype), tokens().to(dtype).requires_grad_()
     with use_backend("dense"):
         expected = penalty(module, x)
     with use_backend(backend):
         if backend == "sdpa":  # PyTorch's own kernel
             with pytest.raises(RuntimeError, match="not implemented"):
                 penalty(module, x)
-        elif backend != "native":  # for float32: below
-            assert_same(penalty(module, x), expected, 1e-9)
-
-
-@pytest.mark.parametrize("name", [name for name, backend in CASES if backend == "native"])
-def test_double_backward_of_the_compiled_kernel_is_that_of_the_formula(name: str) -> None:
-    module, x = make(name), tokens().requires_grad_()
-    with use_backend("dense"):
-        expected = penalty(module, x)
-    with use_backend("native"):
-        assert_same(penalty(module, x), expected, 1e-4)
+        else:
+            assert_same(penalty(module, x), expected, tolerance)
 
 
 def test_double_backward_with_dropout_is_refused_in_words() -> None:
@@ -235,9 +218,42 @@ def test_double_backward_with_dropout_is_refused_in_words() -> None:
 
 @each_case
 def test_a_module_can_be_copied_after_it_was_used(name: str, backend: str) -> None:
-    module, inputs = make(name), make_inputs(self_attention=True)
+    module, x = make(name), tokens()
     with use_backend(backend):
-        loss(module, inputs.query).backward()
-        expected = attended(module)(inputs.query)
+        loss(module, x).backward()
+        expected = attended(module)(x)
         for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-            torch.testing.assert_close(attended(other)(inputs.query), expected, rtol=0, atol=0)
+            torch.testing.assert_close(attended(other)(x), expected, rtol=0, atol=0)
+
+
+def test_a_chosen_backend_is_that_of_all_modules_until_its_block_ends() -> None:
+    module, x = make("gravitational"), tokens()
+
+    def refused() -> Any:
+        return pytest.raises(ValueError, match="backend 'sdpa' is for the dot product")
+
+    with refused(), use_backend("sdpa"):
+        attended(module)(x)
+    fastest = attended(module)(x)  # an error has ended the choice
+    with use_backend("sdpa"):
+        with use_backend("dense"):
+            dense = attended(module)(x)
+        with refused():
+            attended(module)(x)
+        with use_backend("auto"):
+            torch.testing.assert_close(attended(module)(x), fastest)
+    torch.testing.assert_close(dense, module(x, x, x)[0], rtol=0, atol=0)  # weights are made by "dense"
+
+
+def test_a_backend_that_is_named_is_taken_whatever_is_chosen() -> None:
+    q = tokens()[:, None, None]
+    score = DotProduct(0.5, log_decay=torch.full((1, 1), -0.1))
+    expected = attend(q, q, q, score, Mask(), backend="dense")[0]
+    with use_backend("sdpa"):
+        found = attend(q, q, q, score, Mask(), backend="dense")[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_an_unknown_backend_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(ValueError, match=r"backend must be one of \('auto', .*got 'denes'"):
+        use_backend("denes").__enter__()

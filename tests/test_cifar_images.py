@@ -75,10 +75,7 @@ def relabelled() -> bytes:
     [
         (changed("data_batch_2.bin", examples("data_batch_2.bin").tobytes()[:-1]), "data_batch_2.bin has"),
         (changed("test_batch.bin", bytes(EXAMPLE * PER_FILE + 1)), "test_batch.bin' has more than 61,460"),
-        (
-            {k: v for k, v in members().items() if "batch_4" not in k},
-            "no cifar-10-batches-bin/data_batch_4.bin",
-        ),
+        ({k: v for k, v in members().items() if "batch_4" not in k}, "no cifar-10-batches-bin/data_batch_4"),
         (changed("data_batch_3.bin", relabelled()), "data_batch_3.bin has the label 10 at its example 7"),
         (members() | {"elsewhere/a.bin": b"a"}, "a path outside cifar-10-batches-bin/"),
         ({"cifar-10-batches-py/data_batch_1": b"\x80\x02."}, "a path outside cifar-10-batches-bin/"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from run_cases import Refused
 from test_imdb import contents, expected_contents, members, small_and_offline, tar_bytes
 
 from data_pipeline import DataSettings, DataUnavailableError, load_task, main
@@ -22,19 +23,17 @@ __all__ = ["small_and_offline"]  # a fixture for every test here
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves `content`, of which `announced` bytes are promised."""
+    """Serves `content`, and promises `missing` bytes more."""
 
-    content: ClassVar[bytes] = b""
-    announced: ClassVar[int | None] = None
-    status: ClassVar[int] = 200
-    asked: ClassVar[int] = 0
+    content: ClassVar[bytes]
+    missing: ClassVar[int]
+    status: ClassVar[int]
+    asked: ClassVar[int]
 
     def do_GET(self) -> None:
         Server.asked += 1
         self.send_response(self.status)
-        self.send_header(
-            "Content-Length", str(len(self.content) if self.announced is None else self.announced)
-        )
+        self.send_header("Content-Length", str(len(self.content) + self.missing))
         self.end_headers()
         self.wfile.write(self.content)
 
@@ -42,66 +41,56 @@ class Server(BaseHTTPRequestHandler):
         pass
 
 
+def serve_at(port: int, sha256: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"http://127.0.0.1:{port}/aclImdb_v1.tar.gz"
+    monkeypatch.setattr(imdb, "OFFICIAL", dataclasses.replace(imdb.OFFICIAL, url=url, sha256=sha256))
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
     content = gzip.compress(tar_bytes(members()), compresslevel=1, mtime=0)
-    Server.content, Server.announced, Server.status, Server.asked = content, None, 200, 0
+    Server.content, Server.missing, Server.status, Server.asked = content, 0, 200, 0
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
-        url = f"http://127.0.0.1:{running.server_port}/aclImdb_v1.tar.gz"
-        served = dataclasses.replace(imdb.OFFICIAL, url=url, sha256=hashlib.sha256(content).hexdigest())
-        monkeypatch.setattr(imdb, "OFFICIAL", served)
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        serve_at(running.server_port, hashlib.sha256(content).hexdigest(), monkeypatch)
+        thread = threading.Thread(target=running.serve_forever, args=[0.01])
         thread.start()
         yield Server
         running.shutdown()
         thread.join()
 
 
-def test_what_is_nowhere_is_downloaded_once(server: type[Server], tmp_path: Path) -> None:
+def test_what_is_nowhere_is_downloaded_once_and_by_the_command_into_its_folder(
+    server: type[Server], tmp_path: Path
+) -> None:
+    cache, target = tmp_path / "cache", tmp_path / "new" / "aclImdb_v1.tar.gz"
     for _ in range(2):
-        reviews = load_reviews(None, tmp_path / "cache")
+        reviews = load_reviews(None, cache)
         assert contents(reviews) == expected_contents() and reviews.official
-    names = sorted(path.name for path in (tmp_path / "cache").iterdir())
-    assert names[0] == "aclImdb_v1.tar.gz" and len(names) == 2
-    (tmp_path / "cache" / "aclImdb_v1.tar.gz").unlink()  # what was read of it is enough
-    assert contents(load_reviews(None, tmp_path / "cache")) == expected_contents()
+        assert len(list(cache.iterdir())) == 2
+    (cache / target.name).unlink()  # what was read of it is enough
+    assert contents(load_reviews(None, cache)) == expected_contents()
     assert server.asked == 1
-
-
-def test_the_command_downloads_into_the_folder_that_it_is_given(server: type[Server], tmp_path: Path) -> None:
-    assert main(["imdb", "--data-dir", str(tmp_path / "new")]) == 0
-    assert (tmp_path / "new" / "aclImdb_v1.tar.gz").read_bytes() == server.content
+    assert main(["imdb", "--data-dir", str(target.parent)]) == 0
+    assert target.read_bytes() == server.content
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("reply", "words"),
     [
-        ("cut", "invalid hash value"),
-        ("wrong bytes", "invalid hash value"),
-        ("HTML", "invalid hash value"),
-        ("empty", "invalid hash value"),
-        ("404", "404"),
-        ("503", "503"),
+        ((b"the first bytes", 100, 200), "invalid hash value"),
+        ((b"<html>Log in to use this network</html>", 0, 200), "invalid hash value"),
+        ((b"", 0, 404), "404"),
     ],
+    ids=["cut", "HTML", "not found"],
 )
 def test_a_download_that_is_not_the_archive_leaves_nothing_and_names_the_command_to_run(
-    fault: str, words: str, server: type[Server], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    reply: tuple[bytes, int, int], words: str, server: type[Server], tmp_path: Path, refused: Refused
 ) -> None:
-    content = server.content
-    server.content = {
-        "cut": content[:100],
-        "wrong bytes": content[:-1] + b"x",
-        "HTML": b"<html>Log in to use this network</html>",
-        "empty": b"",
-    }.get(fault, content)
-    server.announced = len(content) if fault == "cut" else None
-    server.status = int(fault) if fault.isdecimal() else 200
-    assert main(["imdb", "--data-dir", str(tmp_path / "new")]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    server.content, server.missing, server.status = reply
+    said = refused(main, "imdb", "--data-dir", tmp_path / "new")
     target = tmp_path / "new" / "aclImdb_v1.tar.gz"
-    assert (
-        words in error and f"get it by: curl -L --create-dirs --output {target} {imdb.OFFICIAL.url}" in error
-    )
+    assert words in said
+    assert f"get it by: curl -L --create-dirs --output {target} {imdb.OFFICIAL.url}" in said
     assert not (tmp_path / "new").exists()
 
 
@@ -120,18 +109,17 @@ def test_a_server_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(archives, "TIMEOUT", 0.2)
     before = socket.getdefaulttimeout()
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}/aclImdb_v1.tar.gz"
-        monkeypatch.setattr(imdb, "OFFICIAL", dataclasses.replace(imdb.OFFICIAL, url=url))
+        serve_at(silent.getsockname()[1], "0", monkeypatch)
         with pytest.raises(DataUnavailableError, match="timed out"):
             load_reviews(None, tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert socket.getdefaulttimeout() == before
 
 
-def test_a_folder_that_cannot_be_written_is_data_that_are_unavailable(
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_asked(
     server: type[Server], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(DataUnavailableError):
+    with pytest.raises(DataUnavailableError, match="file/cache"):
         load_reviews(None, tmp_path / "file" / "cache")
     assert server.asked == 0

@@ -1,9 +1,5 @@
 """CIFAR-10: read from the binary archive, whole or not at all; grey, with its labels."""
 
-import dataclasses
-import gzip
-import io
-import tarfile
 from functools import partial
 from pathlib import Path
 
@@ -11,23 +7,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from run_cases import Refused
+from test_imdb import Files, small_and_offline, tar_bytes, write_archive
 
 from command_line import InputError
 from data_pipeline import DataSettings, DataUnavailableError, load_task, main
 from tasks import cifar_images
 from tasks.cifar_images import EXAMPLE, FILES, OFFICIAL, PICKLED, TOP, load_images, luma
 
+__all__ = ["small_and_offline"]  # a fixture for every test here
 PER_FILE = 20
-Files = dict[str, bytes]
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A cache of the test's own, and an address that nobody answers at."""
-    nowhere = dataclasses.replace(OFFICIAL, url=f"http://127.0.0.1:9/{OFFICIAL.name}")
-    monkeypatch.setattr(cifar_images, "OFFICIAL", nowhere)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache_home")))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 def examples(name: str) -> NDArray[np.uint8]:
@@ -45,29 +33,26 @@ def members() -> Files:
     return {f"{TOP}/readme.html": b"<html>", **found, f"{TOP}/batches.meta.txt": b"airplane\n"}
 
 
-def write_archive(folder: Path, files: Files, name: str = OFFICIAL.name) -> Path:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for place, content in files.items():
-            info = tarfile.TarInfo(place)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    folder.mkdir(exist_ok=True)
-    path = folder / name
-    path.write_bytes(gzip.compress(out.getvalue(), compresslevel=1, mtime=0))
-    return path
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With a small archive in it."""
+    write_archive(tmp_path, tar_bytes(members()), OFFICIAL.name)
+    return tmp_path
 
 
-def test_pictures_are_read_in_the_order_of_the_files_with_their_labels(tmp_path: Path) -> None:
-    path = write_archive(tmp_path, members())
-    for data_dir in (tmp_path, path):
-        images = load_images(data_dir, tmp_path / "cache", PER_FILE)
-        rows = np.concatenate([examples(name) for name in FILES["train"]])
-        assert len(images.train) == 5 * PER_FILE and len(images.test) == PER_FILE
+def test_pictures_are_read_once_in_the_order_of_the_files_with_their_labels(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.concatenate([examples(name) for name in FILES["train"]])
+    for data_dir in (folder, folder / OFFICIAL.name):  # the second time from the cache
+        images = load_images(data_dir, folder / "cache", PER_FILE)
+        assert (len(images.train), len(images.test)) == (5 * PER_FILE, PER_FILE)
         assert images.train.labels.tolist() == rows[:, 0].tolist()
+        assert images.test.labels.tolist() == examples(FILES["test"][0])[:, 0].tolist()
         red, green, blue = (int(rows[33, 1 + channel * 1024 + 77]) for channel in range(3))
         expected = 0.299 * red + 0.587 * green + 0.114 * blue
         assert abs(int(images.train.example(33)[77]) - expected) <= 0.51
+        monkeypatch.setattr(cifar_images, "read_archive", lambda *_: pytest.fail("read again"))
 
 
 def test_grey_is_the_luma_of_the_colours() -> None:
@@ -75,18 +60,8 @@ def test_grey_is_the_luma_of_the_colours() -> None:
     assert luma(colours[:, :, None])[:, 0].tolist() == [76, 150, 29, 255, 9]
 
 
-def test_the_second_read_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_archive(tmp_path, members())
-    first = load_images(tmp_path, tmp_path / "cache", PER_FILE)
-    monkeypatch.setattr(cifar_images, "read_archive", lambda *_: pytest.fail("read again"))
-    again = load_images(tmp_path, tmp_path / "cache", PER_FILE)
-    np.testing.assert_array_equal(first.train.tokens, again.train.tokens)
-    np.testing.assert_array_equal(first.test.labels, again.test.labels)
-
-
-def changed(place: str, content: bytes | None) -> Files:
-    files = members() | {f"{TOP}/{place}": content or b""}
-    return files if content is not None else {k: v for k, v in files.items() if k != f"{TOP}/{place}"}
+def changed(place: str, content: bytes) -> Files:
+    return members() | {f"{TOP}/{place}": content}
 
 
 def relabelled() -> bytes:
@@ -100,7 +75,7 @@ def relabelled() -> bytes:
     [
         (changed("data_batch_2.bin", examples("data_batch_2.bin").tobytes()[:-1]), "data_batch_2.bin has"),
         (changed("test_batch.bin", bytes(EXAMPLE * PER_FILE + 1)), "test_batch.bin' has more than 61,460"),
-        (changed("data_batch_4.bin", None), "no cifar-10-batches-bin/data_batch_4.bin"),
+        ({k: v for k, v in members().items() if "batch_4" not in k}, "no cifar-10-batches-bin/data_batch_4"),
         (changed("data_batch_3.bin", relabelled()), "data_batch_3.bin has the label 10 at its example 7"),
         (members() | {"elsewhere/a.bin": b"a"}, "a path outside cifar-10-batches-bin/"),
         ({"cifar-10-batches-py/data_batch_1": b"\x80\x02."}, "a path outside cifar-10-batches-bin/"),
@@ -108,7 +83,7 @@ def relabelled() -> bytes:
     ids=["short", "long", "missing", "label", "outside", "pickled content"],
 )
 def test_an_archive_that_is_not_as_published_is_refused(tmp_path: Path, files: Files, words: str) -> None:
-    write_archive(tmp_path, files)
+    write_archive(tmp_path, tar_bytes(files), OFFICIAL.name)
     with pytest.raises(InputError) as caught:
         load_images(tmp_path, tmp_path / "cache", PER_FILE)
     assert words in str(caught.value) and "\n" not in str(caught.value)
@@ -116,33 +91,30 @@ def test_an_archive_that_is_not_as_published_is_refused(tmp_path: Path, files: F
 
 
 def test_the_pickled_form_is_never_read(tmp_path: Path) -> None:
-    pickled = write_archive(tmp_path, {"cifar-10-batches-py/data_batch_1": b"\x80\x02."}, PICKLED)
+    pickled = write_archive(tmp_path, tar_bytes({"cifar-10-batches-py/data_batch_1": b"\x80\x02."}), PICKLED)
     for data_dir in (tmp_path, pickled):
         with pytest.raises(InputError, match="never read: a pickle may run any code"):
             load_images(data_dir, tmp_path / "cache", PER_FILE)
 
 
-def test_an_archive_of_another_size_is_refused(tmp_path: Path, refused: Refused) -> None:
-    write_archive(tmp_path, members())
-    said = refused(main, "stats", "--task", "image", "--data-dir", tmp_path)
+def test_an_archive_of_another_size_is_refused(folder: Path, refused: Refused) -> None:
+    said = refused(main, "stats", "--task", "image", "--data-dir", folder)
     assert "61,460 bytes instead of 30,730,000" in said
 
 
 def test_pictures_that_are_nowhere_are_unavailable_and_other_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataUnavailableError, match=r"CIFAR-10 is not in .*get it by: curl"):
         load_task("image", DataSettings(cache_dir=str(tmp_path / "cache")))
-    with pytest.raises(InputError, match="holds no cifar-10-binary"):
-        load_task("image", DataSettings(data_dir=str(tmp_path)))
-    with pytest.raises(InputError, match="does not exist"):
-        load_task("image", DataSettings(data_dir=str(tmp_path / "none")))
+    for place, words in ((tmp_path, "holds no cifar-10-binary"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(InputError, match=words):
+            load_task("image", DataSettings(data_dir=str(place)))
 
 
 def test_the_task_has_a_stratified_tenth_for_validation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cifar_images, "load_images", partial(load_images, examples_per_file=PER_FILE))
-    write_archive(tmp_path, members())
-    task = load_task("image", DataSettings(data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")))
+    task = load_task("image", DataSettings(data_dir=str(folder), cache_dir=str(folder / "cache")))
     assert [len(split) for split in (task.train, task.val, task.test)] == [90, 10, 20]
     assert np.bincount(task.val.labels).tolist() == [1] * 10
     assert (task.vocab_size, task.num_classes, task.class_names[9]) == (257, 10, "truck")

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,18 +13,22 @@ from tasks import pathfinder
 from tasks.pathfinder import PIXELS, SIDE, cached_splits, draw_pairs, generate_splits, render
 from tasks.random_draws import RandomDraws
 
-SIZES = {"train": 61, "val": 20, "test": 31}
+SIZES, FEW = {"train": 61, "val": 20, "test": 31}, {"train": 9, "val": 3, "test": 4}
 SCALE = 3
 AS_IT_IS, LARGE = (70, 2.25), (128, 5.0)  # what is lit, and the pixels between two that are of one path
 
 Pictures = NDArray[np.uint8]
 
 
+def draws(seed: int) -> RandomDraws:
+    return RandomDraws(seed, "test of pathfinder")
+
+
 @pytest.fixture(scope="module")
 def pictures() -> Pictures:
     """Some hundred pairs: a joined picture, then one that is not."""
-    draws = RandomDraws(4, "test of pathfinder")
-    return np.concatenate([render(*draw_pairs(512, draws)) for _ in range(4)])
+    stream = draws(4)
+    return np.concatenate([render(*draw_pairs(512, stream)) for _ in range(4)])
 
 
 def discs(picture: Pictures) -> list[NDArray[np.int64]]:
@@ -47,22 +52,18 @@ def is_joined(picture: Pictures, drawn_large: Pictures | None = None) -> bool:
     return bool((reached & (np.hypot(*(lit - second).T) <= scale)).any())
 
 
-def test_a_solver_that_sees_the_strokes_large_finds_every_label() -> None:
-    strokes, marked = draw_pairs(512, RandomDraws(8, "test of pathfinder"))
+def test_a_solver_that_sees_the_strokes_large_finds_every_label_and_needs_the_path() -> None:
+    strokes, marked = draw_pairs(512, draws(8))
     both = zip(render(strokes, marked), render(strokes, marked, SCALE), strict=True)
     assert [is_joined(picture, large) for picture, large in both] == [True, False] * (len(strokes) // 2)
+    strokes[::2, [2, 8]] = -1  # the third dash of both long paths
+    assert not any(is_joined(picture) for picture in render(strokes, marked)[::2])
 
 
 def test_a_solver_that_sees_only_the_pixels_finds_nearly_every_label(pictures: Pictures) -> None:
     labels = np.arange(len(pictures)) % 2 == 0
     assert len(pictures) > 400
     assert np.mean([is_joined(picture) for picture in pictures] == labels) > 0.99
-
-
-def test_the_solver_needs_the_path() -> None:
-    strokes, marked = draw_pairs(512, RandomDraws(5, "test of pathfinder"))
-    strokes[::2, [2, 8]] = -1  # the third dash of both long paths
-    assert not any(is_joined(picture) for picture in render(strokes, marked)[::2])
 
 
 def test_dashes_and_discs_alone_are_in_the_picture(pictures: Pictures) -> None:
@@ -73,24 +74,12 @@ def test_dashes_and_discs_alone_are_in_the_picture(pictures: Pictures) -> None:
 
 def statistics(pictures: Pictures) -> NDArray[np.float64]:
     """(n, features) what can be counted without following a path."""
-    found = []
-    for picture in pictures:
-        first, second = (disc.mean(0) for disc in discs(picture))
-        centre = (first + second) / 2
-        inside = picture[8:24, 8:24]
-        found.append(
-            [
-                picture.mean(),
-                (picture > 0).mean(),
-                (picture > 127).mean(),
-                inside.mean(),
-                np.hypot(*(first - second)),
-                np.hypot(*(centre - SIDE / 2)),
-                np.abs(np.diff(picture.astype(float), axis=0)).mean(),
-                np.abs(np.diff(picture.astype(float), axis=1)).mean(),
-            ]
-        )
-    return np.array(found)
+    centres = np.array([[disc.mean(0) for disc in discs(picture)] for picture in pictures])
+    centre, grey = centres.mean(1) - SIDE / 2, pictures.astype(float)
+    found = [grey, grey > 0, grey > 127, grey[:, 8:24, 8:24]]
+    found += [np.abs(np.diff(grey, axis=axis)) for axis in (1, 2)]
+    means = [part.mean((1, 2)) for part in found]
+    return np.stack([*means, np.hypot(*(centres[:, 0] - centres[:, 1]).T), np.hypot(*centre.T)], 1)
 
 
 def test_what_can_be_counted_does_not_tell_the_label(pictures: Pictures) -> None:
@@ -107,50 +96,46 @@ def test_what_can_be_counted_does_not_tell_the_label(pictures: Pictures) -> None
 
 
 def test_the_discs_of_a_pair_are_equally_far_apart_and_not_too_near() -> None:
-    _, marked = draw_pairs(512, RandomDraws(6, "test of pathfinder"))
+    _, marked = draw_pairs(512, draws(6))
     far = np.hypot(*(marked[:, 0] - marked[:, 1]).T) / pathfinder.UNIT
     assert np.abs(far[::2] - far[1::2]).max() < 0.5 and far.min() >= pathfinder.DISCS_APART
     assert far[: len(far) // 2].max() > 15 and far[len(far) // 2 :].max() > 15  # in no order
 
 
-def test_splits_are_balanced_disjoint_and_made_of_whole_pictures() -> None:
+def test_splits_are_balanced_and_disjoint_and_those_of_every_other_machine() -> None:
     splits = generate_splits(SIZES, seed=0)
     for name, size in SIZES.items():
         assert len(splits[name]) == size and (splits[name].lengths == PIXELS).all()
         assert splits[name].labels.sum() == (size + 1) // 2
     rows = [row.tobytes() for split in splits.values() for row in split.tokens.reshape(-1, PIXELS)]
     assert len(set(rows)) == sum(SIZES.values())
+    digest = hashlib.sha256(splits["test"].tokens[: 8 * PIXELS].tobytes()).hexdigest()
+    assert digest[:32] == "80bc8d06872dde73fff3076fa00eea22"
 
 
-def test_more_training_pictures_leave_the_test_set_and_begin_with_the_same_ones() -> None:
-    small, large = (generate_splits(SIZES | {"train": size}, seed=2) for size in (10, 300))
-    np.testing.assert_array_equal(small["test"].tokens, large["test"].tokens)
-    np.testing.assert_array_equal(small["train"].tokens, large["train"].tokens[: 10 * PIXELS])
-    assert not np.array_equal(small["test"].tokens, generate_splits(SIZES, seed=3)["test"].tokens)
-
-
-def test_the_bytes_are_those_of_every_other_machine() -> None:
-    tokens = generate_splits({"train": 2, "val": 2, "test": 8}, seed=0)["test"].tokens
-    assert hashlib.sha256(tokens.tobytes()).hexdigest()[:32] == "80bc8d06872dde73fff3076fa00eea22"
-
-
-def test_pictures_are_made_once_and_a_damaged_cache_is_made_anew(
+def test_pictures_follow_from_the_seed_are_made_once_and_anew_where_the_cache_is_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = cached_splits(tmp_path, SIZES, seed=0)
+    made = Mock(side_effect=generate_splits)
+    monkeypatch.setattr(pathfinder, "generate_splits", made)
+    monkeypatch.setattr(pathfinder, "LAYOUTS_AT_ONCE", 64)
+    first, again = (cached_splits(tmp_path, FEW, seed=0) for _ in range(2))
+    assert made.call_count == 1
     [entry] = tmp_path.iterdir()
-    with monkeypatch.context() as patched:
-        patched.setattr(pathfinder, "generate_splits", lambda *_: pytest.fail("made again"))
-        again = cached_splits(tmp_path, SIZES, seed=0)
     entry.write_bytes(entry.read_bytes()[:-300])
-    anew = cached_splits(tmp_path, SIZES, seed=0)
-    for other in (again, anew):
-        for name in SIZES:
+    for other in (again, cached_splits(tmp_path, FEW, seed=0)):
+        for name in FEW:
             np.testing.assert_array_equal(first[name].tokens, other[name].tokens)
             np.testing.assert_array_equal(first[name].labels, other[name].labels)
+    assert made.call_count == 2
+    more, another = cached_splits(tmp_path, FEW | {"train": 20}, seed=0), cached_splits(tmp_path, FEW, seed=1)
+    np.testing.assert_array_equal(first["test"].tokens, more["test"].tokens)
+    np.testing.assert_array_equal(first["train"].tokens, more["train"].tokens[: 9 * PIXELS])
+    assert not np.array_equal(first["test"].tokens, another["test"].tokens)
 
 
-def test_the_task_has_a_token_for_each_pixel(tmp_path: Path) -> None:
+def test_the_task_has_a_token_for_each_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pathfinder, "LAYOUTS_AT_ONCE", 64)
     settings = DataSettings(cache_dir=str(tmp_path), train_size=12, val_size=4, test_size=6, data_seed=1)
     task = load_task("pathfinder", settings)
     assert [len(split) for split in (task.train, task.val, task.test)] == [12, 4, 6]

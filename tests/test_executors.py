@@ -10,30 +10,12 @@ import filelock
 import pytest
 import torch
 from cell_cases import meanwhile, outcome
-from run_cases import (
-    SMOKE,
-    cells,
-    only,
-    records,
-    resume,
-    run,
-    run_undisturbed,
-    start,
-    states,
-    wait_until,
-)
+from run_cases import SMOKE, cells, only, records, resume, run, run_undisturbed, start, states, wait_until
 
 from command_line import InputError
 from experiment import executors
 from experiment.cells import LEASE, CellJob
-from experiment.executors import (
-    MOST_DEATHS,
-    ParallelExecutor,
-    Resources,
-    cells_on_a_device,
-    connect_to_ray,
-    devices_in_turn,
-)
+from experiment.executors import ParallelExecutor, Resources, cells_on_a_device, devices_in_turn
 from experiment.run_progress import RunProgress
 from experiment.stop_request import StopRequest
 from results_folder import SHARED_BY, Cell, read_json
@@ -156,7 +138,11 @@ def test_a_worker_that_is_killed_is_replaced_and_a_signal_stops_them_all_until_t
 def test_a_cell_in_which_too_many_processes_died_is_failed(whole: Path, tmp_path: Path) -> None:
     cell, root = Cell("listops", "user_models:Sleepy", 0), Path(shutil.copytree(whole, tmp_path / "run"))
     executor = ParallelExecutor(CellJob(root, cell), RunProgress({cell: 2}), StopRequest(), 1)
-    assert [executor.goes_on_after(cell, "Killed") for _ in range(MOST_DEATHS)] == [True, True, False]
+    assert [executor.goes_on_after(cell, "Killed") for _ in range(executors.MOST_DEATHS)] == [
+        True,
+        True,
+        False,
+    ]
     assert states(root) == ["failed", "done"] and executor.gave_up
     assert not (cell.folder(root) / LEASE).exists()
 
@@ -171,23 +157,6 @@ def test_workers_whose_parent_is_killed_stop_after_the_step(tmp_path: Path) -> N
     assert reasons == {"the process that started this one has ended"}
 
 
-@pytest.mark.slow
-def test_fail_fast_and_retry_failed_hold_for_all_workers_together(
-    tmp_path: Path, compared: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    models = ["--models", "user_models:Broken", "user_models:Sleepy", "--seeds", "0", "1"]
-    monkeypatch.setenv("SLEEP", "0.5")
-    root = run(tmp_path, *models, *TWO, "--fail-fast", code=1)
-    assert states(root) in (["failed", state, "pending", "pending"] for state in ("done", "pending"))
-    assert compared == []
-    monkeypatch.delenv("SLEEP")
-    capsys.readouterr()
-    assert resume(root, *TWO, "--retry-failed") == 1
-    assert states(root) == ["failed", "done", "failed", "done"] and compared == [root]
-    tried = capsys.readouterr().out.split("test accuracy  ")[0]
-    assert tried.count("Broken/seed0: failed: RuntimeError: too long for me") == 1  # once, by one of them
-
-
 # Mistakes
 
 
@@ -198,5 +167,5 @@ def test_a_cell_that_no_machine_of_the_cluster_can_run_is_refused(monkeypatch: p
     monkeypatch.setattr("ray.shutdown", lambda: done.append("ended"))
     monkeypatch.setattr(executors, "_largest", lambda kind: 2.0)
     with pytest.raises(InputError, match=r"a cell takes 9999 CPUs, and no machine .* has more than 2"):
-        connect_to_ray(Resources(ray="local", cpus=9999.0))
+        executors.connect_to_ray(Resources(ray="local", cpus=9999.0))
     assert done == ["began", "ended"]

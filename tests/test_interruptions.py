@@ -17,7 +17,6 @@ import pytest
 from cell_cases import outcome
 from run_cases import (
     HERE,
-    ONE_PROCESS,
     cells,
     finish,
     only,
@@ -67,7 +66,7 @@ def kill_and_resume(parent: Path, draws: random.Random, most: int) -> tuple[Path
         assert process.stdout is not None
         assert any("results: " in line for line in process.stdout)
         root = only(parent)
-        argv = [*ONE_PROCESS, "--resume", str(root)]
+        argv = ["--workers", "1", "--resume", str(root)]
         try:
             process.wait(draws.uniform(0.0, 1.2))
         except subprocess.TimeoutExpired:
@@ -102,7 +101,7 @@ def test_runs_killed_at_random_times_go_on_to_the_same_bits(
 
 def test_two_processes_on_one_folder_run_each_cell_once(tmp_path: Path) -> None:
     root = run(tmp_path, *SLEEPY, "--seeds", "0", "1", "2", "--prepare")
-    processes = [start(*ONE_PROCESS, "--resume", str(root), sleep=0.05) for _ in range(2)]
+    processes = [start("--workers", "1", "--resume", str(root), sleep=0.05) for _ in range(2)]
     codes, shown, _ = zip(*map(finish, processes), strict=True)
     assert 0 in codes and set(codes) <= {0, 75}
     trained = re.findall(r"^(\S+/seed\d): epoch 1/2", "".join(shown), re.MULTILINE)

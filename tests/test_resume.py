@@ -17,15 +17,8 @@ from torch import nn
 from experiment.stop_request import StoppedError
 from gravitational_attention import GravitationalAttention
 from results_folder import WriteError, read_json
-from train_and_evaluate import TrainingSettings
-from training.checkpoints import (
-    LAST,
-    PREVIOUS,
-    CheckpointError,
-    _serialized,
-    read_checkpoint,
-    write_checkpoint,
-)
+from training.checkpoints import LAST, PREVIOUS, CheckpointError, read_checkpoint, write_checkpoint
+from training.checkpoints import _serialized as serialized
 from training.training_progress import Progress
 
 MECHANISMS: dict[str, Callable[[], nn.Module]] = {
@@ -79,15 +72,15 @@ def resumed(folder: Path, *arguments: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("when", "name", "number", "epochs"),
+    ("name", "number", "epochs"),
     [
-        ("in validation", "conventional", EPOCH, 0),
-        ("in the second epoch", "gravitational_multi_timescale", EPOCH + 4, 1),
-        ("in the test", "gravitational_multi_timescale", 3 * EPOCH + 2, 3),
+        ("gravitational_multi_timescale", EPOCH, 0),  # in validation
+        ("gravitational_multi_timescale", EPOCH + 4, 1),  # in the second epoch
+        ("conventional", 3 * EPOCH + 2, 3),  # in the test
     ],
 )
 def test_a_stopped_cell_loses_its_epoch_and_resumes_to_the_same_bits(
-    when: str, name: str, number: int, epochs: int, tmp_path: Path, whole: Outcomes
+    name: str, number: int, epochs: int, tmp_path: Path, whole: Outcomes
 ) -> None:
     run_until_stopped(tmp_path, number, MECHANISMS[name])
     assert state_of(tmp_path) == ("interrupted", "enough")
@@ -114,14 +107,14 @@ class Payload:
         return os.mkdir, ("unpickled",)
 
 
-MALICIOUS = _serialized({"rows": Payload()})
+MALICIOUS = serialized({"rows": Payload()})
 
 
 @pytest.mark.parametrize(
     ("contents", "why"),
     [
-        (_serialized({})[:-7], "it has no checksum at its end: it is truncated, or of an earlier version"),
-        (_serialized({"checkpoint_version": 99}), r"another version .*\(format 99, this"),
+        (serialized({})[:-7], "it has no checksum at its end: it is truncated, or of an earlier version"),
+        (serialized({"checkpoint_version": 99}), r"another version .*\(format 99, this"),
         (MALICIOUS, r"no checkpoint of ours \(UnpicklingError"),
     ],
     ids=["cut", "later", "malicious"],
@@ -139,7 +132,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_with_the_reason_and_not_exe
 @pytest.mark.parametrize("flips", [60, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_flipped_bit_anywhere_is_found(flips: int, tmp_path: Path) -> None:
     path, draws = tmp_path / LAST, random.Random(flips)
-    contents = _serialized({"checkpoint_version": 99, "weights": torch.arange(100.0)})
+    contents = serialized({"checkpoint_version": 99, "weights": torch.arange(100.0)})
     for _ in range(flips):
         changed = bytearray(contents)
         changed[draws.randrange(len(changed))] ^= 1 << draws.randrange(8)
@@ -168,24 +161,20 @@ def test_where_checkpoints_are_damaged_the_one_before_or_the_start_is_gone_on_fr
 
 
 @pytest.mark.parametrize(
-    ("before", "attention", "training", "message"),
+    ("before", "after", "rate", "why"),
     [
-        (CONVENTIONAL, CONVENTIONAL, replace(TRAINING, learning_rate=2e-2), "of other settings"),
-        (GRAVITATIONAL, partial(GRAVITATIONAL, softening=0.2), TRAINING, "of other settings"),
-        (CONVENTIONAL, GRAVITATIONAL, TRAINING, "does not fit the model"),
+        (CONVENTIONAL, CONVENTIONAL, 2e-2, "of other settings"),
+        (GRAVITATIONAL, partial(GRAVITATIONAL, softening=0.2), 1e-2, "of other settings"),
+        (CONVENTIONAL, GRAVITATIONAL, 1e-2, "does not fit the model"),
     ],
-    ids=["of training", "of the mechanism", "another model"],
 )
 def test_a_checkpoint_of_other_settings_or_another_model_is_never_resumed_from(
-    before: partial[nn.Module],
-    attention: partial[nn.Module],
-    training: TrainingSettings,
-    message: str,
-    tmp_path: Path,
+    before: partial[nn.Module], after: partial[nn.Module], rate: float, why: str, tmp_path: Path
 ) -> None:
+    training = replace(TRAINING, learning_rate=rate)
     run_until_stopped(tmp_path, EPOCH + 2, before)
-    assert message in resumed(tmp_path, attention, training)[0]
-    resumed(tmp_path / "fresh", attention, training)
+    assert why in resumed(tmp_path, after, training)[0]
+    resumed(tmp_path / "fresh", after, training)
     assert outcome(tmp_path) == outcome(tmp_path / "fresh")
 
 
@@ -221,11 +210,8 @@ def fail_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "replace", failing(Path.replace))
 
 
-@pytest.mark.parametrize(
-    "number",
-    [8, 18, 19, 22, 32],
-    ids=["best weights", "previous checkpoint", "last checkpoint", "metrics", "result"],
-)
+# Of the best weights, the previous checkpoint, the last one, the metrics, the result.
+@pytest.mark.parametrize("number", [8, 18, 19, 22, 32])
 def test_a_write_that_fails_leaves_old_or_new_files_and_the_cell_resumes_to_the_same_bits(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Outcomes
 ) -> None:
@@ -236,12 +222,6 @@ def test_a_write_that_fails_leaves_old_or_new_files_and_the_cell_resumes_to_the_
     assert not [name for name in names if name.startswith(".")]
     assert all(read_checkpoint(tmp_path / name) for name in (LAST, PREVIOUS) if name in names)
     assert "metrics.jsonl" not in names or metrics_of(tmp_path)
+    (tmp_path / f".result.json.{'0' * 16}").write_text("left over by a killed writer, and cleared away")
     resumed(tmp_path)
-    assert outcome(tmp_path) == whole["conventional"]
-
-
-def test_leftovers_of_a_killed_writer_are_cleared_away(tmp_path: Path) -> None:
-    litter = tmp_path / f".result.json.{'0' * 16}"
-    litter.write_text("half")
-    assert run_tiny(tmp_path) == ("done", "")
-    assert not litter.exists()
+    assert outcome(tmp_path) == whole["conventional"] and not list(tmp_path.glob(".*"))

@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +210,10 @@ def test_an_option_of_one_task_that_means_nothing_to_another_may_be_given_again(
 def change(root: Path, place: str, value: Any) -> None:
     """Change what a run's config.json has at a place, as `settings/model/embed_dim`."""
     config, (*path, last) = read_json(root / "config.json"), place.split("/")
-    reduce(dict.__getitem__, path, config)[last] = value
+    part: Any = config
+    for name in path:
+        part = part[name]
+    part[last] = value
     rewrite(root / "config.json", **config)
 
 

@@ -159,8 +159,8 @@ def test_without_a_gpu_the_default_is_quick_and_with_one_full(monkeypatch: pytes
 
 def test_full_is_the_seed_configuration() -> None:
     plan = plan_of("--preset", "full", "--device", "cpu")
-    sizes = {"embed_dim": 128, "num_heads": 4, "num_layers": 2, "feed_forward_dim": 512}
-    rates = {"learning_rate": 1e-4, "weight_decay": 1e-5, "gradient_clip": 1.0}
+    sizes: dict[str, Any] = {"embed_dim": 128, "num_heads": 4, "num_layers": 2, "feed_forward_dim": 512}
+    rates: dict[str, Any] = {"learning_rate": 1e-4, "weight_decay": 1e-5, "gradient_clip": 1.0}
     assert plan.model_settings == ModelSettings(**sizes)
     assert plan.training_settings == TrainingSettings(batch_size=32, max_epochs=20, patience=10, **rates)
     assert (plan.tasks, plan.seeds) == (("imdb", "listops"), (0, 1, 2))
@@ -258,7 +258,7 @@ def test_the_table_at_the_end_shows_each_task_by_its_own_metric() -> None:
     argv = "--preset study --tasks recall hold --models conventional gravitational --seeds 0 1"
     plan = plan_of(*argv.split())
     bits = {"metric": "bits_per_byte", "test_loss_best": 2 * math.log(2), "test_accuracy_best": 0.5}
-    results = {"recall": {"test_accuracy_best": 0.25}, "hold": bits}
+    results: dict[str, dict[str, Any]] = {"recall": {"test_accuracy_best": 0.25}, "hold": bits}
     records = [CellRecord(cell, Path(), "done", result=results[cell.task]) for cell in plan.cells]
     last = plan.cells.index(Cell("hold", "gravitational", 1))
     records[last] = CellRecord(plan.cells[last], Path(), "diverged")

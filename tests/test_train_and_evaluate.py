@@ -292,8 +292,9 @@ def test_losses_that_are_not_finite_end_a_cell_when_three_come_in_a_row(losses: 
     meter = StepMeter(7, 1, Progress(), divergence_steps=3)
     for loss in losses:
         meter.add(torch.tensor([values[loss], 0.0]), 1, 1)
-    ends = pytest.raises(DivergedError, match=rf"is (nan|inf) in epoch 7, step {ends_at}$")
-    with ends if ends_at else contextlib.nullcontext():
+    end = pytest.raises(DivergedError, match=rf"is (nan|inf) in epoch 7, step {ends_at}$")
+    expected: contextlib.AbstractContextManager[Any] = end if ends_at else contextlib.nullcontext()
+    with expected:
         meter.means()
     assert ends_at or meter.steps == len(losses)
 

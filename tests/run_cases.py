@@ -1,15 +1,59 @@
 """Runs at their smallest, and what tests ask of their results folders."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+import run_experiment
 from results_folder import CellRecord, read_results
 
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
-HERE = [*SMOKE, "--workers", "1", "--threads", "1"]  # in this process
+ONE_PROCESS = ["--workers", "1", "--threads", "1"]
+HERE = [*SMOKE, *ONE_PROCESS]  # in this process
 Refused = Callable[..., str]  # what the fixture `refused` is
 PATIENCE = 120.0  # seconds, for what another process does
+# A run without the comparison, whose figures take longer than the cells.
+SCRIPT = (
+    "import sys, run_experiment\n"
+    "run_experiment.analyze_run = lambda root: True\n"
+    "sys.exit(run_experiment.main(sys.argv[1:]))\n"
+)
+
+
+def run(parent: Path, *argv: str, code: int = 0) -> Path:
+    """Run the smoke preset in this process, unless told otherwise, to this exit code; the results folder."""
+    assert run_experiment.main([*HERE, *argv, "--output-dir", str(parent)]) == code
+    return only(parent)
+
+
+def resume(root: Path, *argv: str) -> int:
+    return run_experiment.main([*ONE_PROCESS, "--resume", str(root), *argv])
+
+
+def run_undisturbed(factory: pytest.TempPathFactory, *argv: str) -> Path:
+    """A results folder for the tests of a module, done and not compared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_experiment, "analyze_run", lambda root: True)
+        return run(factory.mktemp("undisturbed"), *argv)
+
+
+def start(*argv: str, sleep: float = 0.0) -> subprocess.Popen[str]:
+    """A process of its own that runs `argv` and compares nothing; `sleep`: of user_models:Sleepy."""
+    paths = f"{Path(run_experiment.__file__).parent}:{Path(__file__).parent}"
+    own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "SLEEP": str(sleep), "PYTHONUNBUFFERED": "1"}
+    command, pipe = [sys.executable, "-c", SCRIPT, *argv], subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | own)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Its exit code, output and errors, when it and all that it started have ended."""
+    out, err = process.communicate(timeout=PATIENCE)
+    return process.returncode, out, err
 
 
 def only(parent: Path) -> Path:
@@ -30,10 +74,8 @@ def cells(root: Path) -> list[Path]:
     return [record.folder for record in records(root)]
 
 
-def wait_for_checkpoint(parent: Path, *seeds: int) -> None:
-    """Until each seed has a cell whose first epoch is over, its checkpoint, which comes last, included."""
+def wait_until(condition: Callable[[], object], what: str) -> None:
     end = time.monotonic() + PATIENCE
-    for seed in seeds:
-        while not list(parent.glob(f"*/*/*/seed{seed}/checkpoint_last.pt")):
-            assert time.monotonic() < end, "no epoch was finished"
-            time.sleep(0.02)
+    while not condition():
+        assert time.monotonic() < end, f"{what}: waited for in vain"
+        time.sleep(0.02)

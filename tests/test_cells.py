@@ -5,8 +5,8 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import filelock
 import pytest
@@ -20,50 +20,41 @@ FAR = "gpu7"
 
 @pytest.fixture(autouse=True)
 def quick_leases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cells, "LEASE_SECONDS", 1.0)
-    monkeypatch.setattr(cells, "HEARTBEAT_SECONDS", 0.05)
-    monkeypatch.setattr(cells, "LOOK_AGAIN_SECONDS", 0.05)
+    for name, seconds in (("LEASE", 1.0), ("HEARTBEAT", 0.05), ("LOOK_AGAIN", 0.05)):
+        monkeypatch.setattr(cells, f"{name}_SECONDS", seconds)
 
 
-def write_lease(folder: Path, pid: int, host: str = FAR, start: int | None = None) -> None:
+def write_lease(folder: Path, pid: int, host: str = FAR) -> None:
     """The lease of a process that renews it no more."""
     lines = ["filelock/2", f"pid={pid}", f"host={host}", "mode=lease", "token=abc"]
-    lines += [f"duration={cells.LEASE_SECONDS!r}", *([f"start={start}"] if start is not None else [])]
-    (folder / LEASE).write_text("".join(f"{line}\n" for line in lines))
+    lines += [f"duration={cells.LEASE_SECONDS!r}", ""]
+    (folder / LEASE).write_text("\n".join(lines))
 
 
-def own_lease(folder: Path) -> dict[str, str]:
-    """What a lease of this process says."""
+def own_host(folder: Path) -> str:
+    """This host, as a lease of this process says it."""
     with leased(folder):
-        return dict(line.split("=", 1) for line in (folder / LEASE).read_text().splitlines()[1:])
+        return (folder / LEASE).read_text().split("host=")[1].split("\n")[0]
+
+
+def refusal(folder: Path) -> LeasedError:
+    with pytest.raises(LeasedError) as refused, leased(folder):
+        pass
+    return refused.value
 
 
 def test_a_lease_that_is_held_is_refused_with_its_holders_host_and_process(tmp_path: Path) -> None:
     with leased(tmp_path) as check:
-        with (
-            pytest.raises(LeasedError, match=rf"process {os.getpid()} on .* works on it") as refused,
-            leased(tmp_path),
-        ):
-            pass
-        assert not refused.value.far
+        refused = refusal(tmp_path)
+        assert f"process {os.getpid()} on {socket.gethostname()}" in str(refused) and not refused.far
         check()
     assert list(tmp_path.iterdir()) == []
 
 
-def dead_process() -> int:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
-
-
-@pytest.mark.parametrize("kind", ["a process that has ended", "a process id used again", "an earlier boot"])
-def test_a_lease_of_a_dead_process_of_this_host_is_taken_over_at_once(kind: str, tmp_path: Path) -> None:
-    own = own_lease(tmp_path)
-    start = int(own["start"])
-    if kind == "a process that has ended":
-        write_lease(tmp_path, dead_process(), own["host"])
-    else:  # this process lives, but is another than the one that wrote the lease
-        write_lease(tmp_path, os.getpid(), own["host"], start - 1 if "id" in kind else start ^ (1 << 70))
+def test_a_lease_of_a_dead_process_of_this_host_is_taken_over_at_once(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as process:
+        pass
+    write_lease(tmp_path, process.pid, own_host(tmp_path))
     started = time.monotonic()
     with leased(tmp_path):
         assert time.monotonic() - started < 0.5
@@ -71,20 +62,18 @@ def test_a_lease_of_a_dead_process_of_this_host_is_taken_over_at_once(kind: str,
 
 def test_another_hosts_lease_is_respected_until_it_was_not_renewed_for_long(tmp_path: Path) -> None:
     write_lease(tmp_path, 11)
-    with pytest.raises(LeasedError, match=f"process 11 on {FAR} works on it") as refused, leased(tmp_path):
-        pass
-    assert refused.value.far
+    refused = refusal(tmp_path)
+    assert f"process 11 on {FAR} works on it" in str(refused) and refused.far
     with leased(tmp_path, wait=5.0):
         assert f"host={socket.gethostname()}" in (tmp_path / LEASE).read_text()
 
 
-@pytest.mark.parametrize("content", ["", "{", "filelock/2\npid=1"])
+@pytest.mark.parametrize("content", ["", "filelock/2\npid=1"])
 def test_a_lease_that_cannot_be_read_is_respected_and_does_not_block_for_ever(
     content: str, tmp_path: Path
 ) -> None:
     (tmp_path / LEASE).write_text(content)
-    with pytest.raises(LeasedError, match="a process that left no name"), leased(tmp_path):
-        pass
+    assert "a process that left no name" in str(refusal(tmp_path))
     if not content:
         os.utime(tmp_path / LEASE, (0, 0))
     with leased(tmp_path, wait=10.0):
@@ -106,21 +95,10 @@ def test_a_process_whose_lease_was_taken_over_finds_out_and_does_not_remove_the_
     assert f"host={FAR}" in (tmp_path / LEASE).read_text()
 
 
-def test_a_lease_is_renewed_while_it_is_held(tmp_path: Path) -> None:
-    with leased(tmp_path):
-        os.utime(tmp_path / LEASE, (0, 0))
-        end = time.monotonic() + 10
-        while (tmp_path / LEASE).stat().st_mtime < 1 and time.monotonic() < end:
-            time.sleep(0.01)
-        assert (tmp_path / LEASE).stat().st_mtime > time.time() - 60
-
-
 def test_a_folder_that_cannot_be_written_is_an_error_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(30, "Read-only file system")
-
+    refuse = Mock(side_effect=OSError(30, "Read-only file system"))
     monkeypatch.setattr(filelock.SoftFileLease, "acquire", refuse)
     with pytest.raises(WriteError, match="Read-only file system"), leased(tmp_path):
         pass
@@ -139,19 +117,17 @@ def test_cells_of_other_machines_are_freed_when_released_or_not_renewed(
         os.utime(alive.folder(tmp_path) / LEASE)
         (released.folder(tmp_path) / LEASE).unlink(missing_ok=True)
 
-    found: Iterator[Cell] = freed(tmp_path, (dead, released, alive), renew)
-    assert list(found) == [released, dead]
+    assert list(freed(tmp_path, (dead, released, alive), renew)) == [released, dead]
 
 
-def compete(folder: Path, rounds: int) -> list[str]:
-    """Take dead processes' leases again and again; what this process got, alone."""
+def compete(places: list[Path]) -> list[str]:
+    """Take dead processes' leases one after the other; what this process got, alone."""
     got = []
-    for number in range(rounds):
-        place = folder / str(number)
+    for place in places:
         try:
             with leased(place):
                 (place / "work").touch(exist_ok=False)
-                got.append(str(number))
+                got.append(place.name)
         except (LeasedError, FileExistsError):
             continue  # another has it, or had finished it before
     return got
@@ -162,11 +138,11 @@ def test_of_many_processes_that_find_a_dead_ones_lease_one_gets_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cells, "LEASE_SECONDS", 30.0)  # none of the living loses its own on a busy machine
-    rounds, host = 20, own_lease(tmp_path)["host"]
-    for number in range(rounds):
-        (tmp_path / str(number)).mkdir()
-        write_lease(tmp_path / str(number), 2**22 + 5, host)
+    host, places = own_host(tmp_path), [tmp_path / str(number) for number in range(20)]
+    for place in places:
+        place.mkdir()
+        write_lease(place, 2**22 + 5, host)
     with multiprocessing.get_context("fork").Pool(4) as pool:
-        got = [name for part in pool.starmap(compete, [(tmp_path, rounds)] * 4) for name in part]
-    assert len(got) == len(set(got)) >= rounds - 3
+        got = [name for part in pool.map(compete, [places] * 4) for name in part]
+    assert len(got) == len(set(got)) >= 17
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["work"] * len(got)

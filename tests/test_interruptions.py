@@ -3,76 +3,38 @@
 The long version, with 20 killed runs: pytest tests/test_interruptions.py -m slow
 """
 
-import json
 import os
 import random
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from cell_cases import outcome
-from run_cases import HERE, only
+from run_cases import (
+    HERE,
+    cells,
+    finish,
+    only,
+    records,
+    resume,
+    run,
+    run_undisturbed,
+    start,
+    states,
+)
 
 import run_experiment
 from experiment.stop_request import StopRequest
-from results_folder import Cell, read_json, read_results
+from results_folder import read_json
 
-REPOSITORY, TESTS = Path(run_experiment.__file__).parent, Path(__file__).parent
-# Without the comparison, whose figures take longer than the run.
-SCRIPT = (
-    "import sys, run_experiment\n"
-    "run_experiment.analyze_run = lambda root: True\n"
-    "sys.exit(run_experiment.main(sys.argv[1:]))\n"
-)
-RUN = [*HERE, "--models", "user_models:Sleepy"]
-CELL = Cell("listops", "user_models:Sleepy", 0)
-
-
-def start(*argv: str, sleep: float = 0.0) -> subprocess.Popen[str]:
-    environment = os.environ | {
-        "PYTHONPATH": f"{REPOSITORY}:{TESTS}",
-        "OMP_NUM_THREADS": "1",
-        "SLEEP": str(sleep),
-        "PYTHONUNBUFFERED": "1",
-    }
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *argv], stdout=pipe, stderr=pipe, text=True, env=environment
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
-
-
-def wait_for(process: subprocess.Popen[str], word: str) -> None:
-    """Read the process's lines until one has the word."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        if word in line:
-            return
-    raise AssertionError(f"the process ended without '{word}'")
-
-
+SLEEPY = ["--models", "user_models:Sleepy"]
+PLAIN = ["--models", "conventional"]
 pytestmark = pytest.mark.usefixtures("compared")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results folder whose only cell ran without interruption, in this process."""
-    parent = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_experiment, "analyze_run", lambda root: True)
-        assert run_experiment.main([*RUN, "--max-epochs", "6", "--output-dir", str(parent)]) == 0
-    return only(parent)
 
 
 # Signals
@@ -93,102 +55,68 @@ def test_two_signals_at_once_are_one_and_a_later_one_is_an_order(monkeypatch: py
     assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
-@pytest.mark.slow
-def test_the_second_signal_ends_the_process_at_once(whole: Path, tmp_path: Path) -> None:
-    process = start(*RUN, "--max-epochs", "6", "--output-dir", str(tmp_path), sleep=2.5)
-    wait_for(process, "smoke: ")
-    time.sleep(0.5)
-    started = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    time.sleep(1.2)
-    process.send_signal(signal.SIGTERM)
-    returned, _, err = finish(process)
-    # Within the step of 2.5 s, or within the first one after the first signal was seen.
-    assert returned in (-signal.SIGTERM, 143) and time.monotonic() - started < 6
-    assert "Traceback" not in err
-    assert run_experiment.main(["--workers", "1", "--resume", str(only(tmp_path))]) == 0
-    assert outcome(CELL.folder(only(tmp_path))) == outcome(CELL.folder(whole))
-
-
 # Killed
 
 
 def kill_and_resume(parent: Path, draws: random.Random, most: int) -> tuple[Path, int]:
     """Kill a run, and each that goes on with it, at random times, until one ends by itself or `most` died."""
-    process = start(*RUN, "--max-epochs", "6", "--output-dir", str(parent), sleep=0.02)
-    kills = 0
-    wait_for(process, "results: ")
-    root = only(parent)
-    while True:
+    argv = [*HERE, *SLEEPY, "--max-epochs", "6", "--output-dir", str(parent)]
+    for kills in range(most):
+        process = start(*argv, sleep=0.02)
+        assert process.stdout is not None
+        assert any("results: " in line for line in process.stdout)
+        root = only(parent)
+        argv = ["--workers", "1", "--resume", str(root)]
         try:
             process.wait(draws.uniform(0.0, 1.2))
         except subprocess.TimeoutExpired:
             process.kill()
-            kills += 1
-        finish(process)
+        code, _, _ = finish(process)
         for path in root.rglob("*.json"):
             assert path.name.startswith(".") or isinstance(read_json(path), dict)
-        if process.returncode != -signal.SIGKILL:
-            assert process.returncode == 0
+        if code != -signal.SIGKILL:
+            assert code == 0
             return root, kills
-        if kills >= most:
-            assert run_experiment.main(["--workers", "1", "--resume", str(root)]) == 0
-            return root, kills
-        process = start("--workers", "1", "--resume", str(root), sleep=0.02)
-        wait_for(process, "results: ")
+    assert resume(root) == 0
+    return root, most
 
 
-def check_killed_runs(runs: int, most: int, whole: Path, tmp_path: Path) -> int:
+@pytest.mark.parametrize(("runs", "most"), [(1, 1), pytest.param(20, 3, marks=pytest.mark.slow)])
+def test_runs_killed_at_random_times_go_on_to_the_same_bits(
+    runs: int, most: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    [whole] = cells(run_undisturbed(tmp_path_factory, *SLEEPY, "--max-epochs", "6"))
     kills = 0
     for number in range(runs):
-        parent = tmp_path / str(number)
-        parent.mkdir()
-        root, killed = kill_and_resume(parent, random.Random(number), most)
+        root, killed = kill_and_resume(tmp_path / str(number), random.Random(number), most)
         kills += killed
-        folder = CELL.folder(root)
-        assert outcome(folder) == outcome(CELL.folder(whole)), number
-        assert read_results(root).cells[0].state == "done"
+        [folder] = cells(root)
+        assert states(root) == ["done"] and outcome(folder) == outcome(whole), number
         assert not [path.name for path in folder.iterdir() if path.name.startswith((".", "lease"))]
-    return kills
-
-
-def test_a_run_killed_at_random_times_goes_on_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
-    assert check_killed_runs(1, 1, whole, tmp_path) >= 1
-
-
-@pytest.mark.slow
-def test_20_of_20_runs_killed_at_random_times_go_on_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
-    kills = check_killed_runs(20, 3, whole, tmp_path)
-    print(f"{kills} kills in 20 runs")
-    assert kills >= 20
+    assert kills >= runs
 
 
 # One folder
 
 
 def test_two_processes_on_one_folder_run_each_cell_once(tmp_path: Path) -> None:
-    seeds = ["0", "1", "2"]
-    assert run_experiment.main([*RUN, "--seeds", *seeds, "--prepare", "--output-dir", str(tmp_path)]) == 0
-    root = only(tmp_path)
+    root = run(tmp_path, *SLEEPY, "--seeds", "0", "1", "2", "--prepare")
     processes = [start("--workers", "1", "--resume", str(root), sleep=0.05) for _ in range(2)]
-    with ThreadPoolExecutor() as pool:
-        ends = list(pool.map(finish, processes))
-    assert [returned for returned, _, _ in ends if returned not in (0, 75)] == []
-    assert 0 in [returned for returned, _, _ in ends]
-    trained = [
-        cell for _, out, _ in ends for cell in re.findall(r"^(\S+/seed\d): epoch 1/2", out, re.MULTILINE)
-    ]
-    assert sorted(trained) == sorted(str(record.cell) for record in read_results(root).cells)
-    assert {record.state for record in read_results(root).cells} == {"done"}
-    assert not list(root.rglob("lease*"))
+    ends = [finish(process) for process in processes]
+    codes = {code for code, _, _ in ends}
+    assert 0 in codes and codes <= {0, 75}
+    trained = re.findall(r"^(\S+/seed\d): epoch 1/2", "".join(out for _, out, _ in ends), re.MULTILINE)
+    assert sorted(trained) == sorted(str(record.cell) for record in records(root))
+    assert states(root) == ["done"] * 3 and not list(root.rglob("lease*"))
 
 
 # Disks
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB."""
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file system of 3 MB, on which a run begins although that is known to be too small."""
+    monkeypatch.setattr(run_experiment, "check_space", lambda *_: None)
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
@@ -198,68 +126,53 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.fixture
-def unchecked_space(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Begin although the disk is known to be too small."""
-    monkeypatch.setattr(run_experiment, "check_space", lambda *_: None)
-
-
-PLAIN = [*HERE, "--models", "conventional"]
-PLAIN_CELL = Cell("listops", "conventional", 0)
-
-
-def only_line(text: str) -> str:
-    [line] = text.splitlines()
+def only_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What stderr has been told, which is one line."""
+    [line] = capsys.readouterr().err.splitlines()
     return line
 
 
-@pytest.mark.usefixtures("unchecked_space")
 @pytest.mark.parametrize("free", [0, 60_000])
 def test_on_a_full_disk_a_run_ends_in_one_line_and_goes_on_when_there_is_room(
     free: int, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_experiment.main([*PLAIN, "--output-dir", str(tmp_path / "whole")]) == 0
-    assert run_experiment.main([*PLAIN, "--prepare", "--output-dir", str(small_disk)]) == 0
-    root = only(small_disk)
+    whole, root = run(tmp_path / "whole", *PLAIN), run(small_disk, *PLAIN, "--prepare")
     before = {path: path.read_bytes() for path in root.rglob("*.json")}
-    room = shutil.disk_usage(small_disk).free
-    (small_disk / "ballast").write_bytes(bytes(max(0, room - free)))
+    ballast, room = small_disk / "ballast", shutil.disk_usage(small_disk).free
+    ballast.write_bytes(bytes(max(0, room - free)))
     capsys.readouterr()
-    assert run_experiment.main(["--workers", "1", "--resume", str(root)]) == 1
-    assert "No space left on device" in only_line(capsys.readouterr().err)
-    for path in root.rglob("*"):
-        if path.suffix == ".json":
-            assert isinstance(json.loads(path.read_text()), dict)
-    assert all((path.read_bytes() == before[path]) or path.name == "status.json" for path in before)
-    (small_disk / "ballast").unlink()
-    assert run_experiment.main(["--workers", "1", "--resume", str(root)]) == 0
-    assert outcome(PLAIN_CELL.folder(root)) == outcome(PLAIN_CELL.folder(only(tmp_path / "whole")))
+    assert resume(root) == 1
+    assert "No space left on device" in only_line(capsys)
+    for path in root.rglob("*.json"):
+        assert isinstance(read_json(path), dict)
+    assert all(path.read_bytes() == before[path] or path.name == "status.json" for path in before)
+    ballast.unlink()
+    assert resume(root) == 0
+    assert outcome(cells(root)[0]) == outcome(cells(whole)[0])
 
 
-@pytest.mark.usefixtures("unchecked_space")
 def test_a_read_only_folder_is_told_in_one_line_and_nothing_is_changed(
     small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_experiment.main([*PLAIN, "--prepare", "--output-dir", str(small_disk)]) == 0
-    root = only(small_disk)
+    root = run(small_disk, *PLAIN, "--prepare")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     capsys.readouterr()
-    assert run_experiment.main(["--workers", "1", "--resume", str(root)]) == 1
-    assert "Read-only file system" in only_line(capsys.readouterr().err)
-    assert read_results(root).cells[0].state == "pending"
-    assert run_experiment.main([*PLAIN, "--output-dir", str(small_disk)]) == 2
-    assert "cannot write to" in only_line(capsys.readouterr().err)
+    assert resume(root) == 1
+    assert "Read-only file system" in only_line(capsys)
+    assert states(root) == ["pending"]
+    run(small_disk, *PLAIN, code=2)
+    assert "cannot write to" in only_line(capsys)
 
 
-@pytest.mark.usefixtures("unchecked_space")
 @pytest.mark.parametrize("what", ["cell", "root"])
 def test_a_folder_that_vanishes_is_told_in_one_line_and_not_made_again(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def vanish(*_: object) -> None:
-        shutil.rmtree(only(tmp_path) if what == "root" else PLAIN_CELL.folder(only(tmp_path)))
+        root = only(tmp_path)
+        shutil.rmtree(root if what == "root" else cells(root)[0])
 
     monkeypatch.setattr("experiment.run_progress.RunProgress.epoch_ended", vanish)
-    assert run_experiment.main([*PLAIN, "--output-dir", str(tmp_path)]) == 1
-    assert "No such file or directory" in only_line(capsys.readouterr().err)
+    assert run_experiment.main([*HERE, *PLAIN, "--output-dir", str(tmp_path)]) == 1
+    assert "No such file or directory" in only_line(capsys)
     assert bool(list(tmp_path.iterdir())) == (what == "cell")

@@ -14,19 +14,11 @@ import torch
 from cell_cases import CONVENTIONAL, TRAINING, attention_of, metrics_of, outcome, run_tiny, state_of
 from torch import nn
 
-import results_folder
 from experiment.stop_request import StoppedError
 from gravitational_attention import GravitationalAttention
-from results_folder import WriteError
-from train_and_evaluate import TrainingSettings
-from training.checkpoints import (
-    LAST,
-    PREVIOUS,
-    CheckpointError,
-    _serialized,
-    read_checkpoint,
-    write_checkpoint,
-)
+from results_folder import WriteError, read_json
+from training.checkpoints import LAST, PREVIOUS, CheckpointError, read_checkpoint, write_checkpoint
+from training.checkpoints import _serialized as serialized
 from training.training_progress import Progress
 
 MECHANISMS: dict[str, Callable[[], nn.Module]] = {
@@ -35,10 +27,11 @@ MECHANISMS: dict[str, Callable[[], nn.Module]] = {
 }
 GRAVITATIONAL = partial(GravitationalAttention, 8, 2)
 EPOCH = 5 + 3  # checks of an epoch: after each step and each batch of its validation
+Outcomes = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """By mechanism, the outcome of a cell that ran without interruption."""
     folders = {name: tmp_path_factory.mktemp(name) for name in MECHANISMS}
     for name, folder in folders.items():
@@ -78,14 +71,16 @@ def resumed(folder: Path, *arguments: Any) -> list[str]:
 # Stopped
 
 
-@pytest.mark.parametrize("name", MECHANISMS)
 @pytest.mark.parametrize(
-    ("number", "epochs"),
-    [(EPOCH, 0), (EPOCH + 4, 1), (3 * EPOCH + 2, 3)],
-    ids=["validation", "second epoch", "test"],
+    ("name", "number", "epochs"),
+    [
+        ("gravitational_multi_timescale", EPOCH, 0),  # in validation
+        ("gravitational_multi_timescale", EPOCH + 4, 1),  # in the second epoch
+        ("conventional", 3 * EPOCH + 2, 3),  # in the test
+    ],
 )
 def test_a_stopped_cell_loses_its_epoch_and_resumes_to_the_same_bits(
-    number: int, epochs: int, name: str, tmp_path: Path, whole: dict[str, dict[str, Any]]
+    name: str, number: int, epochs: int, tmp_path: Path, whole: Outcomes
 ) -> None:
     run_until_stopped(tmp_path, number, MECHANISMS[name])
     assert state_of(tmp_path) == ("interrupted", "enough")
@@ -99,7 +94,7 @@ def test_the_time_and_the_memory_of_earlier_processes_are_counted(tmp_path: Path
     write_checkpoint(tmp_path, saved | {"peak": 2**50, "seconds": 1000.0})
     resumed(tmp_path)
     assert metrics_of(tmp_path)[1]["peak_memory_bytes"] in (2**50, None)
-    assert results_folder.read_json(tmp_path / "result.json")["wall_seconds"] > 1000
+    assert read_json(tmp_path / "result.json")["wall_seconds"] > 1000
 
 
 # Damaged
@@ -112,84 +107,74 @@ class Payload:
         return os.mkdir, ("unpickled",)
 
 
-def flipped(contents: bytes, draws: random.Random) -> bytes:
-    changed = bytearray(contents)
-    changed[draws.randrange(len(changed))] ^= 1 << draws.randrange(8)
-    return bytes(changed)
+MALICIOUS = serialized({"rows": Payload()})
 
 
-DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda _: b"", "it has no checksum at its end: it is truncated, or of an earlier version"),
-    "cut": (lambda whole: whole[:-700], "it has no checksum at its end"),
-    "flipped": (
-        lambda whole: flipped(whole[:-100], random.Random(0)) + whole[-100:],
-        "its checksum is wrong",
-    ),
-    "later": (lambda _: _serialized({"checkpoint_version": 99}), r"another version .*\(format 99, this"),
-    "malicious": (lambda _: _serialized({"rows": Payload()}), r"no checkpoint of ours \(UnpicklingError"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_checkpoint_that_cannot_be_used_is_set_aside_and_the_one_before_it_used_and_that_is_said_once(
-    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, dict[str, Any]]
+@pytest.mark.parametrize(
+    ("contents", "why"),
+    [
+        (serialized({})[:-7], "it has no checksum at its end: it is truncated, or of an earlier version"),
+        (serialized({"checkpoint_version": 99}), r"another version .*\(format 99, this"),
+        (MALICIOUS, r"no checkpoint of ours \(UnpicklingError"),
+    ],
+    ids=["cut", "later", "malicious"],
+)
+def test_a_checkpoint_that_cannot_be_used_is_refused_with_the_reason_and_not_executed(
+    contents: bytes, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where a payload would leave its trace
-    folder = tmp_path / "cell"
-    run_until_stopped(folder, 2 * EPOCH + 2)
-    make, message = DAMAGES[damage]
-    damaged = make((folder / LAST).read_bytes())
-    (folder / LAST).write_bytes(damaged)
-    with pytest.raises(CheckpointError, match=message):
-        read_checkpoint(folder / LAST)
-    said, resumes = resumed(folder)
-    assert "checkpoint_last.pt cannot be used and is set aside as checkpoint_last.pt.set_aside" in said
-    assert resumes == "resumes after epoch 1"
-    assert (folder / f"{LAST}.set_aside").read_bytes() == damaged
-    assert [note for note in resumed(folder) if "set aside" in note] == []
-    assert outcome(folder) == whole["conventional"]
-    assert [path.name for path in tmp_path.iterdir()] == ["cell"]
-
-
-def test_where_no_checkpoint_can_be_used_the_cell_starts_over_to_the_same_bits(
-    tmp_path: Path, whole: dict[str, dict[str, Any]]
-) -> None:
-    run_until_stopped(tmp_path, 2 * EPOCH + 2)
-    for name in (LAST, PREVIOUS):
-        (tmp_path / name).write_bytes(b"PK")
-    assert ["set aside" in note for note in resumed(tmp_path)] == [True, True]
-    assert outcome(tmp_path) == whole["conventional"]
+    (tmp_path / LAST).write_bytes(contents)
+    with pytest.raises(CheckpointError, match=why):
+        read_checkpoint(tmp_path / LAST)
+    assert [path.name for path in tmp_path.iterdir()] == [LAST]
 
 
 @pytest.mark.parametrize("flips", [60, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_flipped_bit_anywhere_is_found(flips: int, tmp_path: Path) -> None:
     path, draws = tmp_path / LAST, random.Random(flips)
-    contents = _serialized({"checkpoint_version": 99, "weights": torch.arange(100.0)})
+    contents = serialized({"checkpoint_version": 99, "weights": torch.arange(100.0)})
     for _ in range(flips):
-        path.write_bytes(flipped(contents, draws))
+        changed = bytearray(contents)
+        changed[draws.randrange(len(changed))] ^= 1 << draws.randrange(8)
+        path.write_bytes(changed)
         with pytest.raises(CheckpointError, match="checksum"):
             read_checkpoint(path)
 
 
+@pytest.mark.parametrize("damaged", [(LAST,), (LAST, PREVIOUS)], ids=len)
+def test_where_checkpoints_are_damaged_the_one_before_or_the_start_is_gone_on_from_to_the_same_bits(
+    damaged: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Outcomes
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "cell"
+    run_until_stopped(folder, 2 * EPOCH + 2)
+    for name in damaged:
+        (folder / name).write_bytes(MALICIOUS)
+    said = resumed(folder)
+    for name, note in zip(damaged, said, strict=False):
+        assert f"{name} cannot be used and is set aside as {name}.set_aside" in note
+        assert (folder / f"{name}.set_aside").read_bytes() == MALICIOUS
+    assert said[len(damaged) :] == ["resumes after epoch 1"][len(damaged) - 1 :]
+    assert [note for note in resumed(folder) if "set aside" in note] == []  # that is said once
+    assert outcome(folder) == whole["conventional"]
+    assert [path.name for path in tmp_path.iterdir()] == ["cell"]
+
+
 @pytest.mark.parametrize(
-    ("before", "attention", "training", "message"),
+    ("before", "after", "rate", "why"),
     [
-        (CONVENTIONAL, CONVENTIONAL, replace(TRAINING, learning_rate=2e-2), "of other settings"),
-        (GRAVITATIONAL, partial(GRAVITATIONAL, softening=0.2), TRAINING, "of other settings"),
-        (CONVENTIONAL, GRAVITATIONAL, TRAINING, "does not fit the model"),
+        (CONVENTIONAL, CONVENTIONAL, 2e-2, "of other settings"),
+        (GRAVITATIONAL, partial(GRAVITATIONAL, softening=0.2), 1e-2, "of other settings"),
+        (CONVENTIONAL, GRAVITATIONAL, 1e-2, "does not fit the model"),
     ],
-    ids=["of training", "of the mechanism", "another model"],
 )
 def test_a_checkpoint_of_other_settings_or_another_model_is_never_resumed_from(
-    before: partial[nn.Module],
-    attention: partial[nn.Module],
-    training: TrainingSettings,
-    message: str,
-    tmp_path: Path,
+    before: partial[nn.Module], after: partial[nn.Module], rate: float, why: str, tmp_path: Path
 ) -> None:
+    training = replace(TRAINING, learning_rate=rate)
     run_until_stopped(tmp_path, EPOCH + 2, before)
-    assert message in resumed(tmp_path, attention, training)[0]
-    resumed(tmp_path / "fresh", attention, training)
+    assert why in resumed(tmp_path, after, training)[0]
+    resumed(tmp_path / "fresh", after, training)
     assert outcome(tmp_path) == outcome(tmp_path / "fresh")
 
 
@@ -199,14 +184,14 @@ def test_a_checkpoint_of_other_settings_or_another_model_is_never_resumed_from(
 def test_a_checkpoint_that_cannot_be_read_back_never_replaces_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_until_stopped(tmp_path, 2 * EPOCH + 2)
-    before = {name: (tmp_path / name).read_bytes() for name in (LAST, PREVIOUS)}
-    state = read_checkpoint(tmp_path / LAST)
+    for epoch in (1, 2):
+        write_checkpoint(tmp_path, {"epoch": epoch})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr("training.checkpoints._serialized", lambda state: b"what a broken disk makes of it")
     with pytest.raises(WriteError, match="cannot be read back"):
-        write_checkpoint(tmp_path, state)
-    assert {name: (tmp_path / name).read_bytes() for name in (LAST, PREVIOUS)} == before
-    assert not list(tmp_path.glob(".*"))
+        write_checkpoint(tmp_path, {"epoch": 3})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert before.keys() == {LAST, PREVIOUS}
 
 
 def fail_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,38 +210,18 @@ def fail_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "replace", failing(Path.replace))
 
 
-def check_broken_write(
-    number: int, folder: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
-) -> bool:
-    """Break the cell's `number`-th such call, look at what is left, resume. Whether there was such a call."""
-    with monkeypatch.context() as patch:
-        fail_at(number, patch)
-        try:
-            broken = run_tiny(folder) != ("done", "")
-        except WriteError as error:
-            broken = "No space left on device" in str(error)
-    names = [path.name for path in folder.iterdir()]
-    assert not [name for name in names if name.startswith(".")]
-    assert all(read_checkpoint(folder / name) for name in (LAST, PREVIOUS) if name in names)
-    assert "metrics.jsonl" not in names or metrics_of(folder)
-    resumed(folder)
-    assert outcome(folder) == whole
-    return broken
-
-
-@pytest.mark.parametrize(
-    "number",
-    [8, 18, 19, 22, 32],
-    ids=["best weights", "previous checkpoint", "last checkpoint", "metrics", "result"],
-)
+# Of the best weights, the previous checkpoint, the last one, the metrics, the result.
+@pytest.mark.parametrize("number", [8, 18, 19, 22, 32])
 def test_a_write_that_fails_leaves_old_or_new_files_and_the_cell_resumes_to_the_same_bits(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, dict[str, Any]]
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Outcomes
 ) -> None:
-    assert check_broken_write(number, tmp_path, monkeypatch, whole["conventional"])
-
-
-def test_leftovers_of_a_killed_writer_are_cleared_away(tmp_path: Path) -> None:
-    litter = tmp_path / f".result.json.{'0' * 16}"
-    litter.write_text("half")
-    assert run_tiny(tmp_path) == ("done", "")
-    assert not litter.exists()
+    with monkeypatch.context() as patch, pytest.raises(WriteError, match="No space left on device"):
+        fail_at(number, patch)
+        run_tiny(tmp_path)
+    names = [path.name for path in tmp_path.iterdir()]
+    assert not [name for name in names if name.startswith(".")]
+    assert all(read_checkpoint(tmp_path / name) for name in (LAST, PREVIOUS) if name in names)
+    assert "metrics.jsonl" not in names or metrics_of(tmp_path)
+    (tmp_path / f".result.json.{'0' * 16}").write_text("left over by a killed writer, and cleared away")
+    resumed(tmp_path)
+    assert outcome(tmp_path) == whole["conventional"] and not list(tmp_path.glob(".*"))

@@ -21,16 +21,17 @@ from cell_cases import (
     attention_of,
     make_task,
     metrics_of,
-    outcome,
     run_tiny,
     state_of,
 )
 from torch import Tensor, nn
 
 import train_and_evaluate as trainer_module
-from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches
+from data_pipeline import Batch, TokenDataset, evaluation_batches
 from experiment.models import MODELS
+from results_folder import read_json
 from train_and_evaluate import (
+    Evaluation,
     ModelSettings,
     Trainer,
     TrainingSettings,
@@ -51,24 +52,10 @@ def make_classifier(
     return TransformerClassifier(attention, VOCABULARY, CLASSES, settings).eval()
 
 
-def train_cell(
-    folder: Path,
-    attention: Callable[[], nn.Module] = CONVENTIONAL,
-    training: TrainingSettings = TRAINING,
-    task: TaskData | None = None,
-) -> dict[str, Any]:
-    """Run a cell that must succeed; its result."""
-    folder.mkdir(exist_ok=True)
-    return train_and_evaluate(attention, task or make_task(), SETTINGS, training, 0, folder, CPU)
-
-
-def scripted_validation(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
-    original = Trainer.validate
-
-    def validate(trainer: Trainer, epoch: int) -> dict[str, Any]:
-        return original(trainer, epoch) | {"val_accuracy": accuracies[epoch - 1]}
-
-    monkeypatch.setattr(Trainer, "validate", validate)
+def train_cell(folder: Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+    """Run a cell, as `run_tiny` does, that must succeed; its result."""
+    assert run_tiny(folder, *arguments, **options) == ("done", "")
+    return read_json(folder / "result.json")
 
 
 class SilentAttention(nn.Module):
@@ -104,8 +91,7 @@ def test_all_models_start_from_the_same_weights_outside_attention_and_equal_shap
     one = make_classifier().state_dict()
     other = make_classifier(attention_of(name)).state_dict()
     shared = [key for key in one if ".attention." not in key]
-    assert len(shared) == 21
-    assert shared == [key for key in other if ".attention." not in key]
+    assert len(shared) == 21 and shared == [key for key in other if ".attention." not in key]
     first_draws = [key for key in other if "in_proj_weight" in key and other[key].shape == one[key].shape]
     assert all(torch.equal(one[key], other[key]) for key in (*shared, *first_draws))
 
@@ -120,20 +106,17 @@ def test_layers_and_seeds_start_from_different_weights() -> None:
     assert not torch.equal(model.embedding.weight, again.embedding.weight)
 
 
-def test_a_random_stream_depends_on_its_purpose_alone() -> None:
+def test_a_random_stream_depends_on_its_purpose_alone_and_leaves_the_callers_numbers_alone() -> None:
     def draw(*purpose: object) -> Tensor:
         with random_stream(CPU, *purpose):
             return torch.rand(4)
 
-    assert torch.equal(draw(0, "dropout", 1), draw(0, "dropout", 1))
-    assert not torch.equal(draw(0, "dropout", 1), draw(0, "dropout", 2))
-    assert not torch.equal(draw(0, "dropout", 1), draw(1, "dropout", 1))
-
-
-def test_the_callers_random_numbers_are_left_alone_also_after_an_error() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
+    assert torch.equal(draw(0, "dropout", 1), draw(0, "dropout", 1))
+    assert not torch.equal(draw(0, "dropout", 1), draw(0, "dropout", 2))
+    assert not torch.equal(draw(0, "dropout", 1), draw(1, "dropout", 1))
     make_classifier()
     with contextlib.suppress(KeyError), random_stream(CPU, "dropout"):
         torch.rand(7)
@@ -145,8 +128,8 @@ def test_models_of_a_seed_see_the_same_batches_and_the_same_dropout(tmp_path: Pa
     train_cell(tmp_path / "a", partial(SilentAttention, 3))
     train_cell(tmp_path / "b", partial(SilentAttention, 1000))
     keys = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
-    runs = [[[row[key] for key in keys] for row in metrics_of(tmp_path / name)] for name in "ab"]
-    assert runs[0] == runs[1]
+    one, other = ([[row[key] for key in keys] for row in metrics_of(tmp_path / name)] for name in "ab")
+    assert one == other
 
 
 # The encoder
@@ -179,7 +162,6 @@ def test_logits_are_the_classifier_of_the_mean_over_true_tokens() -> None:
 
 def test_positions_are_sines_and_cosines_of_the_2017_wavelengths() -> None:
     positions = sinusoidal_positions(4, 6, CPU)
-    assert positions.shape == (4, 6)
     torch.testing.assert_close(positions[0], torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0]))
     expected = torch.tensor([math.sin(3 / 10000 ** (2 / 6)), math.cos(3 / 10000 ** (2 / 6))])
     torch.testing.assert_close(positions[3, 2:4], expected)
@@ -213,84 +195,53 @@ def test_an_evaluation_is_the_mean_over_examples_with_a_ragged_last_batch() -> N
     assert found.accuracy == (logits.argmax(-1) == labels).double().mean().item()
 
 
-def test_a_training_epoch_counts_each_example_once_with_a_ragged_last_batch() -> None:
+def test_a_training_epoch_counts_each_example_once_however_often_its_losses_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     still = TrainingSettings(batch_size=8, learning_rate=1e-30)
     trainer = trainer_of(make_classifier(dropout=0.0), still)
-    row = trainer.train_epoch(1)
-    expected = trainer.evaluate(trainer.model, trainer.task.train)
+    expected, row = trainer.evaluate(trainer.model, trainer.task.train), trainer.train_epoch(1)
     assert row["train_loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert row["train_accuracy"] == pytest.approx(expected.accuracy, abs=1e-12)
     assert (row["train_examples"], row["train_tokens"]) == (37, int(trainer.task.train.lengths.sum()))
-
-
-def test_reading_the_losses_more_often_changes_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    def epoch() -> tuple[float, float]:
-        row = trainer_of().train_epoch(1)
-        return row["train_loss"], row["train_accuracy"]
-
-    seldom = epoch()
     monkeypatch.setattr(training_progress, "READ_EVERY_SECONDS", 0.0)
-    assert epoch() == seldom
-
-
-@pytest.mark.parametrize(("accuracies", "tested"), [([0.5, 0.3, 0.2], 6), ([0.2, 0.3, 0.5], 3)])
-def test_the_test_split_is_read_after_training_once_for_the_best_and_once_for_the_last_weights(
-    accuracies: list[float], tested: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = make_task()
-    read: list[str] = []
-
-    def spy(split: TokenDataset, *args: Any, **options: Any) -> Iterator[Batch]:
-        for batch in evaluation_batches(split, *args, **options):
-            read.append("test" if split is task.test else "val")
-            yield batch
-
-    monkeypatch.setattr(trainer_module, "evaluation_batches", spy)
-    scripted_validation(monkeypatch, accuracies)
-    assert train_cell(tmp_path, task=task)["best_epoch"] == 1 + np.argmax(accuracies)
-    assert read == ["val"] * 3 * 3 + ["test"] * tested
-
-
-def test_the_best_validation_epoch_is_selected_and_the_last_is_recorded_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scripted_validation(monkeypatch, [0.2, 0.6, 0.6, 0.5])
-    task = make_task()
-    training = TrainingSettings(batch_size=8, learning_rate=5e-2, max_epochs=4)
-    result = train_cell(tmp_path, training=training, task=task)
-    assert (result["best_epoch"], result["best_val_accuracy"], result["epochs_run"]) == (2, 0.6, 4)
-    for which, epoch in (("best", 2), ("last", 4)):
-        saved = torch.load(tmp_path / f"checkpoint_{which}.pt", weights_only=True)
-        assert saved["epoch"] == epoch
-        model = make_classifier()
-        model.load_state_dict(saved["model"])
-        expected = trainer_of(model).evaluate(model, task.test)
-        assert result[f"test_loss_{which}"] == pytest.approx(expected.loss, rel=1e-6)
-        assert result[f"test_accuracy_{which}"] == expected.accuracy
+    again = trainer_of(make_classifier(dropout=0.0), still).train_epoch(1)
+    assert (again["train_loss"], again["train_accuracy"]) == (row["train_loss"], row["train_accuracy"])
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "epochs", "early"),
-    [([0.5, 0.4, 0.5, 0.9], 3, True), ([0.1, 0.2, 0.3, 0.4], 4, False), ([0.1, 0.4, 0.3, 0.3], 4, False)],
+    ("accuracies", "best", "epochs"),
+    [([0.2, 0.6, 0.6, 0.5], 2, 4), ([0.5, 0.4, 0.5, 0.9], 1, 3), ([0.1, 0.2, 0.3, 0.4], 4, 4)],
+    ids=["at the end", "early", "last is best"],
 )
-def test_training_stops_after_patience_epochs_without_a_better_accuracy(
-    accuracies: list[float], epochs: int, early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_first_best_epoch_is_selected_patience_waits_for_a_better_one_and_the_test_split_is_read_last(
+    accuracies: list[float], best: int, epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted_validation(monkeypatch, accuracies)
-    result = train_cell(tmp_path, training=TrainingSettings(batch_size=8, max_epochs=4, patience=2))
-    assert (result["epochs_run"], result["stopped_early"]) == (epochs, early)
+    task, validate = make_task(), Trainer.validate
+    read: list[str] = []
 
+    def spy(split: TokenDataset, *args: Any, **options: Any) -> Iterator[Batch]:
+        read.append("test" if split is task.test else "val")
+        return evaluation_batches(split, *args, **options)
 
-# Repeatability
+    def scripted(trainer: Trainer, epoch: int) -> dict[str, Any]:
+        return validate(trainer, epoch) | {"val_accuracy": accuracies[epoch - 1]}
 
-
-def test_two_runs_of_a_seed_are_equal_to_the_bit_and_another_seed_differs(tmp_path: Path) -> None:
-    attention = attention_of("gravitational_multi_timescale")
-    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
-    for folder, seed in ((first, 4), (again, 4), (other, 5)):
-        assert run_tiny(folder, attention, seed=seed) == ("done", "")
-    assert outcome(first) == outcome(again)
-    assert outcome(first)["metrics"] != outcome(other)["metrics"]
+    monkeypatch.setattr(trainer_module, "evaluation_batches", spy)
+    monkeypatch.setattr(Trainer, "validate", scripted)
+    training = TrainingSettings(batch_size=8, learning_rate=5e-2, max_epochs=4, patience=2)
+    result = train_cell(tmp_path, training=training, task=task)
+    # Once for the best and once for the last weights, if these are others.
+    assert read == ["val"] * epochs + ["test"] * (1 if best == epochs else 2)
+    assert (result["best_epoch"], result["best_val_accuracy"]) == (best, accuracies[best - 1])
+    assert (result["epochs_run"], result["stopped_early"]) == (epochs, epochs < 4)
+    for which, epoch in (("best", best), ("last", epochs)):
+        saved = torch.load(tmp_path / f"checkpoint_{which}.pt", weights_only=True)
+        model = make_classifier()
+        model.load_state_dict(saved["model"])
+        expected = trainer_of(model).evaluate(model, task.test)
+        assert saved["epoch"] == epoch and result[f"test_accuracy_{which}"] == expected.accuracy
+        assert result[f"test_loss_{which}"] == pytest.approx(expected.loss, rel=1e-6)
 
 
 # What is recorded
@@ -311,8 +262,7 @@ def test_metrics_and_result_hold_what_a_reader_needs(tmp_path: Path) -> None:
 
 
 def test_the_warm_up_step_is_in_no_rate(tmp_path: Path) -> None:
-    training = TrainingSettings(batch_size=64, max_epochs=2)
-    train_cell(tmp_path, training=training)
+    train_cell(tmp_path, training=TrainingSettings(batch_size=64, max_epochs=2))
     first, second = metrics_of(tmp_path)
     assert (first["train_seconds"], first["tokens_per_second"]) == (None, None)  # one step: only warm-up
     tokens = int(make_task().train.lengths.sum())
@@ -336,49 +286,33 @@ def test_bf16_training_runs_on_the_cpu_when_asked_for(tmp_path: Path) -> None:
 # Failures
 
 
-@pytest.mark.parametrize(
-    ("losses", "ends_at"),
-    [("1n11", None), ("1nn1nn1", None), ("1nnn", 2), ("nn1inn", 4)],
-    ids=["one", "two in a row", "three in a row", "the last three"],
-)
-def test_losses_that_are_not_finite_end_a_cell_when_three_come_in_a_row(
-    losses: str, ends_at: int | None
-) -> None:
+@pytest.mark.parametrize(("losses", "ends_at"), [("1nn1nn1", 0), ("1nnn", 2), ("nn1inn", 4)])
+def test_losses_that_are_not_finite_end_a_cell_when_three_come_in_a_row(losses: str, ends_at: int) -> None:
     values = {"1": 1.0, "n": math.nan, "i": math.inf}
     meter = StepMeter(7, 1, Progress(), divergence_steps=3)
     for loss in losses:
         meter.add(torch.tensor([values[loss], 0.0]), 1, 1)
-    if ends_at is None:
+    end = pytest.raises(DivergedError, match=rf"is (nan|inf) in epoch 7, step {ends_at}$")
+    expected: contextlib.AbstractContextManager[Any] = end if ends_at else contextlib.nullcontext()
+    with expected:
         meter.means()
-        assert meter.steps == len(losses)
-    else:
-        with pytest.raises(DivergedError, match=rf"is (nan|inf) in epoch 7, step {ends_at}$"):
-            meter.means()
+    assert ends_at or meter.steps == len(losses)
 
 
 def test_a_diverged_cell_names_its_step_and_keeps_its_last_finite_checkpoint(tmp_path: Path) -> None:
     # 37 examples in batches of 8: 5 steps an epoch, so the 7th call of a layer is step 2 of epoch 2.
     nan = partial(TroubledAttention, 7, lambda query: query * math.nan)
     assert run_tiny(tmp_path, nan) == ("diverged", "the training loss is nan in epoch 2, step 2")
-    assert len(metrics_of(tmp_path)) == 1
     saved = read_checkpoint(tmp_path / LAST)
-    assert saved["epoch"] == 1
+    assert saved["epoch"] == len(metrics_of(tmp_path)) == 1
     assert all(value.isfinite().all() for value in saved["model"].values())
 
 
 def test_weights_broken_by_the_last_step_are_found_by_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Trainer.train_epoch
-
-    def train_epoch(trainer: Trainer, epoch: int) -> dict[str, Any]:
-        row = original(trainer, epoch)
-        nn.init.constant_(trainer.model.classifier.bias, math.nan)
-        return row
-
-    monkeypatch.setattr(Trainer, "train_epoch", train_epoch)
-    state, reason = run_tiny(tmp_path)
-    assert (state, reason) == ("diverged", "the validation loss is nan after epoch 1")
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: Evaluation(math.nan, 0.0))
+    assert run_tiny(tmp_path) == ("diverged", "the validation loss is nan after epoch 1")
 
 
 @pytest.mark.parametrize(
@@ -388,7 +322,6 @@ def test_weights_broken_by_the_last_step_are_found_by_validation(
         (SystemExit("bye"), "SystemExit: bye"),
         (OSError("no file \udcff.txt " + "x" * 10_000), r"OSError: no file \udcff.txt " + "x" * 400),
     ],
-    ids=["error", "end of the program", "what no file can hold"],
 )
 def test_an_error_ends_its_cell_only_and_is_recorded_until_the_cell_runs_again(
     error: BaseException, reason: str, tmp_path: Path
@@ -397,13 +330,11 @@ def test_an_error_ends_its_cell_only_and_is_recorded_until_the_cell_runs_again(
         raise error
 
     state, found = run_tiny(tmp_path, partial(TroubledAttention, 3, fail))
-    assert state == "failed"
-    assert found.startswith(reason) and len(found) < 1000
-    assert " (test_train_and_evaluate.py:" in found
-    assert state_of(tmp_path) == (state, found)
+    assert found.startswith(reason) and len(found) < 1000 and " (test_train_and_evaluate.py:" in found
+    assert state_of(tmp_path) == (state, found) == ("failed", found)
     assert "Traceback" in (tmp_path / "error.txt").read_text()
     assert not (tmp_path / "result.json").exists()
-    assert run_tiny(tmp_path) == ("done", "")
+    train_cell(tmp_path)
     assert not (tmp_path / "error.txt").exists()
 
 

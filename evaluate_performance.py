@@ -107,7 +107,7 @@ def draw_run(
     if patterns is None:
         return drawn
     names = {record.cell.model: styles[record.cell.model].name}
-    page = explorer_page(title, {record.cell: patterns}, names, {record.cell.task: facts.title})
+    page = explorer_page(title, {record.cell: patterns}, names, {record.cell.task: facts})
     write_text(folder / EXPLORER, page)
     return [*drawn, EXPLORER]
 

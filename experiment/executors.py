@@ -18,6 +18,8 @@ import queue
 import re
 import socket
 import sys
+import threading
+import time
 from collections import Counter
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -41,7 +43,7 @@ from experiment.cells import (
     run_cell,
 )
 from experiment.run_progress import RunProgress
-from experiment.stop_request import StoppedError, StopRequest
+from experiment.stop_request import EXIT_RUN_AGAIN, StoppedError, StopRequest
 from results_folder import Cell, write_status
 
 MOST_DEATHS = 3  # of processes in one cell, which is failed then
@@ -233,18 +235,28 @@ class _Messages(RunProgress):
 
 
 _worker: dict[str, Any] = {}  # of a worker process: what it was begun with
+_busy = threading.Lock()  # held while it runs a cell
 
 
 def _begin_worker(messages: Any, stopped: Any, threads: int, parent: int) -> None:
     keep_streams()
     torch.set_num_threads(threads)
     _worker.update(progress=_Messages(messages), stop=StopRequest(parent=parent, also=stopped.is_set))
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    """End this process when its parent is gone and its cell has stopped: it would wait for another one."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    with _busy:
+        os._exit(EXIT_RUN_AGAIN)
 
 
 def _run_in_worker(job: CellJob) -> Ended:
     stop, progress = _worker["stop"], _worker["progress"]
     try:
-        with stop.signals_heard():
+        with _busy, stop.signals_heard():
             return run_cell(job, progress.of(job.cell), stop.check)
     except StoppedError as error:
         return Ended("interrupted", str(error))

@@ -101,9 +101,7 @@ def render_report(analysis: Analysis, figures: dict[str, list[DrawnFigure]], fol
         "sections": [_section(analysis, task, figures.get(task, [])) for task in analysis.facts],
         "run_tables": run_tables(analysis),
         "no_patterns": _without_patterns(analysis),
-        "explorer": explorer_data(
-            analysis.patterns, analysis.names, {name: task.title for name, task in analysis.facts.items()}
-        ),
+        "explorer": explorer_data(analysis.patterns, analysis.names, analysis.facts),
         "definitions": DEFINITIONS,
         "reproduce": _how_to_reproduce(analysis),
     }

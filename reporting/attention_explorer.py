@@ -1,7 +1,7 @@
 """The explorer of attention: a page on which a reader asks where each token looks, and who looks at it.
 
     page = explorer_page("Gravitational on listops, seed 0", patterns, names, titles)
-    data = explorer_data(patterns, names, titles)       # patterns by cell, names by model, titles by task
+    data = explorer_data(patterns, names, facts)        # patterns by cell, names by model, facts by task
 
 A page that includes templates/explorer.section.html.jinja needs `explorer` in its context: these data. They
 hold one seed of each task, since only models of one seed show the same examples, and as many examples and
@@ -22,6 +22,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from reporting.run_results import TaskFacts
 from reporting.text_tables import single_line
 from results_folder import AttentionPatterns, Cell
 
@@ -34,23 +35,23 @@ LONGEST_SYMBOL = 20
 def explorer_data(
     patterns: Mapping[Cell, AttentionPatterns],
     names: Mapping[str, str],
-    titles: Mapping[str, str],
+    facts: Mapping[str, TaskFacts],
     largest: int = LARGEST,
 ) -> dict[str, Any] | None:
     """`tasks`, as explorer.js.jinja reads them, and what is left_out of each, a line a task; None where there
-    are no patterns. names: by model, in the order shown. titles: by task."""
+    are no patterns. names: by model, in the order shown. facts: by task."""
     tasks = list(dict.fromkeys(cell.task for cell in patterns))
     entries, left_out = [], []
     for task in tasks:
         mine = {cell: one for cell, one in patterns.items() if cell.task == task}
-        entry, lacks = _task(titles[task], mine, names, largest // len(tasks))
+        entry, lacks = _task(facts[task], mine, names, largest // len(tasks))
         entries += [entry] if entry["models"] else []
         left_out += [f"{entry['title']}: {'; '.join(lacks)}"] if lacks else []
     return {"tasks": entries, "left_out": left_out} if tasks else None
 
 
 def _task(
-    title: str, patterns: Mapping[Cell, AttentionPatterns], names: Mapping[str, str], largest: int
+    task: TaskFacts, patterns: Mapping[Cell, AttentionPatterns], names: Mapping[str, str], largest: int
 ) -> tuple[dict[str, Any], list[str]]:
     """What is shown of a task, as much as fits into `largest` letters, and what is not."""
     seed, by_model = _comparable(patterns, names)
@@ -73,7 +74,8 @@ def _task(
         f"{', '.join(model['name'] for model in models[fitting:])} (too large)": fitting < len(models),
     }
     entry = {
-        "title": single_line(title),
+        "title": single_line(task.title),
+        "classes": [single_line(name) or "blank" for name in task.class_names],
         "tokens": tokens,
         "examples": [_example(first, number, tokens) for number in range(examples)],
         "models": models[:fitting],
@@ -154,7 +156,7 @@ def explorer_page(
     title: str,
     patterns: Mapping[Cell, AttentionPatterns],
     names: Mapping[str, str],
-    titles: Mapping[str, str],
+    facts: Mapping[str, TaskFacts],
 ) -> str:
     """The explorer as a page of its own."""
     environment = jinja2.Environment(
@@ -165,5 +167,5 @@ def explorer_page(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    context = {"title": single_line(title), "explorer": explorer_data(patterns, names, titles)}
+    context = {"title": single_line(title), "explorer": explorer_data(patterns, names, facts)}
     return environment.get_template("explorer.html.jinja").render(context)

@@ -48,6 +48,7 @@ class TaskFacts:
     provenance: dict[str, Any]
     metric: Metric = PERCENT
     test_predictions: int | None = None  # one an example, or more where tokens have targets
+    class_names: tuple[str, ...] = ()
 
     @property
     def level(self) -> float | None:
@@ -92,7 +93,7 @@ def task_facts(results: Results, task: str) -> TaskFacts:
     info = results.config.get("task_info")
     facts = info.get(task) if isinstance(info, dict) else None
     facts = facts if isinstance(facts, dict) else {}
-    provenance = facts.get("provenance")
+    provenance, names = facts.get("provenance"), facts.get("class_names")
     try:
         metric = metric_named(facts.get("metric", PERCENT.name))
     except InputError as error:
@@ -107,6 +108,7 @@ def task_facts(results: Results, task: str) -> TaskFacts:
         provenance=provenance if isinstance(provenance, dict) else {},
         metric=metric,
         test_predictions=_count(facts.get("test_predictions")),
+        class_names=tuple(map(str, names)) if isinstance(names, list) else (),
     )
 
 

@@ -13,13 +13,17 @@ from browser import told_by
 from results_fixture import EXAMPLES, LAYERS, TEXT, pattern_arrays
 
 from reporting.attention_explorer import LARGEST, TEMPLATES, explorer_data, explorer_page
+from reporting.run_results import TaskFacts
 from results_folder import AttentionPatterns, Cell
 
 BOTH = "gravitational_multi_timescale"
 NAMES = {"conventional": "Conventional", BOTH: "Both <b>", "gravitational": "Gravity"}
 HEADS, TOKENS = 4, 40
 HOSTILE = "</script><img src=x onerror=alert(1)>"
-TITLES = {"listops": f"ListOps {HOSTILE}", "recall": "Recall"}
+FACTS = {
+    name: TaskFacts(name, title, None, None, None, None, {}, class_names=("min", HOSTILE))
+    for name, title in (("listops", f"ListOps {HOSTILE}"), ("recall", "Recall"))
+}
 
 
 def arrays_of(model: str, number: int = 0) -> dict[str, np.ndarray]:
@@ -35,7 +39,7 @@ def patterns_of(*cells: tuple[str, str, int], **changes: np.ndarray) -> dict[Cel
 
 
 def data_of(patterns: dict[Cell, AttentionPatterns], largest: int = LARGEST) -> dict[str, Any]:
-    data = explorer_data(patterns, NAMES, TITLES, largest)
+    data = explorer_data(patterns, NAMES, FACTS, largest)
     assert data is not None
     return data
 
@@ -100,14 +104,14 @@ def test_what_does_not_fit_is_left_out_from_examples_over_tokens_to_models_and_s
 
 
 def test_tasks_share_the_room() -> None:
-    tasks = data_of(patterns_of(*((task, "conventional", 0) for task in TITLES)), 42_000)["tasks"]
+    tasks = data_of(patterns_of(*((task, "conventional", 0) for task in FACTS)), 42_000)["tasks"]
     assert [len(task["examples"]) for task in tasks] == [2, 2]
     assert len(json.dumps(tasks)) < 50_000
 
 
 def test_without_patterns_there_is_nothing_to_explore() -> None:
-    assert explorer_data({}, NAMES, TITLES) is None
-    assert "attention-explorer" not in explorer_page("Nothing", {}, NAMES, TITLES)
+    assert explorer_data({}, NAMES, FACTS) is None
+    assert "attention-explorer" not in explorer_page("Nothing", {}, NAMES, FACTS)
 
 
 CELLS = tuple(("listops", model, 0) for model in ("conventional", BOTH))
@@ -179,14 +183,14 @@ def hostile_patterns() -> dict[Cell, AttentionPatterns]:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    page = explorer_page(f"One run {HOSTILE}", hostile_patterns(), NAMES, TITLES)
+    page = explorer_page(f"One run {HOSTILE}", hostile_patterns(), NAMES, FACTS)
     return told_by(page, ACT, tmp_path_factory.mktemp("explorer"))
 
 
 def test_nothing_goes_wrong_hostile_texts_stay_texts_and_a_phone_has_room(told: dict[str, Any]) -> None:
     assert (told["errors"], told["images"]) == ([], 0)
     assert told["needed"] <= told["width"] == 400
-    page = explorer_page(f"One run {HOSTILE}", hostile_patterns(), NAMES, TITLES)
+    page = explorer_page(f"One run {HOSTILE}", hostile_patterns(), NAMES, FACTS)
     assert "<img" not in page and page.count("</script>") == 2
 
 
@@ -219,7 +223,7 @@ def test_choices_say_what_is_shown_and_timescales_how_far_they_reach(told: dict[
     assert start["facts"][1].startswith("Layer 2 of 2, mean of 4 heads, mean of 3 timescales. ")
     assert seen["facts"][0].startswith("Layer 1 of 2, head 3 of 4. ")
     assert seen["facts"][1].startswith("Layer 1 of 2, head 3 of 4, timescale 2 of 3. ")
-    assert seen["facts"][1].endswith("Its answer: class 0, wrong: it is class 1.")
+    assert seen["facts"][1].endswith(f"Its answer: min, wrong: it is {HOSTILE}.")
     strips = [f"head {number}" for number in (1, 2, 3, 4)] + [f"timescale {number}" for number in (1, 2, 3)]
     for name, text in zip(strips, seen["strips"], strict=True):
         assert re.fullmatch(rf"{name}: \d+ \([\d.]+\)", text)
@@ -250,7 +254,8 @@ def test_two_models_stand_side_by_side_or_one_alone(told: dict[str, Any]) -> Non
 def test_the_script_is_short_and_nothing_is_loaded() -> None:
     script = (TEMPLATES / "explorer.js.jinja").read_text(encoding="utf-8")
     assert len(script.splitlines()) <= 250
-    page = explorer_page("One run", patterns_of(*CELLS), NAMES, {"listops": "ListOps"})
+    plain = TaskFacts("listops", "ListOps", None, None, None, None, {}, class_names=("min", "max"))
+    page = explorer_page("One run", patterns_of(*CELLS), NAMES, {"listops": plain})
     assert not re.search(r"https?:|fetch\(|import\(|\bsrc=|innerHTML|url\(", page)
 
 

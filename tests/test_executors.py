@@ -73,9 +73,9 @@ def test_how_many_cells_share_a_device_of_a_cluster_is_what_fits_on_it(
 # Who is killed or stopped
 
 
-def holder(root: Path) -> int:
-    """The process that works on the first cell."""
-    pid = filelock.SoftFileLease(cells(root)[0] / LEASE, lease_duration=180.0).pid
+def holder(root: Path, number: int = 0) -> int:
+    """The process that works on a cell."""
+    pid = filelock.SoftFileLease(cells(root)[number] / LEASE, lease_duration=180.0).pid
     assert pid is not None
     return pid
 
@@ -151,10 +151,12 @@ def test_a_cell_in_which_too_many_processes_died_is_failed(whole: Path, tmp_path
 def test_workers_whose_parent_is_killed_stop_after_the_step(tmp_path: Path) -> None:
     with start(*SMOKE, *SLEEPY, *TWO, "--output-dir", str(tmp_path), sleep=0.5) as process:
         wait_for_checkpoint(tmp_path, 0, 1)
+        workers = {holder(only(tmp_path), seed) for seed in (0, 1)}
         process.kill()
     wait_until(lambda: states(only(tmp_path)) == ["interrupted"] * 2, "workers that stop")
     reasons = {record.reason for record in records(only(tmp_path))}
     assert reasons == {"the process that started this one has ended"}
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), "workers that leave")
 
 
 # Mistakes

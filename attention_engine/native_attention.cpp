@@ -401,7 +401,8 @@ struct Rows {
     for (int t = 0; t < T; t++)
       for (int i = 0; i < rounded; i++) {
         float &at = time[t * rounded + i], &near = nearest[t * rounded + i];
-        at = !c.query_clock ? first + i + c.offset : i < count ? c.query_clock[problem.row(c, t) * c.queries + first + i] : 0;
+        if (!c.query_clock) at = first + i + c.offset;
+        else at = i < count ? c.query_clock[problem.row(c, t) * c.queries + first + i] : 0;
         near = INFINITY;  // FORCE has no running maximum: its weights are made relative to this
         if (c.kind == FORCE && i < count && c.query_clock) near = nearest_time(c, problem, keys, first + i, t, at);
         else if (c.kind == FORCE && i < count && c.log_decay) near = nearest_key(c, problem, keys, first + i);
@@ -412,8 +413,8 @@ struct Rows {
 
 // --- scores -------------------------------------------------------------------------------------------------
 
-// X = r2 + softening of near pairs again, from the differences themselves: |q|^2 - 2 q . k + |k|^2 has rounded away what
-// is much smaller than its terms. Rows i .. i + ROWS, keys place[0] .. place[columns].
+// X = r2 + softening of near pairs again, from the differences themselves: |q|^2 - 2 q . k + |k|^2 rounds away what is
+// much smaller than its terms. Rows i .. i + ROWS, keys place[0] .. place[columns].
 NOINLINE void mend_near_pairs(const Call& c, const Problem& problem, int i, const float* place, int columns, float* X,
                               const float* of_row, const float* of_column) {
   for (int j = 0; j < columns; j += W) {
@@ -424,7 +425,8 @@ NOINLINE void mend_near_pairs(const Call& c, const Problem& problem, int i, cons
     for (int r = 0; r < ROWS; r++)
       for (int n = j; n < j + W; n++) {
         if (!(X[r * STRIDE + n] < (of_column[n] + of_row[r]) * NEAR)) continue;
-        const float *q = problem.of(c.q) + (i + r) * c.q.of_token, *k = problem.of(c.k) + (int64_t)place[n] * c.k.of_token;
+        const float* q = problem.of(c.q) + (i + r) * c.q.of_token;
+        const float* k = problem.of(c.k) + (int64_t)place[n] * c.k.of_token;
         float square = 0;
         for (int d = 0; d < c.head_dim; d++) square += (q[d] - k[d]) * (q[d] - k[d]);
         X[r * STRIDE + n] = square / c.head_dim + c.softening;
@@ -848,7 +850,7 @@ struct Job {
     if (is_backward)
       floats += L * (WIDTH + 1) + T * L * (WIDTH + 5) + (T + 1) * TILE_ROWS * STRIDE + TILE_KEYS * (5 * WIDTH + 2 + 2 * T) +
                 2 * PAIR * WIDTH;
-    else floats += 2 * S * WIDTH + TILE_ROWS * (WIDTH * (T + 1) + 1 + 2 * T);
+    else floats += 2 * S * WIDTH + TILE_ROWS * WIDTH * T + rounded_up(TILE_ROWS, PAIR) * (WIDTH + 1 + 2 * T);
     room = rounded_up(4 * floats + 64 * 32, 4096);
   }
   int64_t bytes() const { return room * threads + problems * (4 * slab * parts + 64) + 64; }

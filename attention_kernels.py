@@ -6,7 +6,7 @@ Backends, all exact:
 - "dense": the formula itself, in O(L S) memory. The reference, and what makes weights when asked for.
 - "tiled": `tiled_attention`, O(L + S) memory, any device, any score but with discounted logits.
 - "native": `native_attention`, O(L + S) memory, float32 on the CPU: compiled by your own compiler at its
-  first use. Where float32 does not hold the distances it is "tiled", which goes to float64.
+  first use. Where float32 does not hold the gradients it is "tiled", which goes to float64.
 - "sdpa": `F.scaled_dot_product_attention`, the dot product without decay only.
 - "triton": `triton_attention`, O(L + S) memory, the scores of "tiled" without clocks, queries from position
   0 on, CUDA (or Triton's interpreter, for tests), in the inputs' own type. Triton is imported only when it is

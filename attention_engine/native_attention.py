@@ -3,8 +3,8 @@
 Memory is O(L + S), for float32, on the threads that PyTorch has (`torch.set_num_threads`), with the same bits
 for any number of them. Numbers that are too small for a float32 of full precision count as 0.
 
-- Where float32 does not hold the distances of a call the kernel says so, and `native_attention` returns None:
-  see `needs_float64`.
+- Distances of near pairs are made from differences. Where float32 does not hold the gradients of a call
+  `native_attention` returns None: see `needs_float64`.
 - A_i = G m_i is made here: the kernel gives its gradient row by row, autograd those of G and m_i.
 - Far keys are skipped where decay makes them negligible, see far_keys.py.
 

@@ -88,7 +88,7 @@ PRESETS = {
         training={"learning_rate": 0.003},
         # Of recall so many steps as softmax attention needs.
         by_task=GENERATED_IN_SMALL
-        | {"recall": {"dropout": 0.0, "max_epochs": 8, "patience": 8}}
+        | {"recall": GENERATED_IN_SMALL["recall"] | {"max_epochs": 8, "patience": 8}}
         | {task: SHORT_TRAINING | {"learning_rate": 0.001, "seeds": (0,)} for task in LRA_IN_SMALL},
         data=LRA_IN_SMALL,
     ),

@@ -1,7 +1,7 @@
 """The choice of learning rates: each model on each task tries every rate of the grid, and the best is
 recorded.
 
-    record_choices(root, plan, metrics)             # once the trials of a (task, model) are settled
+    record_choice(root, plan, cell, records)        # once the trials of a (task, model) are settled
     training = training_of(root, plan, cell)        # ValueError where none of its trials was finished
 
 Trials are cells like results, with seeds that no result uses; they never see the test split. The choice is a

@@ -357,13 +357,20 @@ def _task(
     )
 
 
+def _loader(generated: str) -> Callable[[DataSettings], TaskData]:
+    """Of a generated task, with what it asks for as its docstring."""
+    load = partial(load_generated, generated)
+    load.__doc__ = GENERATED[generated].summary
+    return load
+
+
 TASKS: dict[str, Callable[[DataSettings], TaskData]] = {
     "imdb": load_imdb,
     "listops": load_listops,
     "pathfinder": load_pathfinder,
     "image": load_image,
     "bytes": load_bytes,
-    **{name: partial(load_generated, name) for name in GENERATED},
+    **{name: _loader(name) for name in GENERATED},
 }
 
 

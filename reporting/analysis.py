@@ -7,6 +7,7 @@ analysis.quality("listops", "gravitational")                # Estimate(n=3, mean
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 
@@ -93,14 +94,15 @@ class Analysis:
         """The metric as a multiple of the baseline's, paired by seed; NaN without a pair."""
         return mean_ratio(self.table, task, model, metric, self.baseline)
 
+    @cached_property
+    def _means(self) -> dict[tuple[str, str, str], Estimate]:
+        """By task, model and metric."""
+        rows = self.summary.itertuples(index=False, name=None)
+        return {(task, model, metric): Estimate(*found) for task, model, metric, *found in rows}
+
     def mean(self, task: str, model: str, metric: str) -> Estimate:
         """Over the seeds; n = 0 and NaN where there are none."""
-        rows = self.summary
-        rows = rows[(rows["task"] == task) & (rows["model"] == model) & (rows["metric"] == metric)]
-        if rows.empty:
-            return Estimate(0, math.nan, math.nan, math.nan)
-        n, mean, low, high = (float(rows[column].iloc[0]) for column in Estimate._fields)
-        return Estimate(int(n), mean, low, high)
+        return self._means.get((task, model, metric), Estimate(0, math.nan, math.nan, math.nan))
 
     def quality(self, task: str, model: str) -> Estimate:
         """The mean of the task's own metric on the test split."""

@@ -114,10 +114,11 @@ def _set_of(stored: Ids, labels: Ids, queries: Ids, answers: Ids) -> tuple[Ids, 
 class Generated:
     """A generated task.
 
-    title: with the place of a number, N / multiple. sizes: of training, validation and test. length: N by
+    title: with the place of a number, N / multiple. summary: what it asks for. sizes: of training, validation and test. length: N by
     default, a multiple of `multiple` from `least` to `most`. longer: how many times N further tests have."""
 
     title: str
+    summary: str
     draw: Draw
     symbols: tuple[str, ...]
     classes: int
@@ -142,6 +143,7 @@ POINTS = tuple(f"{place // SIDE},{place % SIDE}" for place in range(PLACES))
 GENERATED = {
     "recall": Generated(
         "Recall of {} pairs",
+        "Pairs of a key and a value, then the keys again: the value of each",
         draw_recall,
         ("<pad>", *_named("k", KEYS), *_named("v", RECALL_VALUES)),
         classes=RECALL_VALUES,
@@ -154,6 +156,7 @@ GENERATED = {
     ),
     "hold": Generated(
         "Sample and hold, {} tokens",
+        "Values, some of them flagged: at each position the value last flagged",
         draw_hold,
         ("<pad>", *map(str, range(HOLD_VALUES)), "plain", "flagged"),
         classes=HOLD_VALUES,
@@ -164,6 +167,7 @@ GENERATED = {
     ),
     "latest": Generated(
         "The value last written, {} tokens",
+        "Variables written and read in turn: at a read the value last written",
         draw_latest,
         ("<pad>", *_named("x", VARIABLES), *map(str, range(LATEST_VALUES))),
         classes=LATEST_VALUES,
@@ -174,6 +178,7 @@ GENERATED = {
     ),
     "nearest": Generated(
         "The nearest of {} points",
+        "Points with labels: at another point the label of the nearest",
         draw_nearest,
         ("<pad>", *POINTS, *_named("v", LABELS), "?"),
         classes=LABELS,
@@ -186,6 +191,7 @@ GENERATED = {
     ),
     "lookup": Generated(
         "Lookup of {} keys",
+        "A set of keys with values, and the keys again: the value of each",
         draw_lookup,
         ("<pad>", *_named("k", PLACES), *_named("v", LABELS), "?"),
         classes=LABELS,

@@ -220,6 +220,8 @@ def test_the_list_and_the_help_name_every_preset_model_and_task(capsys: pytest.C
     shown = capsys.readouterr().out
     for name in (*PRESETS, *MODELS, *TASKS):
         assert f"  {name}" in shown or f"*{name}" in shown
+    tasks = shown.partition("\ntasks:\n")[2].partition("\ncells of")[0].splitlines()
+    assert len({line[34:] for line in tasks}) == len(TASKS) and not any("partial" in line for line in tasks)
     shown = run_experiment.make_parser().format_help()
     for part in ("Run:", "Model:", "Training:", "examples:", "--preset smoke", "(default: 128)"):
         assert part in shown

@@ -114,8 +114,9 @@ def _set_of(stored: Ids, labels: Ids, queries: Ids, answers: Ids) -> tuple[Ids, 
 class Generated:
     """A generated task.
 
-    title: with the place of a number, N / multiple. summary: what it asks for. sizes: of training, validation and test. length: N by
-    default, a multiple of `multiple` from `least` to `most`. longer: how many times N further tests have."""
+    title: with the place of a number, N / multiple. summary: what it asks for. sizes: of training, validation
+    and test. length: N by default, a multiple of `multiple` from `least` to `most`. longer: how many times N
+    further tests have."""
 
     title: str
     summary: str

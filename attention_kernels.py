@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention_engine import native_attention
+from attention_engine import native_attention, uncompiled
 from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score
 from attention_engine.dense_attention import dense_weights, only_dense_derivatives
 from attention_engine.tiled_attention import tiled_attention
@@ -82,10 +82,29 @@ def attend(
 
     dropout: the probability of dropping a weight. backend: one of BACKENDS, "auto" being that of
     `use_backend` or else the fastest; ValueError where it cannot do what is asked for. skip_far_keys: whether
-    "tiled", "native" and "triton" leave out keys that decay makes negligible.
+    "tiled", "native" and "triton" leave out keys that decay makes negligible. torch.compile looks into
+    "dense" alone.
     """
     if backend == "auto":
         backend = _chosen[-1]
+    arguments = q, k, v, score, mask, dropout, need_weights, backend, skip_far_keys
+    if backend != "dense" and not need_weights and torch.compiler.is_compiling():
+        found: tuple[Tensor, Tensor | None] = uncompiled.call(_attend, *arguments)
+        return found
+    return _attend(*arguments)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Score,
+    mask: Mask,
+    dropout: float,
+    need_weights: bool,
+    backend: str,
+    skip_far_keys: bool,
+) -> tuple[Tensor, Tensor | None]:
     if backend == "auto":
         empty = not (q.numel() and k.numel())
         backend = "dense" if empty else fastest_backend(q, score, mask, dropout, need_weights)

@@ -13,6 +13,7 @@ from run_cases import Refused
 import analyze_results
 import attention_kernels
 import run_experiment
+from tasks import imdb
 
 # Tiny tensors are computed faster by one thread than by several; processes that are started inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -52,6 +53,17 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
         return streams.err.rstrip("\n")
 
     return call
+
+
+@pytest.fixture
+def real_reviews() -> Path:
+    """IMDb's archive or its tree."""
+    shared = Path(__file__).resolve().parents[2] / "shared" / "data"
+    places = [Path(os.environ.get("ATTENTION_IMDB_DIR") or shared), shared]
+    source = next(filter(None, (imdb.find_source(place) for place in places if place.exists())), None)
+    if source is None:
+        pytest.skip("no IMDb here: set ATTENTION_IMDB_DIR to a folder with the archive or its tree")
+    return source
 
 
 @pytest.fixture

@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from attention_cases import FACTORIES, E, L, N, each_module, make, make_inputs, relative
+import torch._dynamo.testing
+from attention_cases import FACTORIES, E, H, L, N, each_module, make, make_inputs, relative
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from attention_engine.native_build import unavailable
 from attention_kernels import use_backend
 from attention_module import AttentionModule
 
@@ -54,6 +56,23 @@ def test_a_compiled_exported_or_traced_module_computes_the_same(
     found = transform(module, x)
     torch.testing.assert_close(found(x), expected)
     torch.testing.assert_close(found(2 * x), module(2 * x))
+
+
+@pytest.mark.parametrize("backend", ["native", "tiled"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+def test_other_backends_are_a_step_that_the_compiler_leaves_as_it_is(backend: str) -> None:
+    if backend == "native" and (reason := unavailable(E // H, 2)):
+        pytest.skip(reason)
+    module, x = SelfAttention(make("gravitational force")), make_inputs().query
+    torch._dynamo.reset()
+    counted = torch._dynamo.testing.CompileCounter()
+    with use_backend(backend):
+        found, expected = torch.compile(module, backend=counted)(x), module(x)
+        torch.testing.assert_close(found, expected)
+        parameters = [*module.parameters()]
+        gradients = ([*torch.autograd.grad(y.square().sum(), parameters)] for y in (found, expected))
+        torch.testing.assert_close(*gradients)
+    assert counted.frame_count == 2  # what is before it and what is after it
 
 
 @each_module

@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import hashlib
 import io
-import os
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -284,20 +283,17 @@ def test_identical_reviews_stay_on_one_side_of_the_split_and_all_others_as_drawn
     assert drawn.tolist() == [2, 5, 8, 9, 30, 31]
 
 
-def test_the_real_reviews_have_the_known_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = Path(__file__).resolve().parents[2] / "shared" / "data"
-    places = [Path(os.environ.get("ATTENTION_IMDB_DIR") or shared), shared]
-    source = next(filter(None, (imdb.find_source(place) for place in places if place.exists())), None)
-    if source is None:
-        pytest.skip("no IMDb here: set ATTENTION_IMDB_DIR to a folder with the archive or its tree")
+def test_the_real_reviews_have_the_known_lengths(
+    real_reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(imdb, "REVIEWS_PER_FOLDER", 12_500)
-    reviews = read_source(source, tmp_path)
+    reviews = read_source(real_reviews, tmp_path)
     known = {"train": (1325.2, 979, 13_704, 0.0291), "test": (1293.9, 963, 12_988, 0.0267)}
     for split, (mean, median, longest, cut) in known.items():
         lengths = getattr(reviews, split).lengths
         assert len(lengths) == 25_000 and getattr(reviews, split).labels.sum() == 12_500
         assert (round(float(lengths.mean()), 1), np.median(lengths), lengths.max()) == (mean, median, longest)
         assert round(float(np.mean(lengths > 4096)), 4) == cut
-    settings = DataSettings(data_dir=str(source), cache_dir=str(tmp_path))
+    settings = DataSettings(data_dir=str(real_reviews), cache_dir=str(tmp_path))
     found = load_task("imdb", settings).provenance["identical"]
     assert found["val in train"] == 0 and found["train in test"] + found["val in test"] == 105 + 18

@@ -90,7 +90,10 @@ PRESETS = {
         by_task=GENERATED_IN_SMALL
         | {"recall": GENERATED_IN_SMALL["recall"] | {"max_epochs": 8, "patience": 8}}
         | {task: SHORT_TRAINING | {"learning_rate": 0.001, "seeds": (0,)} for task in LRA_IN_SMALL},
-        data=LRA_IN_SMALL,
+        data={
+            "imdb": LRA_IN_SMALL["imdb"] | {"train_size": 2000, "val_size": 500, "test_size": 1000},
+            "listops": LRA_IN_SMALL["listops"] | {"train_size": 4000},
+        },
     ),
     "smoke": Preset(
         "every step of a run once, tiny and offline; its figures mean nothing",

@@ -91,11 +91,13 @@ def plot_maps(maps: np.ndarray, symbols: np.ndarray, names: Sequence[str], ax: A
         cmap="viridis",
         norm=PowerNorm(0.5, 0, float(maps.max()) or 1.0),
         cbar=False,
-        xticklabels=(shown * heads)[:-1],
-        yticklabels=(shown * rows)[:-1],
+        xticklabels=False,  # of hundreds it would look which lie on each other, for seconds
+        yticklabels=False,
         rasterized=True,  # a PDF need not hold ten thousand rectangles
         ax=ax,
     )
+    ax.set_xticks(np.arange(image.shape[1]) + 0.5, (shown * heads)[:-1])
+    ax.set_yticks(np.arange(image.shape[0]) + 0.5, (shown * rows)[:-1])
     ax.tick_params(length=0, labelsize=7, pad=1)
     ax.tick_params(axis="x", labelrotation=90)
     ax.tick_params(axis="y", labelrotation=0)

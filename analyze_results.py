@@ -14,13 +14,17 @@ are missing, failed or diverged are named, not dropped. Needs neither torch nor 
 Exit codes: 0 the analysis is made; 2 bad arguments, no results folder, or a place that cannot be written.
 """
 
+import multiprocessing
+import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
-from command_line import EXIT_DONE, InputError, Parser, described, exit_code
+from command_line import EXIT_DONE, InputError, Parser, described, exit_code, usable_cores
 from reporting.analysis import Analysis, make_analysis
 from reporting.analysis_report import render_report
 from reporting.comparison_tables import TIMED_METRICS
@@ -42,23 +46,25 @@ def analyze(
     output: Path | None = None,
     allow_differences: bool = False,
     baseline: str | None = None,
+    processes: int = 1,
 ) -> Path:
     """Make the analysis of one or several folders anew and return its folder.
 
     It goes to `output`; by default to analysis/ in `folder`, or analysis_joined/ where there are `others`.
-    baseline: the model that differences are taken to; by default `default_baseline`. Raises InputError where
+    baseline: the model that differences are taken to; by default `default_baseline`. processes: how many draw
+    figures where there are more than two tasks; they import the main module again. Raises InputError where
     one is no results folder, two must not be mixed, `baseline` is no model, or nothing can be written."""
     joined = read_joined([folder, *others], allow_differences=allow_differences)
     target = output or folder / (JOINED if others else ANALYSIS)
     if output:
         check_replaceable(output)
     analysis = make_analysis(joined, baseline)
-    drawn: dict[str, list[DrawnFigure]] = {}
-    with replaced_folder(target) as fresh, figure_style():
+    with replaced_folder(target) as fresh:
         (fresh / "figures").mkdir()
-        for task, note, figure in all_figures(analysis):
-            save_figure(figure, fresh / "figures", note.stem)
-            drawn.setdefault(task, []).append(note)
+        if processes > 1 and len(analysis.facts) > 2:
+            drawn = draw_side_by_side(analysis, fresh / "figures", processes)
+        else:
+            drawn = draw(analysis, fresh / "figures")
         shown = tables(analysis)
         write_text(fresh / "summary.csv", summary_csv(analysis))
         write_text(fresh / "summary.md", "\n\n".join(map(markdown_table, shown)) + "\n")
@@ -66,6 +72,36 @@ def analyze(
         for name, text in render_report(analysis, drawn, fresh / "figures").items():
             write_text(fresh / name, text)
     return target
+
+
+def draw(analysis: Analysis, folder: Path, only: Sequence[str] | None = None) -> dict[str, list[DrawnFigure]]:
+    """Save the figures, of all tasks or of some; what was drawn, by task."""
+    drawn: dict[str, list[DrawnFigure]] = {}
+    with figure_style():
+        for task, note, figure in all_figures(analysis, only):
+            save_figure(figure, folder, note.stem)
+            drawn.setdefault(task, []).append(note)
+    return drawn
+
+
+def draw_side_by_side(analysis: Analysis, folder: Path, processes: int) -> dict[str, list[DrawnFigure]]:
+    """`draw`, with a job for each task; the same bytes."""
+    parts = ["", *analysis.facts]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(parts)), context, initializer=_ignore_interrupts) as pool:
+        jobs = []
+        for part in parts:
+            patterns = {cell: one for cell, one in analysis.patterns.items() if cell.task == part}
+            jobs.append(pool.submit(draw, replace(analysis, patterns=patterns), folder, [part]))
+        try:
+            return {task: notes for job in jobs for task, notes in job.result().items()}
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C is for the process that waits for this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check_replaceable(target: Path) -> None:
@@ -124,6 +160,7 @@ def run(argv: list[str]) -> int:
             output=arguments.output_dir,
             allow_differences=arguments.allow_differences,
             baseline=arguments.baseline,
+            processes=usable_cores() if __name__ == "__main__" else 1,
         )
     except OSError as error:
         raise InputError(f"the analysis of {folders[0]} cannot be written: {error}") from error

@@ -41,6 +41,11 @@ LARGEST_WHOLE = 10**18 - 1  # an int64 holds it
 LARGEST_NUMBER = 1e40  # no float32 is as large
 
 
+def usable_cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class InputError(ValueError):
     """A user's mistake. The message is one line: what was wrong, what was expected, what to do."""
 

@@ -24,7 +24,6 @@ results could not be written; 2 bad arguments or input, found before any work; 7
 
 import argparse
 import math
-import os
 import shlex
 import sys
 from collections.abc import Iterable
@@ -43,6 +42,7 @@ from command_line import (
     exit_code,
     one_line,
     option_name,
+    usable_cores,
 )
 from data_pipeline import DataSettings, TaskData
 from experiment.cells import GIVEN_UP, LEFT_FAR, SETTLED, CellJob, LeasedError, freed, leased, verified_cell
@@ -161,8 +161,7 @@ def chosen_resources(arguments: argparse.Namespace) -> Resources:
             if getattr(arguments, name) is not None:
                 raise InputError(f"{option_name(name)} needs --ray")
         auto = arguments.workers == "auto"
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = int(arguments.workers) if not auto else 1 if on_gpu else cores
+        workers = int(arguments.workers) if not auto else 1 if on_gpu else usable_cores()
         threads = 1 if auto and not on_gpu else max(1, torch.get_num_threads() // workers)
         return Resources(workers, arguments.threads or threads)
     if arguments.workers != "auto":
@@ -298,7 +297,7 @@ def analyze_run(root: Path) -> bool:
         from analyze_results import analyze  # the figure libraries take seconds, in every worker
 
         with leased(root):
-            analyze(root)
+            analyze(root, processes=usable_cores())
     except LeasedError as error:
         print(f"analysis: left to another process ({error})")
     except Exception as error:

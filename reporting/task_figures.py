@@ -57,11 +57,14 @@ def file_stems(names: Sequence[str]) -> dict[str, str]:
     return stems
 
 
-def all_figures(analysis: Analysis) -> Iterator[tuple[str, DrawnFigure, Figure]]:
-    """One figure after the other, so that only one is in memory."""
-    yield from (("", *drawn) for drawn in overview_figures(analysis))
-    for task, stem in file_stems(list(analysis.facts)).items():
-        yield from ((task, *drawn) for drawn in task_figures(TaskView(analysis, task, stem)))
+def all_figures(
+    analysis: Analysis, only: Sequence[str] | None = None
+) -> Iterator[tuple[str, DrawnFigure, Figure]]:
+    """One figure after the other, so that only one is in memory. only: of these tasks, "" being all."""
+    for task, stem in ({"": ""} | file_stems(list(analysis.facts))).items():
+        if only is None or task in only:
+            drawn = task_figures(TaskView(analysis, task, stem)) if task else overview_figures(analysis)
+            yield from ((task, *one) for one in drawn)
 
 
 def overview_figures(analysis: Analysis) -> Drawn:

@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let an analysis draw nothing: drawing takes nearly all of its time."""
-    monkeypatch.setattr(analyze_results, "all_figures", lambda analysis: iter(()))
+    monkeypatch.setattr(analyze_results, "all_figures", lambda analysis, only=None: iter(()))
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:

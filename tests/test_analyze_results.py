@@ -16,10 +16,11 @@ from results_fixture import HOLES, MODELS, make_results, report_of, rewrite, sna
 from run_cases import Refused
 
 import analyze_results
-from analyze_results import analyze, main
+from analyze_results import analyze, draw, draw_side_by_side, main
+from reporting.analysis import make_analysis
 from reporting.comparison_tables import CONVERGENCE, convergence_epoch, learned_table
 from reporting.metrics import ACCURACY
-from reporting.run_results import read_patterns, usable
+from reporting.run_results import read_joined, read_patterns, usable
 from reporting.text_tables import latex, markdown, short
 from results_folder import Cell, note_sharing, read_results
 
@@ -63,6 +64,18 @@ def test_another_process_makes_the_same_bytes_elsewhere_without_torch(smoke: Pat
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"report: {moved / 'analysis' / 'report.html'}\n"
     assert snapshot(moved) == snapshot(smoke)
+
+
+def test_several_processes_draw_what_one_draws(tmp_path: Path) -> None:
+    tasks = "listops", "imdb", "image"
+    root = make_results(tmp_path / "run", tasks=tasks, models=MODELS[:1], seeds=(0,), patterns=False)
+    analysis = make_analysis(read_joined([root]))
+    alone, side_by_side = tmp_path / "alone", tmp_path / "side by side"
+    for folder in (alone, side_by_side):
+        folder.mkdir()
+    notes = draw(analysis, alone)
+    assert draw_side_by_side(analysis, side_by_side, processes=2) == notes and [*notes] == [*tasks]
+    assert snapshot(side_by_side) == snapshot(alone)
 
 
 @pytest.mark.usefixtures("texts_alone")

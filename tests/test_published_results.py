@@ -1,6 +1,7 @@
 """What docs/findings.md says in tables is what `analyze_results.py` makes of published_results/."""
 
 import functools
+import itertools
 import re
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def lines_of(folders: tuple[str, ...], baseline: str | None) -> set[str]:
     return {line for table in tables(analysis) for line in markdown_table(table).splitlines()}
 
 
-@pytest.mark.parametrize(("folders", "baseline", "rows"), QUOTED)
+@pytest.mark.parametrize(("folders", "baseline", "rows"), QUOTED, ids=itertools.count(1))
 def test_each_table_of_the_findings_is_made_by_the_analysis(folders: str, baseline: str, rows: str) -> None:
     made = lines_of(tuple(folders.split()), baseline or None)
     assert [row for row in rows.splitlines() if row not in made] == []

@@ -41,7 +41,7 @@ def test_kernels_are_the_dense_formula_in_the_interpreter() -> None:
     version = [int(part) for part in need_triton().__version__.split(".")[:2]]
     if version < [3, 7]:
         pytest.skip("the interpreter of Triton before 3.7 does not run with numpy 2.4 (triton issue 9171)")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "interpreted_triton.py"]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "interpreted_triton.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

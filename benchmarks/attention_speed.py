@@ -298,13 +298,13 @@ def peak_operations(settings: SpeedSettings, device: torch.device) -> float | No
 
 def measure(settings: SpeedSettings, device: torch.device) -> list[dict[str, Any]]:
     """A row for each length and case, the anchor first."""
-    rows = []
-    peak = peak_operations(settings, device)
+    rows, peaks = [], []
     for length in settings.lengths:
         anchor = Case("dot product", ANCHOR, length)
         cases = cases_of(length, settings)
         steps = {ANCHOR: make_step(anchor, settings, device)}
         steps |= {case.name: make_step(case, settings, device) for case in cases}
+        peaks.append(peak_operations(settings, device))  # for each, since others may disturb one
         timed = take_turns(steps[ANCHOR], steps, settings.repeats)
         for case, times in zip((anchor, *cases), timed.values(), strict=True):
             row: dict[str, Any] = {**case._asdict(), **times, "score_matrices": 1}
@@ -316,11 +316,13 @@ def measure(settings: SpeedSettings, device: torch.device) -> list[dict[str, Any
             row["ns_a_pair"] = times["both"]["seconds"] / pairs * 1e9
             complete = not mechanism.gammas or not mechanism.skip_far_keys
             row["gflops"] = operations / 1e9 if complete else None
-            row["share_of_peak"] = operations / peak if complete and peak else None
             if settings.memory:
                 row["peak_bytes"] = peak_process(device)(peak_bytes, case, settings, str(device))
             rows.append(row)
             print(f"N = {length:,}: {case.name}: {times['both']['ratio']:.2f}", file=sys.stderr, flush=True)
+    peak = max((peak for peak in peaks if peak), default=None)
+    for row in rows:
+        row["share_of_peak"] = 1e9 * row["gflops"] / peak if row["gflops"] and peak else None
     return rows
 
 

@@ -36,8 +36,8 @@ LONGEST_STEM = 60
 
 
 class DrawnFigure(NamedTuple):
-    """A figure in figures/, by the stem of its two files, and how to read it. folded: whether a reader has to
-    ask for it."""
+    """A figure in figures/, by the stem of its two files, and how to read it. folded: whether report.html
+    leads to it, and does not hold it."""
 
     stem: str
     title: str

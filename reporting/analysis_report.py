@@ -58,8 +58,8 @@ DEFINITIONS = (
     "baseline on one task; Holm's correction is over it. A paired t test decides; where all differences "
     "are equal, the sign-flip test. The latter, exact, assumes nothing and is 2 / 2^n at the least with n "
     "seeds.",
-    f"A difference has a direction where the corrected p is at most {SIGNIFICANCE}, is not relevant where "
-    f"its interval holds none of {_RELEVANT}, and is else open: more seeds would tell.",
+    f"A difference is not relevant where its interval holds none of {_RELEVANT}, has a direction where else "
+    f"the corrected p is at most {SIGNIFICANCE}, and is else open: more seeds would tell.",
     f"A seed has learned where its test metric is at least {LEARNED_SHARE:.0%} of the way from chance to the "
     "task's best cell. Seeds either learn or do not where a model has both kinds, "
     f"{LEARNED_GAP:.0%} of that way or more apart: then the shares are compared, by Fisher's exact test.",

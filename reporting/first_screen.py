@@ -18,8 +18,8 @@ from reporting.text_tables import TextTable, short
 from reporting.verdicts import LEAST_SEEDS, SIGNIFICANCE, Difference
 
 WORDS = {
-    "better": f"the corrected p is at most {SIGNIFICANCE}, and the model is ahead",
-    "worse": f"the corrected p is at most {SIGNIFICANCE}, and the model is behind",
+    "better": f"the corrected p is at most {SIGNIFICANCE}, and the model is ahead by what may matter",
+    "worse": f"the corrected p is at most {SIGNIFICANCE}, and the model is behind by what may matter",
     "no relevant difference": "the interval holds none that matters",
     "open": "the interval holds differences that matter, so that more seeds would tell",
     "too few seeds": f"less than {LEAST_SEEDS} pairs allow no verdict",
@@ -112,13 +112,16 @@ def _entry(analysis: Analysis, task: str, model: str, row: Difference | None) ->
 
 
 def _numbers(analysis: Analysis, row: Difference) -> str:
-    """ "+43.1 [+38.0, +48.2], n = 8; seeds that learn: 8 of 8 against 3 of 8; 1 diverged"."""
+    """ "+43.1 [+38.0, +48.2], n = 7; seeds that learn: 7 of 7 against 3 of 8; 1 diverged"; without n where it is
+    the baseline's, which has it in its row."""
     metric, (n, mean, low, high) = row.metric, row.mean
     text = metric.difference(mean)
     if n > 1:
         text += f" [{metric.difference(low)}, {metric.difference(high)}]"
+    if n != analysis.quality(row.task, analysis.baseline).n:
+        text += f", n = {n}"
     learned = "" if row.shares is None else f"seeds that learn: {row.shares}"
-    return "; ".join(filter(None, [f"{text}, n = {n}", learned, analysis.lost(row.task, row.model)]))
+    return "; ".join(filter(None, [text, learned, analysis.lost(row.task, row.model)]))
 
 
 def _of_baseline(analysis: Analysis) -> Verdict:

@@ -91,14 +91,16 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """ "no pair", "too few seeds" (less than 3 pairs), "better" or "worse" (p_holm <= 0.05), "no relevant
-        difference" (the interval holds none), "open" (it holds relevant ones)."""
+        """ "no pair", "too few seeds" (less than 3 pairs), "no relevant difference" (the interval holds none,
+        however sure it is), "better" or "worse" (p_holm <= 0.05), "open" (it holds relevant ones)."""
         if self.mean.n < LEAST_SEEDS:
             return "too few seeds" if self.mean.n else "no pair"
+        within = max(abs(self.mean.low), abs(self.mean.high)) <= self.metric.relevant
+        if within and self.shares is None:
+            return "no relevant difference"
         if self.p_holm <= SIGNIFICANCE:
             return "better" if self.metric.gain(self.mean.mean) > 0 else "worse"
-        within = max(abs(self.mean.low), abs(self.mean.high)) <= self.metric.relevant
-        return "no relevant difference" if within and self.shares is None else "open"
+        return "open"
 
 
 def compare(

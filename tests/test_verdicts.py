@@ -33,6 +33,7 @@ def test_differences_are_compared_by_hand() -> None:
     [
         *[(0.1, NOISE, "better"), (-0.1, NOISE, "worse")],
         (0.001, NOISE, "no relevant difference"),  # within a point
+        (0.005, [one / 10 for one in NOISE], "no relevant difference"),  # sure, and too small to matter
         (0.01, [10 * one for one in NOISE], "open"),
         *[(0.1, NOISE[:2], "too few seeds"), (0.1, NOISE[:1], "too few seeds")],
         (0.1, [0.0] * 8, "better"),  # all differences equal: the sign flips decide

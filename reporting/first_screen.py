@@ -112,8 +112,8 @@ def _entry(analysis: Analysis, task: str, model: str, row: Difference | None) ->
 
 
 def _numbers(analysis: Analysis, row: Difference) -> str:
-    """ "+43.1 [+38.0, +48.2], n = 7; seeds that learn: 7 of 7 against 3 of 8; 1 diverged"; without n where it is
-    the baseline's, which has it in its row."""
+    """ "+43.1 [+38.0, +48.2], n = 7; seeds that learn: 7 of 7 against 3 of 8; 1 diverged"; without n where
+    it is the baseline's, which has it in its row."""
     metric, (n, mean, low, high) = row.metric, row.mean
     text = metric.difference(mean)
     if n > 1:

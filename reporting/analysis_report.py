@@ -53,7 +53,8 @@ DEFINITIONS = (
     "the dense formula, mean over the test examples; exponentials and divisions are not counted.",
     f"Target: a validation metric {TARGET_SHARE:.0%} of the way from chance to the reachable, the best "
     "epoch of the best model (mean over its seeds); one for all models. A run that ended without it is "
-    "censored there.",
+    "censored there. How soon a model gets there depends on its learning rate, which was chosen for the best "
+    "value, not for speed.",
     "Interval: 95 % t interval of the mean over seeds. A family of comparisons is each model with the "
     "baseline on one task; Holm's correction is over it. A paired t test decides; where all differences "
     "are equal, the sign-flip test. The latter, exact, assumes nothing and is 2 / 2^n at the least with n "

@@ -16,7 +16,7 @@ from reporting.lra_literature import comparable
 from reporting.metrics import Metric
 from reporting.run_results import BASELINE, TaskFacts
 from reporting.seed_statistics import Estimate
-from reporting.text_tables import short, short_p
+from reporting.text_tables import short, p_is
 from reporting.verdicts import LEAST_SEEDS, SIGNIFICANCE, Difference
 
 
@@ -114,11 +114,11 @@ def _evidence(row: Difference) -> str:
     metric = row.metric
     numbers = (
         f"(n = {n}, 95 % interval {metric.difference(low)} to {metric.difference(high)}, d_z = "
-        f"{short(row.dz)}; paired t test p = {short_p(row.p_t)}, sign flips p = {short_p(row.p_sign_flip)}"
+        f"{short(row.dz)}; paired t test {p_is(row.p_t)}, sign flips {p_is(row.p_sign_flip)}"
     )
     if row.shares is not None:
-        numbers += f"; seeds that learned: {row.shares}, Fisher's exact p = {short_p(row.p_shares)}"
-    numbers += f"; after Holm's correction p = {short_p(row.p_holm)})" if n >= LEAST_SEEDS else ")"
+        numbers += f"; seeds that learned: {row.shares}, Fisher's exact {p_is(row.p_shares)}"
+    numbers += f"; after Holm's correction {p_is(row.p_holm)})" if n >= LEAST_SEEDS else ")"
     if row.verdict == "too few seeds":
         return f"{numbers}: too few seeds to tell; {LEAST_SEEDS} are the least for a verdict."
     if row.verdict in ("better", "worse"):
@@ -199,7 +199,7 @@ def _speed_findings(analysis: Analysis, task: str) -> list[str]:
             verdicts.append(
                 f"{analysis.names[speed.model]} is there {word} than {analysis.baseline_name} in "
                 f"{max(speed.wins, speed.losses)} of {speed.wins + speed.losses + speed.ties} pairs (sign "
-                f"test, after Holm's correction p = {short_p(speed.p_holm)})."
+                f"test, after Holm's correction {p_is(speed.p_holm)})."
             )
     metric = analysis.metric(task)
     target = f"a validation {metric.title} of {metric.shown(analysis.targets[task])}"

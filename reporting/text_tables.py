@@ -101,6 +101,12 @@ def short(value: float) -> str:
     return f"{value:.2f}" if size >= 0.995 else f"{value:#.3g}"
 
 
+def p_is(value: float) -> str:
+    """A p value in a sentence: "p = 0.25", "p < 0.0001"."""
+    shown = short_p(value)
+    return f"p {shown}" if shown.startswith("<") else f"p = {shown}"
+
+
 def short_p(value: float) -> str:
     """A p value: 0.25, 0.0625, 0.00195, < 0.0001."""
     if math.isnan(value):

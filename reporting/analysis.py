@@ -104,6 +104,10 @@ class Analysis:
         """Over the seeds; n = 0 and NaN where there are none."""
         return self._means.get((task, model, metric), Estimate(0, math.nan, math.nan, math.nan))
 
+    def shortest_test(self, task: str) -> int:
+        """Of a task with tests of several lengths, the one trained on."""
+        return int(length_table(self.table[self.table["task"] == task])["length"].min())
+
     def quality(self, task: str, model: str) -> Estimate:
         """The mean of the task's own metric on the test split."""
         return self.mean(task, model, self.metric(task).best)

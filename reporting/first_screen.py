@@ -192,8 +192,8 @@ def _beyond(analysis: Analysis, model: str) -> list[str]:
     parts = []
     for verdict in ("better", "worse"):
         named = [
-            f"{row.task} at {row.length:,} tokens, {row.length / analysis.shortest_test(row.task):.3g} times as "
-            f"many ({row.metric.difference(row.mean.mean)} {row.metric.step})"
+            f"{row.task} at {row.length:,} tokens, {row.length / analysis.shortest_test(row.task):.3g} times "
+            f"as many ({row.metric.difference(row.mean.mean)} {row.metric.step})"
             for row in analysis.beyond
             if row.model == model and row.verdict == verdict and row.length
         ]

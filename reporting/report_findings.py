@@ -16,7 +16,7 @@ from reporting.lra_literature import comparable
 from reporting.metrics import Metric
 from reporting.run_results import BASELINE, TaskFacts
 from reporting.seed_statistics import Estimate
-from reporting.text_tables import short, p_is
+from reporting.text_tables import p_is, short
 from reporting.verdicts import LEAST_SEEDS, SIGNIFICANCE, Difference
 
 

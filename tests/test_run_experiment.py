@@ -2,16 +2,21 @@
 
 import math
 import sys
+import tempfile
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from results_fixture import report_of, rewrite
 from run_cases import HERE, SMOKE, Refused, cells, records, resume, run, states
 
 import run_experiment
-from data_pipeline import TASKS, DataUnavailableError, TaskData, load_task
+from command_line import LARGEST_NUMBER, LARGEST_WHOLE
+from data_pipeline import TASKS, DataSettings, DataUnavailableError, TaskData, load_task
 from experiment import run_plan
 from experiment.cells import LEASE
 from experiment.models import COMPARED, MODELS
@@ -19,7 +24,7 @@ from experiment.plan_files import read_plan
 from experiment.run_overview import results_table
 from experiment.run_plan import PRESETS, RunPlan, make_plan
 from experiment.run_progress import RunProgress, TerminalProgress, duration, make_progress
-from results_folder import Cell, CellRecord, read_json, read_results
+from results_folder import Cell, CellRecord, as_json, read_json, read_results, write_json
 from train_and_evaluate import ModelSettings, TrainingSettings
 
 EPOCH = {"epoch": 1, "train_seconds": 7.0, "eval_seconds": 1.0} | dict.fromkeys(
@@ -200,6 +205,46 @@ def test_a_preset_has_settings_and_seeds_of_a_task_which_options_overrule_and_a_
     settings["by_task"]["hold"]["layers"] = 2
     rewrite(root / "config.json", settings=settings)
     assert "unknown settings ['layers'] of hold" in refused(run_experiment.main, "--resume", root)
+
+
+def values_of(kind: type) -> st.SearchStrategy[dict[str, Any]]:
+    """Of settings: a legal value for each, up to the largest."""
+    hints, found = get_type_hints(kind), {}
+    for one in fields(kind):
+        limits, hint = one.metadata, str(hints[one.name])
+        least, most = limits["minimum"] or limits["above"] or 0, limits["maximum"] or limits["below"]
+        if limits["choices"]:
+            values: st.SearchStrategy[Any] = st.sampled_from(limits["choices"])
+        elif "bool" in hint:
+            values = st.booleans()
+        elif "int" in hint:
+            values = st.integers(least, LARGEST_WHOLE)
+        elif "float" in hint:
+            ends: dict[str, Any] = {
+                "exclude_min": limits["above"] is not None,
+                "exclude_max": limits["below"] is not None,
+            }
+            values = st.floats(least, most or LARGEST_NUMBER, **ends)
+        else:
+            values = st.text(st.characters(codec="utf-8"), max_size=9)
+        found[one.name] = st.none() | values if "None" in hint else values
+    return st.fixed_dictionaries(found)
+
+
+@given(model=values_of(ModelSettings), training=values_of(TrainingSettings), data=values_of(DataSettings))
+@settings(max_examples=50, deadline=None)
+def test_every_setting_that_is_accepted_is_read_back_from_a_folder(
+    smoke: Path, model: dict[str, Any], training: dict[str, Any], data: dict[str, Any]
+) -> None:
+    accepted = ModelSettings(**model), TrainingSettings(**training), DataSettings(**data)
+    config = read_json(smoke / "config.json")
+    parts: dict[str, Any] = {"model": asdict(accepted[0]), "training": asdict(accepted[1]), "by_task": {}}
+    parts |= {"data": {"listops": asdict(accepted[2])}, "device": "cpu"}
+    with tempfile.TemporaryDirectory() as root:
+        write_json(Path(root) / "config.json", as_json(config | {"settings": parts}))
+        plan = read_plan(Path(root))
+    found = plan.model_settings, plan.training_settings, plan.data_settings["listops"]
+    assert found == accepted
 
 
 # What is shown

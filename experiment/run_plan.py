@@ -81,7 +81,7 @@ PRESETS = {
         data=LRA_IN_SMALL,
     ),
     "quick": Preset(
-        "recall and hold with four seeds, short texts and expressions with one; about 10 minutes on 2 cores",
+        "recall and hold with four seeds, short texts and expressions with one; 8 to 9 minutes on 2 cores",
         tasks=("recall", "hold", "imdb", "listops"),
         seeds=tuple(range(4)),
         model=SMALL,

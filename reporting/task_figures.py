@@ -73,10 +73,8 @@ def overview_figures(analysis: Analysis) -> Drawn:
     if not found:
         return
     name, styles = analysis.baseline_name, analysis.styles
-    read = (
-        "Filled: better or worse; hollow: neither. Bar: 95 % t interval of the paired differences, where n "
-    )
-    read += "is at least 2. Each metric keeps its own unit, so each has a panel."
+    read = "Filled: better or worse; hollow: neither. Bar: 95 % t interval of the paired differences, n of 2 "
+    read += "and more. Each metric keeps its own unit, so each has a panel."
     priced = [(row, analysis.multiple(row.task, row.model, "seconds_per_epoch")) for row in found]
     if priced := [(row, cost) for row, cost in priced if cost > 0]:
         notices = {analysis.notice(row.task, timed=True) for row, _ in priced} - {""}

@@ -132,7 +132,7 @@ class Problems:
     bias: Tensor | None  # (B, 1, S): -inf where a key is padding
     pairs: Tensor | None  # (N or 1, H or 1, L or 1, S)
     heads: int
-    ends: list[int]  # for each problem the position after its last key
+    ends: list[int]  # for each problem a position after its last key
     reach: list[list[int]]  # for each timescale and problem the largest |i - j| to look at
 
 
@@ -177,8 +177,9 @@ def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
         key_mass = None if key_mass is None else key_mass.masked_fill(absent.squeeze(-1), 1.0)
         bias = torch.zeros_like(k[:, 0, :, :, 0]).masked_fill_(absent[:, 0, :, :, 0], -math.inf)
         bias = bias.detach().flatten(0, 1).unsqueeze(1)
-        last = (~padding * torch.arange(1, k.shape[3] + 1, device=k.device)).amax(-1)
-        ends = last.repeat_interleave(heads).tolist()
+        if k.device.type == "cpu":  # elsewhere, to read it would wait for the device
+            last = (~padding * torch.arange(1, k.shape[3] + 1)).amax(-1)
+            ends = last.repeat_interleave(heads).tolist()
     if isinstance(score, DotProduct):
         a, b = q * score.scale, k
         constants: tuple[Any, ...] = (score.scale, 1.0, 1.0)

@@ -2,11 +2,11 @@
 
     python analyze_results.py results_20260101_120000
     python analyze_results.py results_20260101_120000 results_20260102_120000 --output-dir comparison
-    python analyze_results.py results_20260101_120000 --baseline gravitational
+    python analyze_results.py results_20260101_120000 --baseline gravitational --pdf
 
 The first makes results_20260101_120000/analysis/ anew (report.html, report.md, summary.csv, summary.md,
-summary.tex, figures/*.png and *.pdf). The second takes several folders as one run: more seeds, more models,
-another machine. It refuses, naming the first difference, to mix presets, settings, data or arithmetic.
+summary.tex, figures/*.png). The second takes several folders as one run: more seeds, more models, another
+machine. It refuses, naming the first difference, to mix presets, settings, data or arithmetic.
 Without --output-dir the analysis of several folders goes to analysis_joined/ in the first of them. The same
 results give the same bytes. Deleting an analysis loses nothing, and a failure leaves the old one. Cells that
 are missing, failed or diverged are named, not dropped. Needs neither torch nor a checkpoint.
@@ -47,13 +47,15 @@ def analyze(
     allow_differences: bool = False,
     baseline: str | None = None,
     processes: int = 1,
+    pdf: bool = False,
 ) -> Path:
     """Make the analysis of one or several folders anew and return its folder.
 
     It goes to `output`; by default to analysis/ in `folder`, or analysis_joined/ where there are `others`.
     baseline: the model that differences are taken to; by default `default_baseline`. processes: how many draw
-    figures where there are more than two tasks; they import the main module again. Raises InputError where
-    one is no results folder, two must not be mixed, `baseline` is no model, or nothing can be written."""
+    figures where there are more than two tasks; they import the main module again. pdf: also as PDFs. Raises
+    InputError where one is no results folder, two must not be mixed, `baseline` is no model, or nothing can
+    be written."""
     joined = read_joined([folder, *others], allow_differences=allow_differences)
     target = output or folder / (JOINED if others else ANALYSIS)
     if output:
@@ -62,9 +64,9 @@ def analyze(
     with replaced_folder(target) as fresh:
         (fresh / "figures").mkdir()
         if processes > 1 and len(analysis.facts) > 2:
-            drawn = draw_side_by_side(analysis, fresh / "figures", processes)
+            drawn = draw_side_by_side(analysis, fresh / "figures", processes, pdf)
         else:
-            drawn = draw(analysis, fresh / "figures")
+            drawn = draw(analysis, fresh / "figures", pdf)
         shown = tables(analysis)
         write_text(fresh / "summary.csv", summary_csv(analysis))
         write_text(fresh / "summary.md", "\n\n".join(map(markdown_table, shown)) + "\n")
@@ -74,17 +76,21 @@ def analyze(
     return target
 
 
-def draw(analysis: Analysis, folder: Path, only: Sequence[str] | None = None) -> dict[str, list[DrawnFigure]]:
+def draw(
+    analysis: Analysis, folder: Path, pdf: bool = False, only: Sequence[str] | None = None
+) -> dict[str, list[DrawnFigure]]:
     """Save the figures, of all tasks or of some; what was drawn, by task."""
     drawn: dict[str, list[DrawnFigure]] = {}
     with figure_style():
         for task, note, figure in all_figures(analysis, only):
-            save_figure(figure, folder, note.stem)
+            save_figure(figure, folder, note.stem, pdf=pdf)
             drawn.setdefault(task, []).append(note)
     return drawn
 
 
-def draw_side_by_side(analysis: Analysis, folder: Path, processes: int) -> dict[str, list[DrawnFigure]]:
+def draw_side_by_side(
+    analysis: Analysis, folder: Path, processes: int, pdf: bool = False
+) -> dict[str, list[DrawnFigure]]:
     """`draw`, with a job for each task; the same bytes."""
     parts = ["", *analysis.facts]
     context = multiprocessing.get_context("spawn")
@@ -92,7 +98,7 @@ def draw_side_by_side(analysis: Analysis, folder: Path, processes: int) -> dict[
         jobs = []
         for part in parts:
             patterns = {cell: one for cell, one in analysis.patterns.items() if cell.task == part}
-            jobs.append(pool.submit(draw, replace(analysis, patterns=patterns), folder, [part]))
+            jobs.append(pool.submit(draw, replace(analysis, patterns=patterns), folder, pdf, [part]))
         try:
             return {task: notes for job in jobs for task, notes in job.result().items()}
         finally:
@@ -143,6 +149,7 @@ def make_parser() -> Parser:
         help="the model that differences are taken to, as it was named with --models (default: conventional, "
         "or the first model where that was not run)",
     )
+    parser.add_argument("--pdf", action="store_true", help="save each figure as a PDF too")
     parser.add_argument(
         MIXED,
         action="store_true",
@@ -161,6 +168,7 @@ def run(argv: list[str]) -> int:
             allow_differences=arguments.allow_differences,
             baseline=arguments.baseline,
             processes=usable_cores() if __name__ == "__main__" else 1,
+            pdf=arguments.pdf,
         )
     except OSError as error:
         raise InputError(f"the analysis of {folders[0]} cannot be written: {error}") from error

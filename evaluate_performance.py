@@ -1,6 +1,7 @@
 """One run's numbers and figures: when it converged, what its attention looks at, how it learned.
 
     python evaluate_performance.py RESULTS/listops/gravitational/seed0
+    python evaluate_performance.py RESULTS/listops/gravitational/seed0 --pdf
 
 prints the numbers and draws the figures into RESULTS/analysis/listops_gravitational_seed0/ (which a new
 analysis of RESULTS clears away), with explorer.html: where each token looks, and who looks at it. Everything
@@ -16,7 +17,7 @@ from typing import Any
 
 from command_line import EXIT_DONE, InputError, Parser, described, exit_code
 from reporting.attention_explorer import explorer_page
-from reporting.attention_figures import attention_figure, distance_figure, shown_maps
+from reporting.attention_figures import attention_figure, distance_figure, rows_of_maps, shown_example
 from reporting.attention_numbers import attention_entropy, share_within, token_masses
 from reporting.comparison_tables import CONVERGENCE, distance_table, epoch_table, learned_table, metric_table
 from reporting.figure_style import figure_style, model_styles, save_figure
@@ -70,7 +71,7 @@ def run_numbers(results: Results, record: CellRecord, patterns: AttentionPattern
 
 
 def draw_run(
-    results: Results, record: CellRecord, patterns: AttentionPatterns | None, folder: Path
+    results: Results, record: CellRecord, patterns: AttentionPatterns | None, folder: Path, pdf: bool = False
 ) -> list[str]:
     """Draw the run's learning curves, learned scalars and attention into `folder`, and make the explorer of
     its attention; returns the file names."""
@@ -95,14 +96,15 @@ def draw_run(
         if masses:
             by_model = {record.cell.model: masses}
             figures["masses"] = lambda: mass_figure(by_model, styles, title)
-        shown = shown_maps(patterns, MAP_TOKENS)._replace(heads=min(patterns.maps.shape[3], MAP_HEADS))
+        example, tokens = shown_example(patterns, MAP_TOKENS)
         for layer in range(len(patterns.maps)):
+            rows = rows_of_maps(patterns, f"layer {layer + 1}", layer, example, tokens, MAP_HEADS)
             figures[f"attention_layer{layer + 1}"] = functools.partial(
-                attention_figure, patterns, title, shown._replace(layers=[layer])
+                attention_figure, rows, patterns.symbols[example, :tokens], title
             )
     with figure_style():
         for stem, draw in figures.items():
-            save_figure(draw(), folder, stem)
+            save_figure(draw(), folder, stem, pdf=pdf)
     drawn = [f"{stem}.png" for stem in figures]
     if patterns is None:
         return drawn
@@ -124,8 +126,8 @@ def find_run(folder: Path) -> tuple[Results, CellRecord]:
     raise InputError(f"{folder} is not among the runs that {folder.parents[2] / 'config.json'} planned")
 
 
-def evaluate(folder: Path) -> None:
-    """Print one run's numbers and draw its figures, where there is anything to draw.
+def evaluate(folder: Path, pdf: bool = False) -> None:
+    """Print one run's numbers and draw its figures, where there is anything to draw; pdf: also as PDFs.
 
     Raises InputError where `folder` is no run of a results folder, or nothing can be written."""
     results, record = find_run(folder)
@@ -146,7 +148,7 @@ def evaluate(folder: Path) -> None:
     try:
         analysis.mkdir(exist_ok=True)
         with replaced_folder(target) as fresh:
-            drawn = draw_run(results, record, patterns, fresh)
+            drawn = draw_run(results, record, patterns, fresh, pdf)
     except OSError as error:
         raise InputError(f"the figures cannot be written to {target}: {error}") from error
     print(f"figures: {target} ({', '.join(drawn)})")
@@ -155,11 +157,13 @@ def evaluate(folder: Path) -> None:
 def make_parser() -> Parser:
     parser = Parser(prog=PROG, **described(__doc__))
     parser.add_argument("folder", type=Path, metavar="RUN", help="RESULTS/task/model/seed0: a run's folder")
+    parser.add_argument("--pdf", action="store_true", help="save each figure as a PDF too")
     return parser
 
 
 def run(argv: list[str]) -> int:
-    evaluate(make_parser().parse_args(argv).folder)
+    arguments = make_parser().parse_args(argv)
+    evaluate(arguments.folder, arguments.pdf)
     return EXIT_DONE
 
 

@@ -397,7 +397,7 @@ def save_speed_figure(rows: Sequence[dict[str, Any]], stem: Path, settings: Spee
             draw(axes[0, -1], rows, lambda row: (row["peak_bytes"] or 0) / 1e6, megabytes)
         for ax in axes.flat:
             ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12))
-        save_figure(figure, stem.parent, stem.name)
+        save_figure(figure, stem.parent, stem.name, pdf=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ see results_folder.AttentionPatterns.
 import base64
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def _task(
     task: TaskFacts, patterns: Mapping[Cell, AttentionPatterns], names: Mapping[str, str], largest: int
 ) -> tuple[dict[str, Any], list[str]]:
     """What is shown of a task, as much as fits into `largest` letters, and what is not."""
-    seed, by_model = _comparable(patterns, names)
+    seed, by_model = of_one_seed(patterns, names)
     first = next(iter(by_model.values()))
     all_examples, all_tokens = first.tokens.shape
     for most_examples, most_tokens in SIZES:
@@ -83,8 +83,8 @@ def _task(
     return entry, [fact for fact, holds in facts.items() if holds]
 
 
-def _comparable(
-    patterns: Mapping[Cell, AttentionPatterns], names: Mapping[str, str]
+def of_one_seed(
+    patterns: Mapping[Cell, AttentionPatterns], names: Iterable[str]
 ) -> tuple[int, dict[str, AttentionPatterns]]:
     """The seed that most models have, the first of several, and by model its patterns, where the examples are
     those of the first."""

@@ -6,9 +6,8 @@ token of distance, so that bins of unequal width can be compared; both axes are 
 law is straight and an exponential decay bends down at its horizon.
 """
 
-import itertools
+import textwrap
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,48 +21,43 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from reporting.figure_style import LINE_STYLES, ModelStyle, drawable, model_legend, new_figure, no_data
 from results_folder import AttentionPatterns
 
-MOST_ROWS, MOST_HEADS = 8, 4  # of a grid of maps that has all layers
 CELL, FOOT = 0.12, 1.75  # inches: per token, and below the maps
 AT_ZERO = 0.5  # where a logarithmic axis shows the distance 0
 
 
-class ShownMaps(NamedTuple):
-    """What a grid of maps shows: of which example how many tokens, which layers, how many heads."""
-
-    example: int
-    tokens: int
-    layers: Sequence[int]
-    heads: int
-
-
-def shown_maps(patterns: AttentionPatterns, most_tokens: int = 20) -> ShownMaps:
-    """The longest example of at most `most_tokens`, else the first of the shortest; all layers, or the last
-    where the rows would be too many; up to 4 heads."""
+def shown_example(patterns: AttentionPatterns, most_tokens: int) -> tuple[int, int]:
+    """Which example a grid of maps shows, and how many of its tokens: the longest of at most `most_tokens`,
+    else the first of the shortest."""
     lengths = patterns.lengths.tolist()
     length = max((length for length in lengths if length <= most_tokens), default=min(lengths))
-    layers, _, timescales, heads = patterns.maps.shape[:4]
-    rows = range(layers) if layers * timescales <= MOST_ROWS else range(layers - 1, layers)
-    return ShownMaps(lengths.index(length), min(length, most_tokens), rows, min(heads, MOST_HEADS))
+    return lengths.index(length), min(length, most_tokens)
 
 
-def attention_figure(patterns: AttentionPatterns, title: str, shown: ShownMaps | None = None) -> Figure:
-    """One example: a row of maps per layer and timescale, a column per head; see `shown_maps`."""
-    example, tokens, layers, heads = shown or shown_maps(patterns)
-    timescales = patterns.maps.shape[2]
-    maps = patterns.maps[list(layers), example, :, :heads, :tokens, :tokens].astype(np.float32)
-    maps = maps.reshape(-1, heads, tokens, tokens)  # (layers x T, H, M, M)
-    names = [
-        f"layer {layer + 1}" + (f", timescale {timescale + 1}" if timescales > 1 else "")
-        for layer, timescale in itertools.product(layers, range(timescales))
-    ]
+def rows_of_maps(
+    patterns: AttentionPatterns, name: str, layer: int, example: int, tokens: int, most_heads: int
+) -> dict[str, np.ndarray]:
+    """By name, a timescale each, what a row of a grid shows of a layer: maps (heads, M, M)."""
+    maps = patterns.maps[layer, example, :, :most_heads, :tokens, :tokens].astype(np.float32)
+    if len(maps) == 1:
+        return {name: maps[0]}
+    return {f"{name}, timescale {number}": one for number, one in enumerate(maps, 1)}
+
+
+def attention_figure(rows: Mapping[str, np.ndarray], symbols: np.ndarray, title: str) -> Figure:
+    """One example: by name a row of maps (heads, M, M); a column per head, empty where a row has fewer."""
+    heads, tokens = max(map(len, rows.values())), len(symbols)
+    maps = np.full((len(rows), heads, tokens, tokens), np.nan, np.float32)
+    for row, shown in zip(maps, rows.values(), strict=True):
+        row[: len(shown)] = shown
     across, down = (CELL * (count * (tokens + 1) - 1) for count in (heads, len(maps)))
     top = 0.45 + 0.18 * (title.count("\n") + 1)
-    width, height = max(6.0, across + 1.5), top + down + FOOT
+    width, height = max(6.0, across + 1.8), top + down + FOOT
     # Laid out by hand: the sizes are known, and hundreds of labels make the layout engine slow.
     figure = Figure(figsize=(width, height))
-    left = (width - across) / 2 + 0.25
+    left = (width - across) / 2 + 0.1
     ax = figure.add_axes((left / width, FOOT / height, across / width, down / height))
-    plot_maps(maps, patterns.symbols[example, :tokens], names, ax)
+    letters = int(CELL * tokens / 0.075)  # that a map's side has room for
+    plot_maps(maps, symbols, [textwrap.fill(name, letters) for name in rows], ax)
     long = min(3.5, across)
     place = (left + (across - long) / 2) / width, 0.55 / height, long / width, 0.12 / height
     colors = ax.collections[0]
@@ -89,7 +83,7 @@ def plot_maps(maps: np.ndarray, symbols: np.ndarray, names: Sequence[str], ax: A
     sns.heatmap(
         image,
         cmap="viridis",
-        norm=PowerNorm(0.5, 0, float(maps.max()) or 1.0),
+        norm=PowerNorm(0.5, 0, float(np.nanmax(maps)) or 1.0),
         cbar=False,
         xticklabels=False,  # of hundreds it would look which lie on each other, for seconds
         yticklabels=False,

@@ -4,7 +4,7 @@
     with figure_style():
         figure, axes = new_figure(1, 2, width=8, height=3)
         ...
-        save_figure(figure, folder, "accuracy_listops")      # .png and .pdf
+        save_figure(figure, folder, "accuracy_listops")      # .png
 
 Colours are those of Okabe and Ito 2008, which colour-blind readers can tell apart. Figures are made without
 pyplot, so nothing of the caller's is drawn on, and the caller's rcParams come back.
@@ -160,8 +160,9 @@ def _legend_columns(lengths: list[int], figure: Figure) -> int:
     return 1
 
 
-def save_figure(figure: Figure, folder: Path, stem: str) -> None:
-    """Write stem.png and stem.pdf without dates or versions, so that the same figure is the same bytes."""
+def save_figure(figure: Figure, folder: Path, stem: str, *, pdf: bool = False) -> None:
+    """Write stem.png, and stem.pdf where asked for, which takes as long again; without dates or versions, so
+    that the same figure is the same bytes."""
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
@@ -170,10 +171,12 @@ def save_figure(figure: Figure, folder: Path, stem: str) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     # A palette takes a third of the bytes, which a report holds in its page.
-    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(COLORS)
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    drawn = drawn.quantize(COLORS, Image.Quantize.FASTOCTREE)
     drawn.save(folder / f"{stem}.png", dpi=(figure.dpi, figure.dpi))
-    no_metadata = {"CreationDate": None, "Creator": None, "Producer": None}
-    FigureCanvasPdf(figure).print_pdf(folder / f"{stem}.pdf", metadata=no_metadata)
+    if pdf:
+        no_metadata = {"CreationDate": None, "Creator": None, "Producer": None}
+        FigureCanvasPdf(figure).print_pdf(folder / f"{stem}.pdf", metadata=no_metadata)
 
 
 def no_data(ax: Axes, reason: str) -> Axes:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from reporting.analysis import Analysis
-from reporting.attention_figures import attention_figure, distance_figure, shown_maps
+from reporting.attention_explorer import of_one_seed
+from reporting.attention_figures import attention_figure, distance_figure, rows_of_maps, shown_example
 from reporting.attention_numbers import token_masses
 from reporting.comparison_figures import (
     forest_figure,
@@ -33,6 +35,8 @@ from reporting.training_figures import curves_figure, learned_figure
 from results_folder import AttentionPatterns, Cell, file_name
 
 LONGEST_STEM = 60
+MAP_TOKENS, FEWEST_TOKENS, MAP_HEADS = 20, 8, 4
+TOKENS_DOWN = 160  # below each other in a grid of maps, unless its rows are very many
 
 
 class DrawnFigure(NamedTuple):
@@ -217,10 +221,7 @@ def _lengths(view: TaskView) -> Drawn:
 def _attention(view: TaskView) -> Drawn:
     if not view.patterns:
         return
-    for model in view.styles:
-        cell = next((cell for cell in view.patterns if cell.model == model), None)
-        if cell is not None:
-            yield from _attention_map(view, cell)
+    yield from _attention_maps(view)
     shares, learned = distance_table(view.patterns), view.of_task(view.analysis.learned)
     yield from view.figure(
         "attention_distance",
@@ -250,20 +251,23 @@ def _attention(view: TaskView) -> Drawn:
         )
 
 
-def _attention_map(view: TaskView, cell: Cell) -> Drawn:
-    one = view.patterns[cell]
-    example, shown, layers, heads = shown_maps(one)
-    length = int(one.lengths[example])
-    parts = "all layers" if len(layers) == len(one.maps) else "the last layer"
-    parts += " and heads" if heads == one.maps.shape[3] else f", {heads} of {one.maps.shape[3]} heads"
+def _attention_maps(view: TaskView) -> Drawn:
+    seed, patterns = of_one_seed(view.patterns, view.styles)
+    first = next(iter(patterns.values()))
+    number = sum(one.maps.shape[2] for one in patterns.values())  # of rows
+    example, shown = shown_example(first, min(MAP_TOKENS, max(FEWEST_TOKENS, TOKENS_DOWN // number)))
+    rows: dict[str, np.ndarray] = {}
+    for model, one in patterns.items():
+        rows |= rows_of_maps(one, view.styles[model].name, -1, example, shown, MAP_HEADS)
+    length = int(first.lengths[example])
     cut = f"the first {shown} of {length} tokens of" if shown < length else "all tokens of"
     return view.figure(
-        f"attention_{file_stems([*view.styles])[cell.model]}",
-        f"Attention of {view.styles[cell.model].name}",
-        lambda title: attention_figure(one, title),
-        f"Weights before dropout, for {cut} one validation example (seed {cell.seed}); {parts}. In each map, "
-        "row: the query; column: the key it attends to. Bright: more weight, on a square-root scale that the "
-        "maps share; the scale differs between models. A bright diagonal looks at near tokens, a bright "
-        "column at one token from everywhere.",
+        "attention",
+        "Attention of the last layer",
+        lambda title: attention_figure(rows, first.symbols[example, :shown], title),
+        f"Weights before dropout, for {cut} a validation example (seed {seed}), by up to {MAP_HEADS} heads. "
+        "In each map, row: the query; column: the key it attends to. Bright: more weight, on a square-root "
+        "scale that the maps share. A bright diagonal looks at near tokens, a bright column at one token "
+        "from everywhere. The explorer has the other layers, heads and examples.",
         folded=True,
     )

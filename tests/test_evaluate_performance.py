@@ -114,7 +114,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_numbers_are_printed_and_figures_drawn(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = results / "listops" / "gravitational_multi_timescale" / "seed0"
-    assert main([str(folder)]) == 0
+    assert main([str(folder), "--pdf"]) == 0
     printed = capsys.readouterr().out
     accuracy = json.loads((folder / "result.json").read_text())["test_accuracy_best"]
     assert f"test_accuracy_best              {accuracy:.6g}" in printed

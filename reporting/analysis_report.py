@@ -23,6 +23,7 @@ from reporting.analysis import Analysis
 from reporting.attention_explorer import explorer_data
 from reporting.comparison_tables import NEAR
 from reporting.first_screen import first_screen
+from reporting.glossary import MODELS, TASKS, in_a_line
 from reporting.metrics import METRICS
 from reporting.report_findings import findings
 from reporting.run_results import (
@@ -80,10 +81,11 @@ class Notice(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A task's: its name and heading, figures, what its numbers say, tables."""
+    """A task's: its name and heading, what it asks, figures, what its numbers say, tables."""
 
     name: str
     title: str
+    question: str
     figures: list[DrawnFigure]
     sentences: list[str]
     tables: list[TextTable]
@@ -97,6 +99,7 @@ def render_report(analysis: Analysis, figures: dict[str, list[DrawnFigure]], fol
         "notices": _notices(analysis),
         "facts": _facts(analysis),
         "screen": first_screen(analysis),
+        "glossary": _glossary(analysis),
         "overview": figures.get("", []),
         "differences": difference_tables(analysis),
         "sections": [_section(analysis, task, figures.get(task, [])) for task in analysis.facts],
@@ -123,10 +126,18 @@ def render_report(analysis: Analysis, figures: dict[str, list[DrawnFigure]], fol
     return {name: environment.get_template(f"{name}.jinja").render(context) for name in names}
 
 
+def _glossary(analysis: Analysis) -> list[tuple[str, str]]:
+    """The models and tasks by name, and what they are; without those of somebody's own."""
+    models = [(name, in_a_line(MODELS, model)) for model, name in analysis.names.items()]
+    tasks = [(task, in_a_line(TASKS, task)) for task in analysis.facts]
+    return [(name, said) for name, said in models + tasks if said]
+
+
 def _section(analysis: Analysis, task: str, figures: list[DrawnFigure]) -> Section:
     facts, notice = analysis.facts[task], analysis.notice(task)
     title = f"{task} ({facts.title})" + (f": {notice}" if notice else "")
-    return Section(task, title, figures, findings(analysis, task), task_tables(analysis, facts))
+    question = in_a_line(TASKS, task)
+    return Section(task, title, question, figures, findings(analysis, task), task_tables(analysis, facts))
 
 
 def _without_patterns(analysis: Analysis) -> list[str]:

@@ -9,7 +9,10 @@ import pandas as pd
 import pytest
 from results_fixture import MODELS, make_results, put, report_of, rewrite, rows_of, write_rows
 
+import data_pipeline
 from analyze_results import analyze
+from experiment import models
+from reporting import glossary
 from reporting.lra_literature import comparable
 from reporting.metrics import ACCURACY
 from reporting.text_tables import short
@@ -73,6 +76,16 @@ def test_what_a_folder_says_is_escaped_wherever_it_stands(mark: str, shown: str,
     assert body.count(html.escape(mark)) >= 10 and ("<" not in mark or mark not in body)
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):  # no name adds a column
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+
+
+def test_every_model_and_task_is_explained_in_a_line_but_those_of_somebody_s_own(tmp_path: Path) -> None:
+    assert (set(glossary.MODELS), set(glossary.TASKS)) == (set(models.MODELS), set(data_pipeline.TASKS))
+    own = "my_module:MyAttention"
+    root = make_results(tmp_path, models=("gravitational,softening=0.01", own), patterns=False)
+    analyze(root)
+    for text in (report_of(root), page_of(root)):
+        assert glossary.MODELS["gravitational"] in text and text.count(glossary.TASKS["listops"]) == 2
+    assert f"MyAttention: {glossary.MODELS['conventional']}" not in report_of(root)
 
 
 def test_predictions_of_a_token_task_are_counted_as_such(tmp_path: Path) -> None:

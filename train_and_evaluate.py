@@ -18,7 +18,6 @@ Symbols: see attention_module.py; C num_classes.
 """
 
 import contextlib
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -35,10 +34,11 @@ from command_line import check_settings, first_line, setting
 from data_pipeline import Batch, TaskData, TokenDataset, evaluation_batches, training_batches
 from results_folder import PATTERNS, SCHEMA_VERSION, WriteError, as_json, write_arrays, write_json_lines
 from tasks.task_data import TaskForm
-from training.attention_patterns import attention_patterns, causal_arguments
+from training.attention_patterns import attention_patterns, causal_arguments, learned_scalars
 from training.checkpoints import BEST, CheckpointError, resume, write_checkpoint, write_weights
 from training.device_memory import PeakMemory
 from training.model_cost import count_parameters, forward_flops
+from training.random_stream import random_stream
 from training.training_progress import DivergedError, Progress, StepMeter
 
 AttentionFactory = Callable[[], nn.Module]
@@ -96,15 +96,6 @@ class TrainingSettings:
 
 
 # The encoder
-
-
-@contextlib.contextmanager
-def random_stream(device: torch.device, *purpose: object) -> Iterator[None]:
-    """Draw from PyTorch's generators as seeded by the purpose; the caller's draws go on as if nothing was."""
-    digest = hashlib.sha256(repr(purpose).encode()).digest()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        yield
 
 
 def sinusoidal_positions(length: int, width: int, device: torch.device) -> Tensor:
@@ -222,8 +213,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 
 def loss_and_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits (..., C) and labels (...): the summed cross-entropy where a label counts, and the right
-    answers."""
+    """Of logits (..., C), labels (...): the summed cross-entropy where a label counts, and right answers."""
     logits, labels = logits.flatten(0, -2), labels.flatten()
     return F.cross_entropy(logits.float(), labels, reduction="sum"), (logits.argmax(-1) == labels).sum()
 
@@ -263,12 +253,8 @@ class Trainer:
         matrices = [parameter for parameter in self.parameters if parameter.dim() > 1]
         others = [parameter for parameter in self.parameters if parameter.dim() <= 1]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            groups,
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            fused=device.type in ("cpu", "cuda"),
-        )
+        options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+        self.optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"), **options)
         self.bf16 = use_bf16(settings.precision, device)
         longest = max(int(np.max(split.lengths, initial=1)) for split in (task.train, task.val, task.test))
         self.pad_to: Any = longest if settings.pad_to == "max" else "longest"
@@ -336,9 +322,9 @@ class Trainer:
         while not self.finished:
             epoch = len(self.rows) + 1
             row = {"epoch": epoch, **self.train_epoch(epoch), **self.validate(epoch)}
-            row |= {"steps": self.steps_of(epoch)}
-            row |= {"learning_rate": self.settings.learning_rate, "peak_memory_bytes": self.peak_memory}
-            self.rows.append(row | {"learned": learned_scalars(self.model)})
+            row |= {"steps": self.steps_of(epoch), "learning_rate": self.settings.learning_rate}
+            row |= {"peak_memory_bytes": self.peak_memory, "learned": learned_scalars(self.model.attentions)}
+            self.rows.append(row)
             improved = self.best_epoch == epoch
             if improved:
                 weights = self.model.state_dict()
@@ -422,21 +408,6 @@ class Trainer:
             raise
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"it does not fit the model ({first_line(error)})") from error
-
-
-def learned_scalars(model: TransformerClassifier) -> dict[str, dict[str, list[list[float]]]]:
-    """What the mechanism shows of itself, by layer: each (T, H), with the digits that float32 has."""
-    found = {}
-    for index, attention in enumerate(model.attentions):
-        scalars: dict[str, Tensor] = getattr(attention, "learned_scalars", dict)()
-        found[f"layer{index}"] = {
-            name: [[float(f"{x:.7g}") for x in row] for row in value.tolist()]
-            for name, value in scalars.items()
-        }
-    return {layer: scalars for layer, scalars in found.items() if scalars}
-
-
-# One cell
 
 
 def train_and_evaluate(

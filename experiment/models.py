@@ -31,8 +31,9 @@ from gravitational_attention import GravitationalAttention
 from gravitational_multi_timescale_attention import GravitationalMultiTimescaleAttention
 from multi_timescale_attention import MultiTimescaleAttention
 from tasks.task_data import TaskForm
-from train_and_evaluate import ModelSettings, TransformerClassifier, random_stream
+from train_and_evaluate import ModelSettings, TransformerClassifier
 from training.model_cost import count_parameters
+from training.random_stream import random_stream
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "conventional": ConventionalAttention,

@@ -36,12 +36,12 @@ from train_and_evaluate import (
     Trainer,
     TrainingSettings,
     TransformerClassifier,
-    random_stream,
     sinusoidal_positions,
     train_and_evaluate,
 )
 from training import training_progress
 from training.checkpoints import LAST, read_checkpoint
+from training.random_stream import random_stream
 from training.training_progress import DivergedError, Progress, StepMeter
 
 

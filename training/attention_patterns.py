@@ -198,3 +198,15 @@ def _maps(attention: nn.Module, x: Tensor, mask: Tensor, causal: bool) -> Tensor
             f"{type(attention).__name__} gives no weights of shape (N, T, H, {length}, {length}): got {got}"
         )
     return maps.float()
+
+
+def learned_scalars(attentions: Sequence[nn.Module]) -> dict[str, dict[str, list[list[float]]]]:
+    """What the mechanism shows of itself, by layer: each (T, H), with the digits that float32 has."""
+    found = {}
+    for index, attention in enumerate(attentions):
+        scalars: dict[str, Tensor] = getattr(attention, "learned_scalars", dict)()
+        found[f"layer{index}"] = {
+            name: [[float(f"{x:.7g}") for x in row] for row in value.tolist()]
+            for name, value in scalars.items()
+        }
+    return {layer: scalars for layer, scalars in found.items() if scalars}

@@ -39,10 +39,11 @@ def plot_curves(
         done = mine[mine["state"] == "done"]
         by_all = done.groupby("epoch")["seed"].transform("size") == done["seed"].nunique()
         shared = done[by_all].assign(shown=scale * done[column])
-        every = max(1, shared["epoch"].nunique() // 10)
-        look: dict[str, Any] = {"color": style.color, "marker": style.marker, "markevery": every}
-        look |= {"mec": style.color, "errorbar": ("pi", 100), "err_kws": {"alpha": 0.12, "lw": 0}}
-        sns.lineplot(shared, x=x, y="shown", label=style.name, legend=False, ax=ax, **look)
+        seeds = shared.groupby(x)["shown"].agg(["mean", "min", "max"])
+        look: dict[str, Any] = {"color": style.color, "marker": style.marker, "mec": style.color}
+        look |= {"markevery": max(1, len(seeds) // 10), "estimator": None, "legend": False, "ax": ax}
+        sns.lineplot(seeds, x=x, y="mean", label=style.name, **look)
+        ax.fill_between(seeds.index, seeds["min"], seeds["max"], color=style.color, alpha=0.12, lw=0)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.set_xlabel("optimizer steps" if x == "steps" else "epoch")

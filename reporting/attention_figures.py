@@ -165,7 +165,7 @@ def _distance_axes(ax: Axes) -> Axes:
     few = ax.dataLim.y1 < 30 * ax.dataLim.y0
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=8))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.10g}"))
-    ax.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    ax.set_yticks([], minor=True)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: "0" if value == AT_ZERO else f"{value:g}"))
     ax.set_xticks([tick for tick in (AT_ZERO, 1, 10, 100, 1000) if tick <= 1.3 * ax.dataLim.x1])
     ax.set_xticks([], minor=True)

@@ -51,13 +51,14 @@ class Matrix(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A sentence or a few of a model: its name, and how they go on."""
+    """A sentence or a few of a model: its name, how they go on, and more, of longer tests and learning."""
 
     name: str
     text: str
+    more: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name} {self.text}".strip()
+        return f"{self.name} {self.text}"
 
 
 class FirstScreen(NamedTuple):
@@ -140,7 +141,7 @@ def _of_baseline(analysis: Analysis) -> Verdict:
 
 
 def _of_model(analysis: Analysis, model: str, differences: dict[tuple[str, str], Difference]) -> Verdict:
-    """Where the model is better, worse, neither or unknown, how soon it learns and what it costs."""
+    """Where the model is better, worse, neither or unknown, and what it costs; how soon it learns."""
     base = analysis.baseline_name
     rows = [row for (_, of), row in differences.items() if of == model and row.mean.n]
     starts = {
@@ -159,8 +160,8 @@ def _of_model(analysis: Analysis, model: str, differences: dict[tuple[str, str],
     sentences = [f"{'; '.join(parts)}."]
     if any("diverged" in analysis.lost(row.task, model) for row in rows):
         sentences.append("Seeds that diverged are in no mean, which flatters it.")
-    sentences += [*_soon(analysis, model), *_beyond(analysis, model), *_cost(analysis, model)]
-    return Verdict(analysis.names[model], " ".join(sentences))
+    more = [*_beyond(analysis, model), *_soon(analysis, model)]
+    return Verdict(analysis.names[model], " ".join([*sentences, *_cost(analysis, model)]), "; ".join(more))
 
 
 def _brief(analysis: Analysis, row: Difference) -> str:
@@ -184,7 +185,7 @@ def _soon(analysis: Analysis, model: str) -> list[str]:
         for word, ahead in (("sooner", True), ("later", False))
         if (tasks := [one.task for one in told if (one.wins > one.losses) is ahead])
     ]
-    return [f"It reaches the target {' and '.join(parts)}."] if parts else []
+    return [f"reaches the target {' and '.join(parts)}"] if parts else []
 
 
 def _beyond(analysis: Analysis, model: str) -> list[str]:
@@ -199,7 +200,7 @@ def _beyond(analysis: Analysis, model: str) -> list[str]:
         ]
         if named:
             parts.append(f"{verdict} on {_listed(named)}")
-    return [f"Beyond the trained length it is {', '.join(parts)}."] if parts else []
+    return [", ".join(parts)] if parts else []
 
 
 def _cost(analysis: Analysis, model: str) -> list[str]:

@@ -52,7 +52,7 @@ def test_every_figure_loads_or_is_led_to(seen: dict[str, Any], holed: Path) -> N
     analysis = holed / "analysis"
     led_to = re.findall(r'<a href="(figures/[^"]+)">', (analysis / "report.html").read_text(encoding="utf-8"))
     figures = {str(path.relative_to(analysis)) for path in (analysis / "figures").glob("*.png")}
-    assert {*led_to} < figures and len(led_to) == 6
+    assert {*led_to} < figures and len(led_to) == 4
     assert len(seen["images"]) == len(figures) - len(led_to) and all(seen["images"])
 
 

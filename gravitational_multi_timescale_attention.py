@@ -69,6 +69,7 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
         dtype: Any = None,
     ) -> None:
         num_timescales = number_of_timescales(num_timescales, gammas)
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             embed_dim,
             num_heads,
@@ -76,8 +77,7 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
             bias,
             num_timescales=num_timescales,
             batch_first=batch_first,
-            device=device,
-            dtype=dtype,
+            **place,
         )
         if discount == "logits" and normalization == "force":
             raise ValueError(
@@ -89,10 +89,9 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
             gammas,
             learn_gammas,
             discount,
-            device,
-            dtype,
             adaptive=adaptive,
             embed_dim=embed_dim,
+            **place,
         )
         self.decoder = TimescaleDecoder(
             embed_dim, self.discounts.initial_gammas, decoder, True, device, dtype
@@ -108,8 +107,7 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
             distance,
             learned_power,
             learned_softening,
-            device,
-            dtype,
+            **place,
         )
 
     def score(self, query: Tensor, key: Tensor) -> Gravity:

@@ -214,15 +214,9 @@ def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
         return None if x is None else x.transpose(0, 1).reshape(x.shape[1], len(ends), *shape)
 
     row, column, number = (1, -1), (-1, 1), (1, 1)
-    vectors = (
-        (strength, column),
-        (key_mass, row),
-        (softening, number),
-        (None if power is None else power / 2, number),
-        (log_decay, number),
-        (query_clock, column),
-        (key_clock, row),
-    )
+    half_power = None if power is None else power / 2
+    vectors = [(strength, column), (key_mass, row), (softening, number), (half_power, number)]
+    vectors += [(log_decay, number), (query_clock, column), (key_clock, row)]
     matrices = (by_timescale(x, *x.shape[3:]) for x in (a, b, v))
     factors = Factors(*matrices, *(by_timescale(x, *shape) for x, shape in vectors))
     return Problems(factors, bias, None if pairs is None else pairs[:, 0], heads, ends, reach)

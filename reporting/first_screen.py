@@ -1,9 +1,9 @@
 """The first screen of a report: a sentence of verdict for each model, and a matrix of models and tasks.
 
     screen = first_screen(analysis)
-    screen.verdicts, screen.matrix
+    screen.verdicts, screen.matrix, screen.beyond, screen.scope
 
-Both say the same numbers, and no more than these allow: "better" and "worse" are verdicts (verdicts.py), a
+All say the same numbers, and no more than these allow: "better" and "worse" are verdicts (verdicts.py), a
 difference without one is given as "open" or as of too few seeds, what did not finish is named, and a smoke
 run says nothing of any model.
 """
@@ -18,8 +18,8 @@ from reporting.text_tables import TextTable, short
 from reporting.verdicts import LEAST_SEEDS, SIGNIFICANCE, Difference
 
 WORDS = {
-    "better": f"the corrected p is at most {SIGNIFICANCE}, and the model is ahead by what may matter",
-    "worse": f"the corrected p is at most {SIGNIFICANCE}, and the model is behind by what may matter",
+    "better": f"the corrected p is at most {SIGNIFICANCE}, and the interval holds gains that matter",
+    "worse": f"the corrected p is at most {SIGNIFICANCE}, and the interval holds losses that matter",
     "no relevant difference": "the interval holds none that matters",
     "open": "the interval holds differences that matter, so that more seeds would tell",
     "too few seeds": f"less than {LEAST_SEEDS} pairs allow no verdict",
@@ -41,39 +41,42 @@ class Entry(NamedTuple):
 class Matrix(NamedTuple):
     """A heading for each task, a row of entries for each model, (name, entries), and what the words mean."""
 
+    title: str
     tasks: list[str]
     rows: list[tuple[str, list[Entry]]]
-    legend: str
+    legend: str = ""
 
     def table(self) -> TextTable:
         rows = [[name, *map(str, entries)] for name, entries in self.rows]
-        return TextTable("Verdicts", ["model", *self.tasks], rows, self.legend, names=1 + len(self.tasks))
+        return TextTable(self.title, ["model", *self.tasks], rows, self.legend, names=1 + len(self.tasks))
 
 
 class Verdict(NamedTuple):
-    """A sentence or a few of a model: its name, how they go on, and more, of longer tests and learning."""
+    """A sentence or a few of a model: its name, and how they go on."""
 
     name: str
     text: str
-    more: str = ""
 
     def __str__(self) -> str:
         return f"{self.name} {self.text}"
 
 
 class FirstScreen(NamedTuple):
-    """matrix: None where there is nothing to compare."""
+    """matrix: None where there is nothing to compare. beyond: at the longest length of tests,
+    None where none was. scope: sentences on what the verdicts hold for."""
 
     verdicts: list[Verdict]
-    matrix: Matrix | None
+    matrix: Matrix | None = None
+    beyond: Matrix | None = None
+    scope: tuple[str, ...] = ()
 
 
 def first_screen(analysis: Analysis) -> FirstScreen:
     if SMOKE in {analysis.notice(task) for task in analysis.facts}:
-        return FirstScreen([Verdict("A smoke test", "says nothing of any model.")], None)
+        return FirstScreen([Verdict("A smoke test", "says nothing of any model.")])
     others = [model for model in analysis.names if model != analysis.baseline]
     if not any(analysis.quality(task, model).n for task in analysis.facts for model in analysis.names):
-        return FirstScreen([Verdict("No cell is done,", "so nothing can be said of any model.")], None)
+        return FirstScreen([Verdict("No cell is done,", "so nothing can be said of any model.")])
     differences = {(row.task, row.model): row for row in analysis.differences}
     rows = [(f"{analysis.baseline_name} (baseline)", [_base(analysis, task) for task in analysis.facts])]
     for model in others:
@@ -82,7 +85,8 @@ def first_screen(analysis: Analysis) -> FirstScreen:
     kinds = {entry.kind for _, entries in rows for entry in entries}
     legend = "; ".join(f"{word}: {meaning}" for word, meaning in WORDS.items() if word in kinds)
     verdicts = [_of_baseline(analysis), *(_of_model(analysis, model, differences) for model in others)]
-    return FirstScreen(verdicts, Matrix([_heading(analysis, task) for task in analysis.facts], rows, legend))
+    matrix = Matrix("Verdicts", [_heading(analysis, task) for task in analysis.facts], rows, legend)
+    return FirstScreen(verdicts, matrix, _beyond(analysis, others), (*_size(analysis), *_grid_ends(analysis)))
 
 
 def _heading(analysis: Analysis, task: str) -> str:
@@ -141,7 +145,7 @@ def _of_baseline(analysis: Analysis) -> Verdict:
 
 
 def _of_model(analysis: Analysis, model: str, differences: dict[tuple[str, str], Difference]) -> Verdict:
-    """Where the model is better, worse, neither or unknown, and what it costs; how soon it learns."""
+    """Where the model is better, worse, neither or unknown, how soon it learns and what it costs."""
     base = analysis.baseline_name
     rows = [row for (_, of), row in differences.items() if of == model and row.mean.n]
     starts = {
@@ -160,8 +164,8 @@ def _of_model(analysis: Analysis, model: str, differences: dict[tuple[str, str],
     sentences = [f"{'; '.join(parts)}."]
     if any("diverged" in analysis.lost(row.task, model) for row in rows):
         sentences.append("Seeds that diverged are in no mean, which flatters it.")
-    more = [*_beyond(analysis, model), *_soon(analysis, model)]
-    return Verdict(analysis.names[model], " ".join([*sentences, *_cost(analysis, model)]), "; ".join(more))
+    sentences += [*_soon(analysis, model), *_cost(analysis, model)]
+    return Verdict(analysis.names[model], " ".join(sentences))
 
 
 def _brief(analysis: Analysis, row: Difference) -> str:
@@ -182,25 +186,55 @@ def _soon(analysis: Analysis, model: str) -> list[str]:
     told = [one for one in analysis.speeds if one.model == model and one.p_holm <= SIGNIFICANCE]
     parts = [
         f"{word} on {_listed(tasks)}"
-        for word, ahead in (("sooner", True), ("later", False))
+        for word, ahead in (("in fewer steps", True), ("in more steps", False))
         if (tasks := [one.task for one in told if (one.wins > one.losses) is ahead])
     ]
-    return [f"reaches the target {' and '.join(parts)}"] if parts else []
+    return [f"It reaches the target {' and '.join(parts)}."] if parts else []
 
 
-def _beyond(analysis: Analysis, model: str) -> list[str]:
-    """What is decided beyond the length trained on."""
-    parts = []
-    for verdict in ("better", "worse"):
-        named = [
-            f"{row.task} at {row.length:,} tokens, {row.length / analysis.shortest_test(row.task):.3g} times "
-            f"as many ({row.metric.difference(row.mean.mean)} {row.metric.step})"
-            for row in analysis.beyond
-            if row.model == model and row.verdict == verdict and row.length
-        ]
-        if named:
-            parts.append(f"{verdict} on {_listed(named)}")
-    return [", ".join(parts)] if parts else []
+def _beyond(analysis: Analysis, others: Sequence[str]) -> Matrix | None:
+    """The differences at the longest length that each task was tested at."""
+    found = {(row.task, row.model): row for row in analysis.beyond}
+    lengths = {row.task: row.length for row in analysis.beyond if row.length}
+    if not lengths:
+        return None
+    headings, base = [], []
+    for task, length in lengths.items():
+        times = length / analysis.shortest_test(task)
+        headings.append(f"{task} at {length:,} tokens ({times:.3g} times the trained length)")
+        metric = analysis.metric(task)
+        mean = analysis.mean(task, analysis.baseline, metric.at_length(length)).mean
+        base.append(Entry("no result" if math.isnan(mean) else metric.shown(mean), "", "baseline"))
+    rows = [(f"{analysis.baseline_name} (baseline)", base)]
+    for model in others:
+        entries = [_entry(analysis, task, model, found.get((task, model))) for task in lengths]
+        rows.append((analysis.names[model], entries))
+    return Matrix("Tested beyond the trained length", headings, rows)
+
+
+def _size(analysis: Analysis) -> list[str]:
+    """How large the models were, and how long they were trained."""
+    table = analysis.table
+    parameters = table.loc[table["metric"] == "parameters", "value"]
+    steps = analysis.epochs.groupby("task")["steps"].max().dropna()
+    if parameters.empty or steps.empty:
+        return []
+    sizes, trained = (
+        " to ".join(dict.fromkeys(f"{end:,.0f}" for end in (found.min(), found.max())))
+        for found in (parameters, steps)
+    )
+    return [f"Models of {sizes} parameters, trained for {trained} steps: what holds there may not elsewhere."]
+
+
+def _grid_ends(analysis: Analysis) -> list[str]:
+    """On which tasks learning rates that were not tried may be better."""
+    found = []
+    for task in analysis.facts:
+        tuned = [tuning for (of, _), tuning in analysis.tunings.items() if of == task]
+        ends = sum(tuning.at_an_end for tuning in tuned)
+        found += [f"{ends} of {len(tuned)} models on {task}"] if ends else []
+    tail = "at an end of those tried: beyond it may be better ones"
+    return [f"The best learning rate of {_listed(found)} is {tail}."] if found else []
 
 
 def _cost(analysis: Analysis, model: str) -> list[str]:

@@ -23,11 +23,11 @@ TASKS = {
     "pathfinder": "A picture: are two marked ends joined by a dashed path?",
     "image": "A small grey photograph: which of ten things does it show?",
     "bytes": "Film reviews: which byte is next? In bits per byte, of which fewer are better.",
-    "recall": "Pairs of a key and a value, then the keys again: the value of each.",
-    "hold": "Values, some of them flagged: at each position the value last flagged.",
+    "recall": "A sequence: pairs of a key and a value, then the keys again: the value of each.",
+    "hold": "Values, some of them flagged: at each token the value last flagged; positions are not given.",
     "latest": "Variables, written and read in turn: at a read the value last written.",
-    "nearest": "Points with labels: at another point the label of the nearest.",
-    "lookup": "A set of keys with values, and the keys again: the value of each.",
+    "nearest": "A set of points with labels: at another point the label of the nearest.",
+    "lookup": "A set, without order: keys with their values, and the keys again: the value of each.",
 }
 
 

@@ -74,7 +74,8 @@ class Metric:
         return f"{self.scale * value:.{self.digits}f} {self.unit}"
 
     def difference(self, value: float) -> str:
-        return f"{self.scale * value:+.{self.digits}f}"
+        text = f"{self.scale * value:+.{self.digits}f}"
+        return text if float(text) else text[1:]  # neither +0.0 nor -0.0
 
     def chance_level(self, chance: float | None) -> float | None:
         """The metric of guessing evenly, from a share of right answers: itself, or -log2 of it."""

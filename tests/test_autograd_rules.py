@@ -254,6 +254,24 @@ def test_a_backend_that_is_named_is_taken_whatever_is_chosen() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["multi-timescale", "gravitational multi-timescale"])
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend not in ("auto", "dense")])
+def test_discounted_logits_are_for_the_dense_formula_alone_and_auto_takes_it(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    module, x = make(name, discount="logits"), tokens()
+    message = "without decay.*'tiled'" if backend == "sdpa" else "discounts weights, not logits: use 'dense'"
+    with (
+        use_backend(backend),
+        pytest.raises(ValueError, match=message),
+    ):
+        attended(module)(x)
+    with use_backend("dense"):
+        expected = attended(module)(x)
+    assert torch.equal(attended(module)(x), expected)
+
+
 def test_an_unknown_backend_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(ValueError, match=r"backend must be one of \('auto', .*got 'denes'"):
         use_backend("denes").__enter__()

@@ -1,5 +1,5 @@
-"""Queries placed behind the first position, as in generation with a cache: tokens attended one by one, or in
-chunks, are those of the full causal forward, by every module and backend."""
+"""Queries placed behind the first position, as in generation with a cache: one token, or some, are those of
+the whole forward, by every module and backend."""
 
 from typing import Any
 
@@ -9,19 +9,17 @@ from attention_cases import (
     FACTORIES,
     E,
     assert_same,
-    each_module,
-    gradients,
     has_backend,
     make,
     make_inputs,
     relative,
+    with_gradients,
 )
 from torch import Tensor
 from triton_cases import KINDS, Case, Kind, errors
 
 from attention_engine.attention_scores import Mask
 from attention_kernels import use_backend
-from attention_module import AttentionModule
 
 N, L = 3, 11
 BACKENDS = ("auto", "dense", "tiled", "native", "sdpa")
@@ -32,49 +30,26 @@ def tokens() -> Tensor:
     return make_inputs(self_attention=True, sizes=(N, L, L, E)).query
 
 
-def attend_in_chunks(module: AttentionModule, x: Tensor, padding: Tensor, size: int) -> Tensor:
-    """`size` queries at a time, which see the keys so far."""
-    found = []
-    for first in range(0, L, size):
-        keys, seen = x[:, : first + size], padding[:, : first + size]
-        queries = keys if first == 0 else keys[:, first:]
-        asked: dict[str, Any] = {"query_offset": first, "is_causal": True, "need_weights": False}
-        found.append(module(queries, keys, keys, seen, **asked)[0])
-    return torch.cat(found, 1)
-
-
 @pytest.mark.parametrize(("name", "backend"), CASES)
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("size", [1, 4])
-def test_chunks_of_tokens_and_their_gradients_are_those_of_the_causal_forward(
-    name: str, backend: str, padded: bool, size: int
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("first", "end"), [(4, 8), (10, 11)])
+def test_some_queries_and_their_gradients_are_those_of_the_whole_forward(
+    name: str, backend: str, padded: bool, causal: bool, first: int, end: int
 ) -> None:
-    module, x = make(name), tokens()
-    padding = (torch.arange(L) < torch.arange(N)[:, None]) & padded  # in front of all but the first example
-    slope = torch.linspace(-1, 2, x.numel()).view_as(x).masked_fill(padding.unsqueeze(-1), 0.0)
-
-    def with_gradients(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        (output * slope).sum().backward()
-        return output[~padding], gradients(module)
-
+    module, x, rows = make(name), tokens(), slice(first, end)
+    in_front = torch.arange(L) < torch.arange(N)[:, None]  # of all but the first example
+    asked: dict[str, Any] = {"key_padding_mask": in_front if padded else None, "is_causal": causal}
     with use_backend("dense"):
-        whole = module(x, x, x, padding, need_weights=False, is_causal=True)[0]
-        expected, expected_gradients = with_gradients(whole)
+        maps = module.attention_maps(x, x, **asked)[..., rows, :]
+        expected = with_gradients(module, module(x, x, x, **asked)[0][:, rows])
+    asked["query_offset"] = first
     with use_backend(backend):
-        found, found_gradients = with_gradients(attend_in_chunks(module, x, padding, size))
-    assert relative(found, expected) < 1e-5
-    assert_same(found_gradients, expected_gradients, 2e-5)
-
-
-@each_module
-def test_weights_and_maps_are_those_of_the_causal_forward(name: str) -> None:
-    module, x, first = make(name), tokens(), 6
-    for causal in (True, False):
-        maps = module.attention_maps(x, x, is_causal=causal)
-        found = module.attention_maps(x[:, first:], x, is_causal=causal, query_offset=first)
-        torch.testing.assert_close(found, maps[..., first:, :])
-        shown = module(x[:, first:], x, x, is_causal=causal, query_offset=first)[1]
-        torch.testing.assert_close(shown, maps.mean((1, 2))[:, first:])
+        found = with_gradients(module, module(x[:, rows], x, x, need_weights=False, **asked)[0])
+    assert_same(found, expected, 2e-5)
+    assert relative(found["output"], expected["output"]) < 1e-5
+    torch.testing.assert_close(module.attention_maps(x[:, rows], x, **asked), maps)
+    torch.testing.assert_close(module(x[:, rows], x, x, **asked)[1], maps.mean((1, 2)))
 
 
 @pytest.mark.parametrize("backend", ["native", "tiled"])

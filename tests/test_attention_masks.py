@@ -210,7 +210,7 @@ def test_a_nested_tensor_is_refused() -> None:
 @each_module
 @pytest.mark.parametrize(
     ("change", "floating", "is_causal"),
-    [("poisoned", False, False), ("poisoned", True, True), ("longer", False, True), ("longer", True, False)],
+    [("poisoned", False, False), ("poisoned", True, True), ("longer", False, False), ("longer", True, False)],
 )
 def test_padding_changes_neither_outputs_nor_gradients(
     name: str, need_weights: bool, change: str, floating: bool, is_causal: bool

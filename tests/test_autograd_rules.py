@@ -241,10 +241,7 @@ def test_discounted_logits_are_for_the_dense_formula_alone_and_auto_takes_it(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     module, x = make(name, discount="logits"), tokens()
     message = "without decay.*'tiled'" if backend == "sdpa" else "discounts weights, not logits: use 'dense'"
-    with (
-        use_backend(backend),
-        pytest.raises(ValueError, match=message),
-    ):
+    with use_backend(backend), pytest.raises(ValueError, match=message):
         attended(module)(x)
     with use_backend("dense"):
         expected = attended(module)(x)

@@ -321,14 +321,15 @@ def test_pytorchs_encoder_calls_our_forward_train_equals_eval_and_padding_is_not
     layer.self_attn = make(name)  # type: ignore[assignment]
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     x, _, _, padding = make_inputs(self_attention=True)
-    causal = {"mask": nn.Transformer.generate_square_subsequent_mask(L), "is_causal": True}
+    causal: dict[str, Any] = {"mask": nn.Transformer.generate_square_subsequent_mask(L), "is_causal": True}
     added = torch.zeros(N, L).masked_fill(padding, -math.inf)  # PyTorch wants both masks of one type
-    masks: dict[str, Any] = {
+    kinds: dict[str, dict[str, Any]] = {
         "nothing": {},
         "padding": {"src_key_padding_mask": padding},
         "causal": causal,
         "both": causal | {"src_key_padding_mask": added},
-    }[masked]
+    }
+    masks = kinds[masked]
     kept = ~padding if "src_key_padding_mask" in masks else torch.ones_like(padding)
     original = AttentionModule.forward
     with (

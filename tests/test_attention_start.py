@@ -116,15 +116,3 @@ def test_padding_on_either_side_advances_no_time(name: str, before: int, after: 
         expected, y, padding = expected[0], y[0], padding[0]
     found = module(y, y, y, padding, need_weights=False)[0]
     torch.testing.assert_close(found[..., before : before + L, :], expected)
-
-
-def test_the_time_between_two_tokens_is_the_sum_of_the_rates_between_them() -> None:
-    """Rates of about 0, 5 and 0: the third token sees the second at once, and the first past the second."""
-    module = MultiTimescaleAttention(1, 1, timescales="heads", gammas=(0.5,), adaptive=True)
-    with torch.no_grad():
-        module.in_proj_weight.zero_()
-        module.get_parameter("discounts.rate.weight").fill_(1.0)
-    x = torch.tensor([[-50.0], [5.0], [-50.0]])
-    passed = nn.functional.softplus(torch.tensor(5.0))
-    expected = torch.stack([-passed, torch.tensor(0.0), torch.tensor(0.0)]).softmax(0)
-    torch.testing.assert_close(module(x, x, x)[1][2], expected)

@@ -2,6 +2,7 @@
 of `torch.func` and higher derivatives work, and what cannot be done is said; and a backend is chosen."""
 
 import copy
+import io
 import itertools
 import pickle
 from collections.abc import Callable
@@ -23,7 +24,6 @@ from attention_cases import (
 )
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from attention_engine.attention_scores import DotProduct, Mask
 from attention_kernels import BACKENDS, attend, use_backend
@@ -81,30 +81,6 @@ def test_a_mask_refilled_before_backward_is_an_error_or_changes_nothing(
         assert "modified by an inplace operation" in str(error)
     else:
         assert_same(gradients(module), expected)
-
-
-@each_case
-@pytest.mark.parametrize(("reentrant", "dropout"), [(True, 0.0), (False, 0.3)])
-def test_checkpointing_gives_the_same_gradients(
-    name: str, backend: str, reentrant: bool, dropout: float
-) -> None:
-    module, x = make(name, dropout=dropout), tokens().requires_grad_()
-    found = []
-    with use_backend(backend):
-        if backend in ("sdpa", "native") and dropout:
-            with pytest.raises(ValueError, match="no dropout"):
-                loss(module, x)
-            return
-        for checkpointed in (False, True):
-            torch.manual_seed(4)
-            if checkpointed:
-                checkpoint(lambda y: loss(module, y), x, use_reentrant=reentrant).backward()
-            else:
-                loss(module, x).backward()
-            assert x.grad is not None
-            found.append({"x": x.grad, **gradients(module)})
-            x.grad = None
-    assert_same(found[1], found[0], 1e-6)
 
 
 @each_case
@@ -217,12 +193,15 @@ def test_double_backward_with_dropout_is_refused_in_words() -> None:
 
 
 @each_case
-def test_a_module_can_be_copied_after_it_was_used(name: str, backend: str) -> None:
-    module, x = make(name), tokens()
+def test_a_module_that_was_used_can_be_copied_and_its_state_saved(name: str, backend: str) -> None:
+    module, x, loaded, file = make(name), tokens(), FACTORIES[name](), io.BytesIO()
     with use_backend(backend):
         loss(module, x).backward()
         expected = attended(module)(x)
-        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        torch.save(module.state_dict(), file)
+        file.seek(0)
+        loaded.load_state_dict(torch.load(file, weights_only=True))
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
             torch.testing.assert_close(attended(other)(x), expected, rtol=0, atol=0)
 
 
@@ -252,6 +231,21 @@ def test_a_backend_that_is_named_is_taken_whatever_is_chosen() -> None:
     with use_backend("sdpa"):
         found = attend(q, q, q, score, Mask(), backend="dense")[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["multi-timescale", "gravitational multi-timescale"])
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend not in ("auto", "dense")])
+def test_discounted_logits_are_for_the_dense_formula_alone_and_auto_takes_it(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    module, x = make(name, discount="logits"), tokens()
+    message = "without decay.*'tiled'" if backend == "sdpa" else "discounts weights, not logits: use 'dense'"
+    with use_backend(backend), pytest.raises(ValueError, match=message):
+        attended(module)(x)
+    with use_backend("dense"):
+        expected = attended(module)(x)
+    assert torch.equal(attended(module)(x), expected)
 
 
 def test_an_unknown_backend_is_refused_with_those_that_there_are() -> None:

@@ -1,11 +1,11 @@
 """The compiled kernel: precision over a table of cases, threads, what is not finite or denormal, and how it
 is built and kept. Contract, formulas and masks of modules run on it in their files (`each_fused_backend`)."""
 
+import functools
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from triton_cases import KINDS, Case, Kind, beyond, errors, masks
 
 import attention_kernels
 from attention_engine import native_build
-from attention_engine.attention_scores import DotProduct, Gravity, Mask
+from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score
 from attention_kernels import attend, cannot
 
 ROOT = Path(__file__).parents[1]
@@ -146,15 +146,8 @@ def test_denormal_inputs_are_not_slow() -> None:
 
 # --- how it is built --------------------------------------------------------------------------------------
 
-ATTEND = """
-import torch
-from attention_engine.attention_scores import DotProduct, Mask
-from attention_kernels import attend, cannot
-x = torch.randn(1, 1, 2, 9, 16)
-print(attend(x, x, x, DotProduct(0.25), Mask())[0].isfinite().all().item())
-print(cannot("native", x, DotProduct(0.25), Mask(), 0.0, False) or "native")
-"""
-# A compiler that makes what the real one has made already, to where the last word says.
+# Compilers: one fails, one makes what the real one has made already, to where the last word says.
+FAILS = "sh -c 'test $1 = --version || { echo x.cpp: error: no; exit 1; }' cxx"
 COPIES = 'case "$1" in --version) echo 1;; *) for last; do :; done; {before} cp "{made}" "$last";; esac'
 
 
@@ -166,16 +159,13 @@ def made() -> Path:
 
 
 @pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own, in a process that has looked for nothing yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native_build, "_libraries", {})
-    looked_for = native_build._compiler, native_build._version
-    for found in looked_for:
-        found.cache_clear()
-    yield tmp_path
-    for found in looked_for:
-        found.cache_clear()
+    for name in ("_compiler", "_version"):
+        monkeypatch.setattr(native_build, name, functools.cache(getattr(native_build, name).__wrapped__))
+    return tmp_path
 
 
 def compiler(folder: Path, script: str) -> str:
@@ -202,16 +192,13 @@ def test_processes_that_start_together_build_it_once_and_the_next_finds_it(
 ) -> None:
     counts = f'echo x >> "{fresh}/calls"; sleep 1; echo "warning: beware" >&2;'
     monkeypatch.setenv("CXX", compiler(fresh, COPIES.format(before=counts, made=made)))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    command, pipe = [sys.executable, "-c", ATTEND], subprocess.PIPE
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    code, pipe = "import test_native_attention as tests; print(tests.attended())", subprocess.PIPE
+    command = [sys.executable, "-c", code]
     processes = [subprocess.Popen(command, text=True, stdout=pipe, stderr=pipe) for _ in range(3)]
     told = [process.communicate() for process in processes]
-    assert [output for output, _ in told] == ["True\nnative\n"] * 3
-    assert sorted(error.startswith("building the attention kernel") for _, error in told) == [
-        False,
-        False,
-        True,
-    ]
+    assert [output for output, _ in told] == ["native\n"] * 3
+    assert sum(error.startswith("building the attention kernel") for _, error in told) == 1
     assert not any("beware" in error for _, error in told)
     assert (fresh / "calls").read_text().count("x") == len(libraries(fresh)) == 1
     assert (attended(), capsys.readouterr().err) == ("native", "")
@@ -222,6 +209,8 @@ def test_processes_that_start_together_build_it_once_and_the_next_finds_it(
     [
         ("ATTENTION_NATIVE", "0", "is switched off by ATTENTION_NATIVE=0"),
         ("CXX", "no-such-compiler", "needs a C++ compiler, and there is none (CXX=no-such-compiler)"),
+        ("CXX", FAILS, "failed (x.cpp: error: no)"),
+        ("CXX", "true", "made nothing"),
     ],
 )
 def test_without_it_attention_goes_on_and_says_why_once(
@@ -233,23 +222,11 @@ def test_without_it_attention_goes_on_and_says_why_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(variable, value)
-    assert reason in attended()
-    assert capsys.readouterr().err == f"backend 'native' {reason}: attention goes on without, slower\n"
-
-
-@pytest.mark.parametrize(
-    ("script", "reason"),
-    [
-        ('case "$1" in --version) echo 1;; *) echo "x.cpp: error: no" >&2; exit 1;; esac', "error: no"),
-        ('case "$1" in --version) echo 1;; esac', "made nothing"),
-    ],
-)
-def test_a_compiler_that_fails_is_told(
-    script: str, reason: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("CXX", compiler(fresh, script))
-    found = attended()
-    assert "cannot be built" in found and reason in found and reason in capsys.readouterr().err
+    why = attended().removesuffix(": use 'tiled'")
+    assert reason in why
+    *building, told = capsys.readouterr().err.splitlines()
+    assert told == f"backend 'native' {why}: attention goes on without, slower"
+    assert len(building) == ("cannot be built" in why)
     assert libraries(fresh) == []
 
 
@@ -303,19 +280,16 @@ def test_sanitizers_find_nothing_over_the_cases(tmp_path: Path) -> None:
 
 
 def test_a_score_or_a_tensor_that_is_not_its_own_is_refused_in_words() -> None:
-    x = torch.zeros(1, 1, 2, 3, 16)
-    gravity, force = Case("gravity", power=3.0), Case("force")
-    law = force.score(force.inputs())
-    assert isinstance(law, Gravity)
-    learned = replace(law, softening=torch.ones(3, 1))
-    cases: list[tuple[str, torch.Tensor, Any, dict[str, Any]]] = [
-        ("is for float32 on the CPU", x.double(), DotProduct(0.25), {}),
-        ("no dropout", x, DotProduct(0.25), {"dropout": 0.1}),
-        ("no Manhattan distance", force.inputs()["q"], replace(law, distance="manhattan"), {}),
-        ("no learned power and softening", force.inputs()["q"], learned, {}),
-        ("distance powers", gravity.inputs()["q"], gravity.score(gravity.inputs()), {}),
-        ("at most 256 wide", torch.zeros(1, 1, 1, 3, 300), DotProduct(0.25), {}),
+    x, dot, mass = torch.zeros(1, 1, 2, 3, 16), DotProduct(0.25), torch.ones(1, 1, 2, 3)
+    law = Gravity(mass, None, None, 0.1, normalization="force")
+    cases: list[tuple[str, torch.Tensor, Score, float]] = [
+        ("is for float32 on the CPU", x.double(), dot, 0.0),
+        ("no dropout", x, dot, 0.1),
+        ("no Manhattan distance", x, replace(law, distance="manhattan"), 0.0),
+        ("no learned power and softening", x, replace(law, softening=torch.ones(1, 2)), 0.0),
+        ("distance powers", x, replace(law, distance_power=3.0), 0.0),
+        ("at most 256 wide", torch.zeros(1, 1, 1, 3, 300), dot, 0.0),
     ]
-    for message, q, score, kwargs in cases:
+    for message, q, score, dropout in cases:
         with pytest.raises(ValueError, match=f"{message}.*use 'tiled'"):
-            attend(q, q, q, score, Mask(), backend="native", **kwargs)
+            attend(q, q, q, score, Mask(), backend="native", dropout=dropout)

@@ -1,91 +1,61 @@
-"""Queries placed behind the first position, as in generation with a cache: tokens attended one by one, or in
-chunks, are those of the full causal forward, by every model and backend."""
+"""Queries placed behind the first position, as in generation with a cache: one token, or some, are those of
+the whole forward, by every module and backend."""
 
 from typing import Any
 
 import pytest
 import torch
-from attention_cases import assert_same, drawn, gradients, has_backend, relative
+from attention_cases import (
+    FACTORIES,
+    E,
+    assert_same,
+    has_backend,
+    make,
+    make_inputs,
+    relative,
+    with_gradients,
+)
 from torch import Tensor
 from triton_cases import KINDS, Case, Kind, errors
 
 from attention_engine.attention_scores import Mask
 from attention_kernels import use_backend
-from attention_module import AttentionModule
-from experiment.models import MODELS, Model
-from train_and_evaluate import ModelSettings
 
-N, L, E, H = 3, 11, 20, 4
-VARIANTS = (
-    *MODELS,
-    "gravitational,normalization=force",
-    "gravitational,adaptive=true",
-    "gravitational_multi_timescale,normalization=force",
-    "gravitational_multi_timescale,adaptive=true",
-    "gravitational_multi_timescale,distance=manhattan",
-    "gravitational_multi_timescale,normalization=force,learned_power=true,learned_softening=true",
-)
+N, L = 3, 11
 BACKENDS = ("auto", "dense", "tiled", "native", "sdpa")
-CASES = [(name, backend) for name in VARIANTS for backend in BACKENDS if has_backend(name, backend)]
-each_model = pytest.mark.parametrize("name", VARIANTS)
+CASES = [(name, backend) for name in FACTORIES for backend in BACKENDS if has_backend(name, backend)]
 
 
-def make(name: str) -> tuple[AttentionModule, Tensor]:
-    """The model's attention with every parameter drawn, and x (N, L, E)."""
-    module = drawn(Model.parse(name).attention(ModelSettings(embed_dim=E, num_heads=H)))
-    return module, torch.randn(N, L, E, generator=torch.Generator().manual_seed(7))
-
-
-def attend_in_chunks(module: AttentionModule, x: Tensor, padding: Tensor, size: int) -> Tensor:
-    """`size` queries at a time, which see the keys so far."""
-    found = []
-    for first in range(0, L, size):
-        keys, seen = x[:, : first + size], padding[:, : first + size]
-        queries = keys if first == 0 else keys[:, first:]
-        asked: dict[str, Any] = {"query_offset": first, "is_causal": True, "need_weights": False}
-        found.append(module(queries, keys, keys, seen, **asked)[0])
-    return torch.cat(found, 1)
+def tokens() -> Tensor:
+    return make_inputs(self_attention=True, sizes=(N, L, L, E)).query
 
 
 @pytest.mark.parametrize(("name", "backend"), CASES)
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("size", [1, 4])
-def test_chunks_of_tokens_and_their_gradients_are_those_of_the_causal_forward(
-    name: str, backend: str, padded: bool, size: int
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("first", "end"), [(4, 8), (10, 11)])
+def test_some_queries_and_their_gradients_are_those_of_the_whole_forward(
+    name: str, backend: str, padded: bool, causal: bool, first: int, end: int
 ) -> None:
-    module, x = make(name)
-    padding = (torch.arange(L) < torch.arange(N)[:, None]) & padded  # in front of all but the first example
-    slope = torch.linspace(-1, 2, x.numel()).view_as(x).masked_fill(padding.unsqueeze(-1), 0.0)
-
-    def with_gradients(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        (output * slope).sum().backward()
-        return output[~padding], gradients(module)
-
+    module, x, rows = make(name), tokens(), slice(first, end)
+    in_front = torch.arange(L) < torch.arange(N)[:, None]  # of all but the first example
+    asked: dict[str, Any] = {"key_padding_mask": in_front if padded else None, "is_causal": causal}
     with use_backend("dense"):
-        whole = module(x, x, x, padding, need_weights=False, is_causal=True)[0]
-        expected, expected_gradients = with_gradients(whole)
+        maps = module.attention_maps(x, x, **asked)[..., rows, :]
+        expected = with_gradients(module, module(x, x, x, **asked)[0][:, rows])
+    asked["query_offset"] = first
     with use_backend(backend):
-        found, found_gradients = with_gradients(attend_in_chunks(module, x, padding, size))
-    assert relative(found, expected) < 1e-5
-    assert_same(found_gradients, expected_gradients, 2e-5)
-
-
-@each_model
-def test_weights_and_maps_are_those_of_the_causal_forward(name: str) -> None:
-    (module, x), first = make(name), 6
-    for causal in (True, False):
-        maps = module.attention_maps(x, x, is_causal=causal)
-        found = module.attention_maps(x[:, first:], x, is_causal=causal, query_offset=first)
-        torch.testing.assert_close(found, maps[..., first:, :])
-        shown = module(x[:, first:], x, x, is_causal=causal, query_offset=first)[1]
-        torch.testing.assert_close(shown, maps.mean((1, 2))[:, first:])
+        found = with_gradients(module, module(x[:, rows], x, x, need_weights=False, **asked)[0])
+    assert_same(found, expected, 2e-5)
+    assert relative(found["output"], expected["output"]) < 1e-5
+    torch.testing.assert_close(module.attention_maps(x[:, rows], x, **asked), maps)
+    torch.testing.assert_close(module(x[:, rows], x, x, **asked)[1], maps.mean((1, 2)))
 
 
 @pytest.mark.parametrize("backend", ["native", "tiled"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("causal", "decay"), [(False, None), (True, None), (False, (0.5, 0.9)), (True, (0.5, 0.9))]
-)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("decay", [None, (0.5, 0.9)])
 @pytest.mark.parametrize(
     ("queries", "keys", "offset"),
     [
@@ -108,7 +78,7 @@ def test_fused_backends_follow_the_formula_wherever_queries_stand(
 
 @pytest.mark.parametrize("offset", [-1, 1.0, True, "1", None, 2**24, 2**40])
 def test_an_offset_that_is_no_position_is_refused_in_one_line(offset: Any) -> None:
-    module, x = make("gravitational")
+    module, x = make("gravitational"), tokens()
     message = rf"^query_offset must be a whole number from 0 .*got {offset!r}$"
     with pytest.raises(ValueError, match=message):
         module(x, x, x, query_offset=offset)
@@ -117,12 +87,6 @@ def test_an_offset_that_is_no_position_is_refused_in_one_line(offset: Any) -> No
 
 
 def test_clocks_need_the_keys_of_all_queries() -> None:
-    module, x = make("gravitational,adaptive=true")
+    module, x = make("gravitational adaptive"), tokens()
     with pytest.raises(ValueError, match=r"query_offset \+ L must be at most S = 11 .*got 12: pass the keys"):
         module(x[:, :2], x, x, query_offset=10)
-
-
-def test_kernels_on_a_gpu_say_that_they_start_at_position_0() -> None:
-    module, x = make("gravitational")
-    with use_backend("triton"), pytest.raises(ValueError, match="first query at position 0: use 'tiled'"):
-        module(x, x, x, need_weights=False, query_offset=3)

@@ -118,40 +118,36 @@ def test_kernels_compile_for_a_gpu(
     assert used == (dtype == torch.bfloat16)  # matrix units, and never TF32
 
 
+def zeros(width: int = 4, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    return torch.zeros(1, 1, 1, 2, width, dtype=dtype, device=device)
+
+
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("interpreted", "changes", "reason"),
     [
-        ({"q": torch.zeros(1, 1, 1, 2, 4)}, "CUDA"),
-        ({"q": torch.zeros(1, 1, 1, 2, 4, dtype=torch.float64, device="meta")}, "CUDA"),
-        ({"dropout": 0.1}, "dropout"),
-        ({"need_weights": True}, "weights"),
-        ({"mask": Mask(pairs=torch.zeros(1, 1, 1, 2, 3, requires_grad=True))}, "gradient"),
+        ("0", {}, "CUDA"),
+        ("0", {"q": zeros(dtype=torch.float64, device="meta")}, "CUDA"),
+        ("1", {"dropout": 0.1}, "dropout"),
+        ("1", {"need_weights": True}, "weights"),
+        ("1", {"mask": Mask(pairs=torch.zeros(1, 1, 1, 2, 3, requires_grad=True))}, "gradient"),
+        ("1", {"mask": Mask(query_offset=3)}, "first query at position 0: use 'tiled'"),
+        ("1", {"q": zeros(dtype=torch.float64)}, "float64"),
+        ("1", {"q": zeros(300)}, "300"),
     ],
 )
 def test_what_the_backend_cannot_do_it_says(
-    changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+    interpreted: str, changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need_triton()
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    if "q" not in changes:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    q = torch.zeros(1, 1, 1, 2, 4)
-    asked: dict[str, Any] = {"q": q, "mask": Mask(), "dropout": 0.0, "need_weights": False}
-    asked |= changes
-    assert reason in cannot("triton", score=DotProduct(1.0), **asked)
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    asked: dict[str, Any] = {"q": zeros(), "mask": Mask(), "dropout": 0.0, "need_weights": False}
+    assert reason in cannot("triton", score=DotProduct(1.0), **asked | changes)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "head_dim", "word"), [(torch.float64, 4, "float64"), (torch.float32, 300, "300")]
-)
-def test_types_and_widths_that_the_backend_cannot_do(
-    dtype: torch.dtype, head_dim: int, word: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    need_triton()
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    q = torch.zeros(1, 1, 1, 2, head_dim, dtype=dtype)
-    with pytest.raises(ValueError, match=f"backend 'triton' .*{word}"):
-        attend(q, q, q, DotProduct(1.0), Mask(), backend="triton")
+def test_without_triton_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="backend 'triton' needs the package triton, which is not installed"):
+        attend(zeros(), zeros(), zeros(), DotProduct(1.0), Mask(), backend="triton")
 
 
 def test_where_there_is_a_mask_triton_goes_before_pytorchs_own_kernel(
@@ -161,16 +157,9 @@ def test_where_there_is_a_mask_triton_goes_before_pytorchs_own_kernel(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     without_native = [name for name in attention_kernels.AUTO_BACKENDS if name != "native"]  # as on a GPU
     monkeypatch.setattr(attention_kernels, "AUTO_BACKENDS", without_native)
-    q, padding = torch.zeros(1, 1, 1, 2, 4), torch.zeros(1, 2, dtype=torch.bool)
-    chosen = [fastest_backend(q, DotProduct(1.0), mask, 0.0, False) for mask in (Mask(), Mask(padding))]
+    masked = Mask(torch.zeros(1, 2, dtype=torch.bool))
+    chosen = [fastest_backend(zeros(), DotProduct(1.0), mask, 0.0, False) for mask in (Mask(), masked)]
     assert chosen == ["sdpa", "triton"]
-
-
-def test_without_triton_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    q = torch.zeros(1, 1, 1, 2, 4)
-    with pytest.raises(ValueError, match="backend 'triton' needs the package triton, which is not installed"):
-        attend(q, q, q, DotProduct(1.0), Mask(), backend="triton")
 
 
 def test_modules_run_without_triton() -> None:

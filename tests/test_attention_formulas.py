@@ -244,6 +244,21 @@ def test_forces_on_the_first_token_by_hand(
     torch.testing.assert_close(weights[0], torch.tensor(shares) / sum(shares))
 
 
+def test_softmax_gravity_of_two_tokens() -> None:
+    """G = 2, query mass 3, key mass 0.5, forces 3 / 1 and 3 / 5: their difference is 2.4."""
+    module = plainest(1)
+    masses = ((module.field.key_mass, 0.5), (module.field.query_mass, 3.0))
+    with torch.no_grad():
+        for layer, mass in masses:
+            assert layer is not None
+            layer.bias.fill_(math.log(math.expm1(mass)) - UNIT_MASS)
+        module.get_parameter("field.log_gravity").fill_(math.log(2.0))
+    x = torch.tensor([[0.0], [2.0]])
+    share = 1 / (1 + math.exp(-2.4))
+    torch.testing.assert_close(module(x, x, x)[1], torch.tensor([[share, 1 - share], [1 - share, share]]))
+    torch.testing.assert_close(module.learned_scalars()["gravity"], torch.tensor([[2.0]]))
+
+
 def test_a_learned_power_starts_at_the_head_width_and_a_learned_softening_where_it_is_asked_to() -> None:
     for given, power in ((None, E / H), (3.0, 3.0)):
         settings = LEARNED | {"softening": 0.3, "distance_power": given}
@@ -261,6 +276,29 @@ def test_a_learned_softening_never_gets_below_the_least() -> None:
     x[:, 1] = x[:, 0]
     found = run(module, (x, x, x), need_weights=False)
     assert all(bool(part.isfinite().all()) for part in found.values())
+
+
+@pytest.mark.usefixtures("each_fused_backend")
+@pytest.mark.parametrize(
+    ("factory", "settings"),
+    [
+        (MultiTimescaleAttention, {}),
+        (GravitationalMultiTimescaleAttention, SOFTMAX),
+        (GravitationalMultiTimescaleAttention, FORCE),
+    ],
+    ids=name_of,
+)
+def test_equal_scores_leave_gamma_to_the_power_of_the_distance(factory: Factory, settings: Settings) -> None:
+    """gamma 1/2 over 3 tokens: 4 : 2 : 1 seen from the end, 1 : 2 : 1 from the middle."""
+    module = factory(embed_dim=3, num_heads=1, gammas=(0.5,), **settings)
+    with torch.no_grad():
+        module.in_proj_weight[-3:] = module.out_proj.weight[:] = torch.eye(3)
+    x, expected = (
+        torch.zeros(3, 3),
+        torch.tensor([[4, 2, 1], [2, 4, 2], [1, 2, 4]]) / torch.tensor([[7], [8], [7]]),
+    )
+    torch.testing.assert_close(module(x, x, x)[1], expected)
+    torch.testing.assert_close(module(x, x, torch.eye(3), need_weights=False)[0], expected)
 
 
 @pytest.mark.parametrize("gammas", [None, (0.6, 0.9, 0.99), (1e-6, 0.5, 1 - 1e-6), (1e-300, 0.1, 0.2)])

@@ -138,11 +138,8 @@ def test_a_worker_that_is_killed_is_replaced_and_a_signal_stops_them_all_until_t
 def test_a_cell_in_which_too_many_processes_died_is_failed(whole: Path, tmp_path: Path) -> None:
     cell, root = Cell("listops", "user_models:Sleepy", 0), Path(shutil.copytree(whole, tmp_path / "run"))
     executor = ParallelExecutor(CellJob(root, cell), RunProgress({cell: 2}), StopRequest(), 1)
-    assert [executor.goes_on_after(cell, "Killed") for _ in range(executors.MOST_DEATHS)] == [
-        True,
-        True,
-        False,
-    ]
+    goes_on = [executor.goes_on_after(cell, "Killed") for _ in range(executors.MOST_DEATHS)]
+    assert goes_on == [True, True, False]
     assert states(root) == ["failed", "done"] and executor.gave_up
     assert not (cell.folder(root) / LEASE).exists()
 

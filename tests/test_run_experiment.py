@@ -156,7 +156,8 @@ def test_a_preset_has_settings_and_seeds_of_a_task_which_options_overrule_and_a_
     assert plan.model_settings_of("hold").num_layers == plan.model_settings_of("listops").num_layers == 3
     assert plan.training_settings_of("hold").max_epochs == 1 < plan.training_settings_of("listops").max_epochs
     assert plan.seeds_of("hold") == plan.seeds_of("listops") == (0, 4)
-    assert plan.data_settings["listops"].max_length == 12
+    data = plan.data_settings["listops"]
+    assert (data.max_length, data.train_size) == (12, PRESETS["smoke"].data["listops"]["train_size"])
     root = run(tmp_path, *argv)
     plan = read_plan(root)
     assert plan.by_task == {"hold": own} and plan.model_settings_of("listops").num_layers == 1

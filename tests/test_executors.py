@@ -117,18 +117,20 @@ def test_a_worker_that_is_killed_is_replaced_and_a_signal_stops_them_all_until_t
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLEEP", "0.4")
+    parent = tmp_path / "my runs"  # a name that a command must quote
 
     def kill_and_stop() -> None:
-        killed, root = kill_first(tmp_path), only(tmp_path)  # in this order
+        killed, root = kill_first(parent), only(parent)  # in this order
         wait_until(lambda: states(root) == ["running", "done"] and holder(root) != killed, "a new worker")
         os.kill(os.getpid(), signal.SIGTERM)
 
     with meanwhile(kill_and_stop):
-        root = run(tmp_path, *SLEEPY, *TWO, code=143)
+        root = run(parent, *SLEEPY, *TWO, code=143)
     said = capsys.readouterr()
     assert "Sleepy/seed0: its process died (" in said.out and "; it begins again" in said.out
     assert states(root) == ["interrupted", "done"] and not list(root.rglob(LEASE))
-    assert f"--resume {root}" in said.err and "Traceback" not in said.out + said.err
+    assert f"--resume '{root}', or python analyze_results.py '{root}'" in said.err
+    assert "Traceback" not in said.out + said.err and records(root)[0].reason == "the run was asked to stop"
     monkeypatch.delenv("SLEEP")
     assert resume(root) == 0
     assert capsys.readouterr().out.count("resumes after epoch 1") == 1
@@ -138,11 +140,8 @@ def test_a_worker_that_is_killed_is_replaced_and_a_signal_stops_them_all_until_t
 def test_a_cell_in_which_too_many_processes_died_is_failed(whole: Path, tmp_path: Path) -> None:
     cell, root = Cell("listops", "user_models:Sleepy", 0), Path(shutil.copytree(whole, tmp_path / "run"))
     executor = ParallelExecutor(CellJob(root, cell), RunProgress({cell: 2}), StopRequest(), 1)
-    assert [executor.goes_on_after(cell, "Killed") for _ in range(executors.MOST_DEATHS)] == [
-        True,
-        True,
-        False,
-    ]
+    goes_on = [executor.goes_on_after(cell, "Killed") for _ in range(executors.MOST_DEATHS)]
+    assert goes_on == [True, True, False]
     assert states(root) == ["failed", "done"] and executor.gave_up
     assert not (cell.folder(root) / LEASE).exists()
 

@@ -15,18 +15,7 @@ from pathlib import Path
 
 import pytest
 from cell_cases import outcome
-from run_cases import (
-    HERE,
-    cells,
-    finish,
-    only,
-    records,
-    resume,
-    run,
-    run_undisturbed,
-    start,
-    states,
-)
+from run_cases import HERE, cells, finish, only, records, resume, run, run_undisturbed, start, states
 
 import run_experiment
 from experiment.stop_request import StopRequest

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,71 +22,49 @@ from training.checkpoints import LAST, PREVIOUS, CheckpointError, read_checkpoin
 from training.checkpoints import _serialized as serialized
 from training.training_progress import Progress
 
-MECHANISMS: dict[str, Callable[[], nn.Module]] = {
-    "conventional": CONVENTIONAL,
-    "gravitational_multi_timescale": attention_of("gravitational_multi_timescale"),
-}
+RICHEST = attention_of("gravitational_multi_timescale")  # has most kinds of parameters
 GRAVITATIONAL = partial(GravitationalAttention, 8, 2)
 EPOCH = 5 + 3  # checks of an epoch: after each step and each batch of its validation
-Outcomes = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """By mechanism, the outcome of a cell that ran without interruption."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in MECHANISMS}
-    for name, folder in folders.items():
-        assert run_tiny(folder, MECHANISMS[name]) == ("done", "")
-    return {name: outcome(folder) for name, folder in folders.items()}
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The outcome of a cell that ran without interruption."""
+    torch.set_num_threads(1)  # as each test does, but only after this
+    folder = tmp_path_factory.mktemp("whole")
+    assert run_tiny(folder, RICHEST) == ("done", "")
+    return outcome(folder)
 
 
-class Notes(Progress):
-    """A watcher that remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-def run_until_stopped(folder: Path, number: int, attention: Callable[[], nn.Module] = CONVENTIONAL) -> None:
+def run_until_stopped(folder: Path, number: int, attention: Callable[[], nn.Module] = RICHEST) -> None:
     """Run a cell until its check, asked for the `number`-th time, asks to stop."""
-    calls = itertools.count(1)
-
-    def check() -> None:
-        if next(calls) == number:
-            raise StoppedError("enough")
-
+    check = Mock(side_effect=[*[None] * (number - 1), StoppedError("enough")])
     with pytest.raises(StoppedError):
         run_tiny(folder, attention, check=check)
 
 
-def resumed(folder: Path, *arguments: Any) -> list[str]:
+def resumed(folder: Path, attention: Callable[[], nn.Module] = RICHEST, *arguments: Any) -> list[str]:
     """Run a cell, which must succeed, in a folder as it was left; what it notes."""
-    notes = Notes()
-    assert run_tiny(folder, *arguments, progress=notes) == ("done", "")
-    return notes.notes
+    progress = Mock(spec=Progress)
+    assert run_tiny(folder, attention, *arguments, progress=progress) == ("done", "")
+    return [call.args[0] for call in progress.note.call_args_list]
 
 
 # Stopped
 
 
 @pytest.mark.parametrize(
-    ("name", "number", "epochs"),
-    [
-        ("gravitational_multi_timescale", EPOCH, 0),  # in validation
-        ("gravitational_multi_timescale", EPOCH + 4, 1),  # in the second epoch
-        ("conventional", 3 * EPOCH + 2, 3),  # in the test
-    ],
+    ("number", "epochs"),
+    [(EPOCH, 0), (EPOCH + 4, 1), (3 * EPOCH + 2, 3)],
+    ids=["in validation", "in the second epoch", "in the test"],
 )
 def test_a_stopped_cell_loses_its_epoch_and_resumes_to_the_same_bits(
-    name: str, number: int, epochs: int, tmp_path: Path, whole: Outcomes
+    number: int, epochs: int, tmp_path: Path, whole: dict[str, Any]
 ) -> None:
-    run_until_stopped(tmp_path, number, MECHANISMS[name])
+    run_until_stopped(tmp_path, number)
     assert state_of(tmp_path) == ("interrupted", "enough")
-    assert resumed(tmp_path, MECHANISMS[name]) == ([f"resumes after epoch {epochs}"] if epochs else [])
-    assert outcome(tmp_path) == whole[name]
+    assert resumed(tmp_path) == ([f"resumes after epoch {epochs}"] if epochs else [])
+    assert outcome(tmp_path) == whole
 
 
 def test_the_time_and_the_memory_of_earlier_processes_are_counted(tmp_path: Path) -> None:
@@ -143,7 +122,7 @@ def test_a_flipped_bit_anywhere_is_found(flips: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damaged", [(LAST,), (LAST, PREVIOUS)], ids=len)
 def test_where_checkpoints_are_damaged_the_one_before_or_the_start_is_gone_on_from_to_the_same_bits(
-    damaged: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Outcomes
+    damaged: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "cell"
@@ -156,7 +135,7 @@ def test_where_checkpoints_are_damaged_the_one_before_or_the_start_is_gone_on_fr
         assert (folder / f"{name}.set_aside").read_bytes() == MALICIOUS
     assert said[len(damaged) :] == ["resumes after epoch 1"][len(damaged) - 1 :]
     assert [note for note in resumed(folder) if "set aside" in note] == []  # that is said once
-    assert outcome(folder) == whole["conventional"]
+    assert outcome(folder) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["cell"]
 
 
@@ -198,30 +177,28 @@ def fail_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the `number`-th of all calls that make a file durable or move it fail as on a full disk."""
     calls = itertools.count(1)
 
-    def failing(call: Callable[..., Any]) -> Callable[..., Any]:
-        def instead(*arguments: Any) -> Any:
-            if next(calls) == number:
-                raise OSError(28, "No space left on device")
-            return call(*arguments)
+    def instead(call: Callable[..., Any], *arguments: Any) -> Any:
+        if next(calls) == number:
+            raise OSError(28, "No space left on device")
+        return call(*arguments)
 
-        return instead
-
-    monkeypatch.setattr(os, "fsync", failing(os.fsync))
-    monkeypatch.setattr(Path, "replace", failing(Path.replace))
+    monkeypatch.setattr(os, "fsync", partial(instead, os.fsync))
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda *arguments: instead(replace, *arguments))
 
 
 # Of the best weights, the previous checkpoint, the last one, the metrics, the result.
 @pytest.mark.parametrize("number", [8, 18, 19, 22, 32])
 def test_a_write_that_fails_leaves_old_or_new_files_and_the_cell_resumes_to_the_same_bits(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Outcomes
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(WriteError, match="No space left on device"):
         fail_at(number, patch)
-        run_tiny(tmp_path)
+        run_tiny(tmp_path, RICHEST)
     names = [path.name for path in tmp_path.iterdir()]
     assert not [name for name in names if name.startswith(".")]
     assert all(read_checkpoint(tmp_path / name) for name in (LAST, PREVIOUS) if name in names)
     assert "metrics.jsonl" not in names or metrics_of(tmp_path)
     (tmp_path / f".result.json.{'0' * 16}").write_text("left over by a killed writer, and cleared away")
     resumed(tmp_path)
-    assert outcome(tmp_path) == whole["conventional"] and not list(tmp_path.glob(".*"))
+    assert outcome(tmp_path) == whole and not list(tmp_path.glob(".*"))

@@ -78,7 +78,7 @@ def test_a_cell_that_only_seems_done_is_run_again_to_the_same_bits_and_the_other
     assert [mtimes(folder) for folder in others] == before
 
 
-def test_a_time_limit_ends_with_75_and_the_same_command_with_resume_finishes(
+def test_a_time_limit_ends_with_75_and_resume_with_the_same_settings_and_another_place_finishes(
     tmp_path: Path, finished: Path, compared: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = run(tmp_path, *CELLS, "--max-minutes", "1e-5", code=75)
@@ -86,7 +86,8 @@ def test_a_time_limit_ends_with_75_and_the_same_command_with_resume_finishes(
     said = capsys.readouterr().err
     assert "the time limit of 1e-05 minutes was reached; no epoch was finished" in said
     assert f"--resume {root}" in said and compared == []
-    assert run_experiment.main([*HERE, *CELLS, "--resume", str(root)]) == 0 and compared == [root]
+    again = [*CELLS, "--embed-dim", "16", "--max-length", "40", "--cache-dir", str(tmp_path)]
+    assert run_experiment.main([*HERE, *again, "--resume", str(root)]) == 0 and compared == [root]
     assert [outcome(folder) for folder in cells(root)] == [outcome(folder) for folder in cells(finished)]
 
 
@@ -94,17 +95,19 @@ def test_failed_cells_are_told_and_run_again_only_when_that_is_asked_for_and_fai
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compared: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MOOD", "bad")
-    root = run(tmp_path, "--models", "user_models:Moody", "conventional", "--fail-fast", code=1)
-    assert states(root) == ["failed", "pending"] and compared == []
+    models = ["user_models:Moody", "user_models:Exploding", "conventional"]
+    root = run(tmp_path, "--models", *models, "--fail-fast", code=1)
+    assert states(root) == ["failed", "pending", "pending"] and compared == []
     monkeypatch.delenv("MOOD")
     capsys.readouterr()
-    assert resume(root) == 1 and states(root) == ["failed", "done"]
+    assert resume(root) == 1 and states(root) == ["failed", "diverged", "done"]
     shown, error = capsys.readouterr().out, cells(root)[0] / "error.txt"
     assert "failed: listops/user_models:Moody/seed0: RuntimeError: not today (user_models.py:" in shown
+    assert "Exploding/seed0: the training loss is nan in epoch 1, step 1" in shown
     assert f"traceback: {error}" in shown and "not today" in error.read_text()
     assert f"--resume {root} --retry-failed" in shown
-    assert resume(root, "--retry-failed") == 0
-    assert states(root) == ["done", "done"] and not error.exists()
+    assert resume(root, "--retry-failed") == 1
+    assert states(root) == ["done", "diverged", "done"] and not error.exists()
 
 
 # One folder, many processes
@@ -192,11 +195,6 @@ def test_changed_settings_are_refused_with_each_difference(finished: Path, refus
         *(("seeds", "0 1", 0), ("preset", "smoke", "full")),
     ):
         assert f"--{name} is {there} there and {here} here" in said
-
-
-def test_the_same_settings_may_be_given_again_and_another_place(finished: Path, tmp_path: Path) -> None:
-    again = ["--embed-dim", "16", "--max-length", "40", "--cache-dir", str(tmp_path)]
-    assert run_experiment.main([*HERE, *CELLS, "--resume", str(finished), *again]) == 0
 
 
 def test_an_option_of_one_task_that_means_nothing_to_another_may_be_given_again() -> None:

@@ -12,13 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from results_fixture import report_of, rewrite
-from run_cases import HERE, SMOKE, Refused, cells, records, resume, run, states
+from run_cases import HERE, Refused, cells, records, resume, run, states
 
 import run_experiment
 from command_line import LARGEST_NUMBER, LARGEST_WHOLE
 from data_pipeline import TASKS, DataSettings, DataUnavailableError, TaskData, load_task
 from experiment import run_plan
-from experiment.cells import LEASE
 from experiment.models import COMPARED, MODELS
 from experiment.plan_files import read_plan
 from experiment.run_overview import results_table
@@ -75,31 +74,6 @@ def test_configs_tell_what_was_run_on_what(smoke: Path) -> None:
     assert cell.config["model_class"] == "gravitational_attention.GravitationalAttention"
     assert cell.config["attention_arguments"]["softening"] == 0.1 and cell.result is not None
     assert cell.config["parameters"] == cell.result["parameters"] > cell.result["attention_parameters"] > 0
-
-
-# Models of one's own, and what ends badly
-
-
-@pytest.mark.usefixtures("compared")
-def test_a_cell_that_fails_or_diverges_is_shown_and_the_others_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = run(tmp_path, "--models", "user_models:Broken", "user_models:Exploding", "conventional", code=1)
-    assert states(root) == ["failed", "diverged", "done"]
-    shown = capsys.readouterr().out
-    assert "failed: listops/user_models:Broken/seed0: RuntimeError: too long for me" in shown
-    assert "Exploding/seed0: the training loss is nan in epoch 1, step 1" in shown
-
-
-@pytest.mark.usefixtures("compared")
-def test_an_interrupted_run_notes_where_it_was_and_ends_with_its_code(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    models = ["conventional", "user_models:Terminated", "gravitational"]
-    root = run(tmp_path / "my runs", "--models", *models, code=143)
-    assert states(root) == ["done", "interrupted", "pending"] and not list(root.rglob(LEASE))
-    assert records(root)[1].reason == "stopped by SIGTERM"
-    assert f"analyze_results.py '{root}'" in capsys.readouterr().err
 
 
 def test_a_failed_analysis_is_told_and_loses_nothing(
@@ -171,19 +145,6 @@ def test_full_is_the_seed_configuration() -> None:
     assert (plan.tasks, plan.seeds) == (("imdb", "listops"), (0, 1, 2))
 
 
-def test_an_option_goes_before_the_preset_and_the_preset_before_the_default() -> None:
-    plan = plan_of(*SMOKE, "--embed-dim", "24", "--max-length", "50")
-    model, data = plan.model_settings, plan.data_settings["listops"]
-    assert (model.embed_dim, model.num_heads, model.dropout) == (24, 2, 0.1)
-    assert (data.max_length, data.train_size) == (50, PRESETS["smoke"].data["listops"]["train_size"])
-
-
-def test_cells_go_seed_by_seed_so_that_a_part_is_still_a_comparison() -> None:
-    models = ("conventional", "gravitational")
-    plan = plan_of(*SMOKE, "--models", *models, "--seeds", "3", "4")
-    assert plan.cells == [Cell("listops", model, seed) for seed in (3, 4) for model in models]
-
-
 @pytest.mark.usefixtures("compared")
 def test_a_preset_has_settings_and_seeds_of_a_task_which_options_overrule_and_a_folder_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
@@ -195,6 +156,8 @@ def test_a_preset_has_settings_and_seeds_of_a_task_which_options_overrule_and_a_
     assert plan.model_settings_of("hold").num_layers == plan.model_settings_of("listops").num_layers == 3
     assert plan.training_settings_of("hold").max_epochs == 1 < plan.training_settings_of("listops").max_epochs
     assert plan.seeds_of("hold") == plan.seeds_of("listops") == (0, 4)
+    data = plan.data_settings["listops"]
+    assert (data.max_length, data.train_size) == (12, PRESETS["smoke"].data["listops"]["train_size"])
     root = run(tmp_path, *argv)
     plan = read_plan(root)
     assert plan.by_task == {"hold": own} and plan.model_settings_of("listops").num_layers == 1

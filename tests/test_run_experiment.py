@@ -18,6 +18,7 @@ import run_experiment
 from command_line import LARGEST_NUMBER, LARGEST_WHOLE
 from data_pipeline import TASKS, DataSettings, DataUnavailableError, TaskData, load_task
 from experiment import run_plan
+from experiment.cells import LEASE
 from experiment.models import COMPARED, MODELS
 from experiment.plan_files import read_plan
 from experiment.run_overview import results_table
@@ -74,6 +75,17 @@ def test_configs_tell_what_was_run_on_what(smoke: Path) -> None:
     assert cell.config["model_class"] == "gravitational_attention.GravitationalAttention"
     assert cell.config["attention_arguments"]["softening"] == 0.1 and cell.result is not None
     assert cell.config["parameters"] == cell.result["parameters"] > cell.result["attention_parameters"] > 0
+
+
+@pytest.mark.usefixtures("compared")
+def test_an_interrupted_run_notes_where_it_was_and_ends_with_its_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = ["conventional", "user_models:Terminated", "gravitational"]
+    root = run(tmp_path / "my runs", "--models", *models, code=143)
+    assert states(root) == ["done", "interrupted", "pending"] and not list(root.rglob(LEASE))
+    assert records(root)[1].reason == "stopped by SIGTERM"
+    assert f"analyze_results.py '{root}'" in capsys.readouterr().err
 
 
 def test_a_failed_analysis_is_told_and_loses_nothing(

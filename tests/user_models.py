@@ -4,6 +4,7 @@ They are themselves only on real text: a run's check has three tokens.
 """
 
 import os
+import signal
 import time
 from typing import Any
 
@@ -43,6 +44,11 @@ class Exploding(Mine):
     def forward(self, query: Tensor, *rest: Any, **options: Any) -> Any:
         output, weights = super().forward(query, *rest, **options)
         return (output * float("nan") if self.training and query.shape[1] > 3 else output), weights
+
+
+class Terminated(Mine):
+    def act(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Narrow(Mine):

@@ -95,15 +95,18 @@ def test_a_download_that_is_not_the_archive_leaves_nothing_and_names_the_command
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(("task", "source"), [("imdb", imdb), ("bytes", imdb), ("image", cifar_images)])
+@pytest.mark.parametrize(
+    ("task", "title", "source"),
+    [("imdb", "IMDb", imdb), ("bytes", "IMDb", imdb), ("image", "CIFAR-10", cifar_images)],
+)
 def test_without_a_network_the_command_to_run_is_named_at_once_and_a_wrong_folder_is_another_error(
-    task: str, source: Any, tmp_path: Path
+    task: str, title: str, source: Any, tmp_path: Path
 ) -> None:
     started = time.monotonic()
     with pytest.raises(DataUnavailableError) as caught:
         load_task(task, DataSettings(cache_dir=str(tmp_path / "my cache")))
     said, target = str(caught.value), tmp_path / "my cache" / source.OFFICIAL.name
-    assert said.startswith(f"{source.OFFICIAL.title} is not in ")
+    assert said.startswith(f"{title} is not in ")
     assert f"curl -L --create-dirs --output '{target}' {source.OFFICIAL.url}" in said
     assert "--data-dir" in said and "\n" not in said
     assert list(tmp_path.iterdir()) == []

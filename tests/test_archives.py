@@ -9,14 +9,15 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from run_cases import Refused
 from test_imdb import contents, expected_contents, members, small_and_offline, tar_bytes
 
+from command_line import InputError
 from data_pipeline import DataSettings, DataUnavailableError, load_task, main
-from tasks import archives, imdb
+from tasks import archives, cifar_images, imdb
 from tasks.imdb import load_reviews
 
 __all__ = ["small_and_offline"]  # a fixture for every test here
@@ -94,15 +95,26 @@ def test_a_download_that_is_not_the_archive_leaves_nothing_and_names_the_command
     assert not (tmp_path / "new").exists()
 
 
-def test_without_a_network_the_command_to_run_is_named_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("task", "title", "source"),
+    [("imdb", "IMDb", imdb), ("bytes", "IMDb", imdb), ("image", "CIFAR-10", cifar_images)],
+)
+def test_without_a_network_the_command_to_run_is_named_at_once_and_a_wrong_folder_is_another_error(
+    task: str, title: str, source: Any, tmp_path: Path
+) -> None:
     started = time.monotonic()
     with pytest.raises(DataUnavailableError) as caught:
-        load_task("imdb", DataSettings(cache_dir=str(tmp_path / "my cache")))
-    target = tmp_path / "my cache" / "aclImdb_v1.tar.gz"
-    assert f"curl -L --create-dirs --output '{target}' {imdb.OFFICIAL.url}" in str(caught.value)
-    assert "--data-dir" in str(caught.value) and "\n" not in str(caught.value)
+        load_task(task, DataSettings(cache_dir=str(tmp_path / "my cache")))
+    said, target = str(caught.value), tmp_path / "my cache" / source.OFFICIAL.name
+    assert said.startswith(f"{title} is not in ")
+    assert f"curl -L --create-dirs --output '{target}' {source.OFFICIAL.url}" in said
+    assert "--data-dir" in said and "\n" not in said
     assert list(tmp_path.iterdir()) == []
     assert time.monotonic() - started < 3
+    for folder, words in ((tmp_path, f"holds no .*{target.name}.*or leave"), (target, "does not exist")):
+        with pytest.raises(InputError, match=words) as refused:
+            load_task(task, DataSettings(data_dir=str(folder), cache_dir=str(tmp_path)))
+        assert not isinstance(refused.value, DataUnavailableError)
 
 
 def test_a_server_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

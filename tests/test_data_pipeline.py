@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_cases import Refused
 
-from command_line import InputError, option_name
 from data_pipeline import TASKS, Batch, ByteTokenizer, DataSettings, evaluation_batches, load_task, main
 from tasks.random_draws import RandomDraws
 from tasks.text_tokenizers import ListOpsTokenizer, WordTokenizer, count_words, make_vocabulary, split_words
@@ -224,30 +224,6 @@ def test_the_table_is_the_only_place_that_names_a_task(monkeypatch: pytest.Monke
     assert load_task("mine", DataSettings(train_size=1, val_size=1, test_size=1)).name == "hold"
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("tokenizer", "character"), ("data_seed", -1), ("min_length", -1)),
-        *(("max_length", 0), ("train_size", 0), ("word_vocabulary", 0)),
-    ],
-)
-def test_settings_out_of_range_are_refused(name: str, value: object) -> None:
-    with pytest.raises(InputError, match=f"{option_name(name)}.*{value}"):
-        DataSettings(**{name: value})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("task", "name", "value"),
-    [
-        *(("imdb", "min_length", 5), ("pathfinder", "min_length", 5), ("image", "max_length", 5)),
-        *(("bytes", "tokenizer", "word"), ("hold", "min_length", 3), ("nearest", "word_vocabulary", 9)),
-    ],
-)
-def test_a_setting_that_means_nothing_to_a_task_is_refused(task: str, name: str, value: object) -> None:
-    with pytest.raises(InputError, match=f"{option_name(name)} means nothing to {task}"):
-        load_task(task, DataSettings(**{name: value}))  # type: ignore[arg-type]
-
-
 LISTOPS_STATS = ["ListOps, 11 to 39 tokens: 17 token ids", "train           50", "labels of test: 0 ", "[M"]
 NEAREST_STATS = ["The nearest of 8 points: 266 token ids, 8 classes", "labels of val: 0 ", "+v", "+?"]
 
@@ -265,16 +241,37 @@ def test_stats_show_sizes_lengths_labels_and_an_example(
     assert all(part in out for part in parts), out
 
 
+LEAST = {"data-seed": 0, "min-length": 0, "max-length": 1, "train-size": 1, "word-vocabulary": 1}
+MEANINGLESS = [
+    *("imdb --min-length 5", "pathfinder --min-length 5", "image --max-length 5"),
+    *("bytes --tokenizer word", "hold --min-length 3", "nearest --word-vocabulary 9"),
+]
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        *[(f"stats --task listops --{name} {low - 1}", f"--{name} must be") for name, low in LEAST.items()],
+        *[(f"stats --task {words}", f"means nothing to {words.split()[0]}") for words in MEANINGLESS],
+        ("stats --task listops --tokenizer character", "unknown --tokenizer 'character'"),
         ("stats --task imbd", "unknown task 'imbd': did you mean 'imdb'?"),
-        ("stats --task listops --min-length 90 --max-length 30", "got --min-length 90 and --max-length 30"),
+        ("stats --task listops --min-length 80 --max-length 81", "got --min-length 80 and --max-length 81"),
         ("stats --task listops --data-dir /nowhere", "--data-dir /nowhere does not exist"),
         ("stats --tsk listops", "required: --task"),
         ("statistics", "invalid choice: 'statistics'"),
         ("", "required: listops|imdb|stats"),
+        ("listops --output-dir new --train 0", "--train must be at least 1, got 0"),
+        ("listops --output-dir new --seed -1", "--seed must be at least 0, got -1"),
+        ("listops --output-dir new --min-length -1", "got --min-length -1"),
+        ("listops --output-dir new --max-depth 0", "a depth of 1..100 and 2..1000 arguments, got depth 0"),
+        ("listops --output-dir new --max-args 1", "and 1 arguments"),
+        ("listops --output-dir new --max-depth 3", "no expression is longer than 122 tokens"),  # 2 + 10 * 12
+        ("listops --output-dir new --tran 5", "did you mean '--train'?"),
     ],
 )
-def test_bad_commands_end_in_one_line_and_exit_code_2(argv: str, said: str, refused: Refused) -> None:
+def test_bad_commands_end_in_one_line_and_leave_nothing(
+    argv: str, said: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert said in refused(main, *argv.split())
+    assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ import gzip
 import hashlib
 import io
 import tarfile
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import pytest
 from run_cases import Refused
 
 from command_line import InputError
-from data_pipeline import DataSettings, DataUnavailableError, load_task, main
+from data_pipeline import DataSettings, load_task, main
 from tasks import cifar_images, imdb
 from tasks.imdb import Reviews, load_reviews, read_source, separate_copies
 from tasks.token_dataset import TokenDataset, offsets_of
 
-FOLDERS = [(split, sentiment) for split in ("train", "test") for sentiment in ("neg", "pos")]
+FOLDERS = ("train/neg", "train/pos", "test/neg", "test/pos")
 Files = dict[str, bytes]
 
 
@@ -37,38 +37,42 @@ def small_and_offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 def members() -> Files:
     """The files of a small archive, in an order that is not the sorted one, with files that are not read."""
     found: Files = {"aclImdb/README": b"read me", "aclImdb/train/unsup/0_0.txt": b"unlabelled"}
-    for split, sentiment in FOLDERS:
-        for number in (10, 2, 1):
-            name = f"aclImdb/{split}/{sentiment}/{number}_{7 if sentiment == 'pos' else 3}.txt"
-            found[name] = f"{split} {sentiment} {number}<br />Ça alors! \x80".encode("latin-1")
+    for name in names_of((10, 2, 1)):
+        found[name] = f"{name}<br />Ça alors! \x80".encode("latin-1")
     return found
 
 
-def thirty_reviews_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Files, DataSettings]:
-    """An archive, in which a training review comes in the test set too, and the settings that find it."""
+def names_of(numbers: Iterable[int]) -> list[str]:
+    rated = [(place, 7 if place.endswith("pos") else 3) for place in FOLDERS]
+    return [f"aclImdb/{place}/{number}_{rating}.txt" for place, rating in rated for number in numbers]
+
+
+Thirty = tuple[Files, DataSettings]
+
+
+@pytest.fixture
+def thirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Thirty:
+    """An archive with 30 reviews a folder, in which a training review comes in the test set too, and the
+    settings that find it."""
     monkeypatch.setattr(imdb, "REVIEWS_PER_FOLDER", 30)
-    names = [f"{split}/{sentiment}/{number}" for split, sentiment in FOLDERS for number in range(30)]
-    files = {f"aclImdb/{name}_1.txt": f"{name} <br /> É".encode() for name in names}
-    files["aclImdb/train/neg/4_1.txt"] = files["aclImdb/test/neg/7_1.txt"]
-    write_archive(folder, tar_bytes(files))
-    return files, DataSettings(data_dir=str(folder), cache_dir=str(folder / "cache"))
+    files = {name: f"{name} <br /> É".encode() for name in names_of(range(30))}
+    files["aclImdb/train/neg/4_3.txt"] = files["aclImdb/test/neg/7_3.txt"]
+    write_archive(tmp_path, tar_bytes(files))
+    return files, DataSettings(data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
 
 
-def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return info
-
-
-def tar_bytes(files: Files, extra: tarfile.TarInfo | None = None) -> bytes:
+def tar_bytes(files: Files, extra: str = "", kind: bytes = tarfile.REGTYPE, target: str = "") -> bytes:
+    """The files, then an extra member of the kind, where it has a name."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-        if extra is not None:
-            archive.addfile(extra)
+        if extra:
+            info = tarfile.TarInfo(extra)
+            info.type, info.linkname = kind, target
+            archive.addfile(info)
     return out.getvalue()
 
 
@@ -95,11 +99,7 @@ def contents(reviews: Reviews) -> list[tuple[bytes, int]]:
 
 
 def expected_contents() -> list[tuple[bytes, int]]:
-    names = [
-        f"aclImdb/{split}/{sentiment}/{number}_{7 if sentiment == 'pos' else 3}.txt"
-        for split, sentiment in FOLDERS
-        for number in (10, 1, 2)  # by name: "10_3.txt" < "1_3.txt"
-    ]
+    names = names_of((10, 1, 2))  # by name: "10_3.txt" < "1_3.txt"
     return [(members()[name], int("/pos/" in name)) for name in names]
 
 
@@ -161,24 +161,23 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_a_line(
     assert f"the cache {tmp_path / 'file' / 'cache'} cannot be written" in line
 
 
+EVIL = ("../evil.txt", "/etc/evil.txt", "aclImdb/../../evil.txt", "elsewhere/evil.txt")
+
+
 @pytest.mark.parametrize(
     "member",
     [
-        special("../evil.txt", tarfile.REGTYPE),
-        special("/etc/evil.txt", tarfile.REGTYPE),
-        special("aclImdb/../../evil.txt", tarfile.REGTYPE),
-        special("elsewhere/evil.txt", tarfile.REGTYPE),
-        special("aclImdb/train/pos/9_9.txt", tarfile.SYMTYPE, "/etc/passwd"),
-        special("aclImdb/train/pos/9_9.txt", tarfile.LNKTYPE, "aclImdb/train/pos/1_7.txt"),
-        *map(partial(special, "aclImdb/device"), (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)),
+        *[(name, tarfile.REGTYPE) for name in EVIL],
+        ("aclImdb/train/pos/9_9.txt", tarfile.SYMTYPE, "/etc/passwd"),
+        ("aclImdb/train/pos/9_9.txt", tarfile.LNKTYPE, "aclImdb/train/pos/1_7.txt"),
+        *[("aclImdb/device", kind) for kind in (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)],
     ],
-    ids=lambda member: f"{member.name}-{member.type.decode()}",
 )
 def test_an_archive_with_a_member_that_has_no_business_in_it_is_refused(
-    tmp_path: Path, member: tarfile.TarInfo, refused: Refused
+    tmp_path: Path, member: tuple[Any, ...], refused: Refused
 ) -> None:
-    write_archive(tmp_path / "data", tar_bytes(members(), member))
-    assert_refused(tmp_path / "data", refused, "refused", member.name)
+    write_archive(tmp_path / "data", tar_bytes(members(), *member))
+    assert_refused(tmp_path / "data", refused, "refused", member[0])
     assert not list(tmp_path.rglob("evil*"))
 
 
@@ -192,13 +191,8 @@ def test_an_archive_that_is_cut_anywhere_or_has_a_review_twice_is_refused(
         assert_refused(path.parent, refused, "aclImdb_v1.tar.gz is damaged or truncated")
     write_archive(path.parent, tar_bytes(members())[: 1024 * 8])  # between two members
     assert_refused(path.parent, refused, "aclImdb/test/neg has 0 ")
-    write_archive(path.parent, tar_bytes(members(), special("aclImdb/test/pos/1_7.txt", tarfile.REGTYPE)))
+    write_archive(path.parent, tar_bytes(members(), "aclImdb/test/pos/1_7.txt"))
     assert_refused(path.parent, refused, "'aclImdb/test/pos/1_7.txt' comes twice")
-
-
-@pytest.fixture
-def longest_98(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imdb, "LONGEST_REVIEW", 98)
 
 
 @pytest.mark.parametrize(
@@ -211,8 +205,14 @@ def longest_98(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_wrong_counts_and_empty_or_endless_reviews_are_refused_in_archives_and_trees(
-    tmp_path: Path, name: str, content: bytes | None, words: str, refused: Refused, longest_98: None
+    tmp_path: Path,
+    name: str,
+    content: bytes | None,
+    words: str,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(imdb, "LONGEST_REVIEW", 98)
     files = members() | {f"aclImdb/{name}": content or b""}
     if content is None:
         del files[f"aclImdb/{name}"]
@@ -222,25 +222,8 @@ def test_wrong_counts_and_empty_or_endless_reviews_are_refused_in_archives_and_t
         assert_refused(tmp_path / folder, refused, words)
 
 
-def test_reviews_that_cannot_be_had_are_one_line_for_both_tasks_and_a_wrong_folder_is_another_error(
-    tmp_path: Path,
-) -> None:
-    said = []
-    for name in ("imdb", "bytes"):
-        with pytest.raises(DataUnavailableError) as caught:
-            load_task(name, DataSettings(cache_dir=str(tmp_path)))
-        said.append(str(caught.value))
-    assert said[0] == said[1] and "\n" not in said[0]
-    for folder, words in ((tmp_path, "holds no IMDb.*or leave"), (tmp_path / "none", "does not exist")):
-        with pytest.raises(InputError, match=words) as refused:
-            load_task("imdb", DataSettings(data_dir=str(folder), cache_dir=str(tmp_path)))
-        assert not isinstance(refused.value, DataUnavailableError)
-
-
-def test_the_task_has_a_stratified_tenth_for_validation_and_raw_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files, settings = thirty_reviews_a_folder(tmp_path, monkeypatch)
+def test_the_task_has_a_stratified_tenth_for_validation_and_raw_bytes(thirty: Thirty) -> None:
+    files, settings = thirty
     task = load_task("imdb", settings)
     parts = (task.train, task.val, task.test)
     assert [(len(part), int(part.labels.sum())) for part in parts] == [(54, 27), (6, 3), (60, 30)]
@@ -255,17 +238,16 @@ def test_the_task_has_a_stratified_tenth_for_validation_and_raw_bytes(
 
 
 def test_the_task_of_bytes_reads_the_same_splits_as_windows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    thirty: Thirty, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, settings = thirty_reviews_a_folder(tmp_path, monkeypatch)
-    sizes: dict[str, Any] = {"max_length": 32, "train_size": 500, "val_size": 90, "test_size": 800}
-    reviews, task = load_task("imdb", settings), load_task("bytes", dataclasses.replace(settings, **sizes))
+    settings = dataclasses.replace(thirty[1], train_size=500, val_size=90, test_size=800, max_length=32)
+    reviews, task = load_task("imdb", thirty[1]), load_task("bytes", settings)
     for name in ("train", "val", "test"):
         texts = texts_of(getattr(reviews, name), 1)
         stream = b"\0".join(text for text in texts if name == "test" or b"test" not in text)
         found = set(texts_of(getattr(task, name), 1))
         assert all(window in stream for window in found) and len(found) > 30
-    argv = f"stats --task bytes --data-dir {tmp_path} --max-length 32 --cache-dir {settings.cache_dir}"
+    argv = f"stats --task bytes --data-dir {settings.data_dir} --max-length 32"
     assert main(argv.split()) == 0
     assert "labels of test, the 32 most frequent: \\x00 " in capsys.readouterr().out
 

@@ -17,7 +17,6 @@ from data_pipeline import DataSettings, load_task, main
 from tasks import listops
 from tasks.listops import SYMBOLS, ListOpsSettings, generate_splits
 from tasks.listops_tsv import count_arguments, read_tsv
-from tasks.random_draws import RandomDraws
 from tasks.token_dataset import TokenDataset
 
 DEFAULT, SHORT = ListOpsSettings(), ListOpsSettings(min_length=10, max_length=80)
@@ -26,7 +25,7 @@ DEFAULT, SHORT = ListOpsSettings(), ListOpsSettings(min_length=10, max_length=80
 LRA_SAMPLES, LRA_MEAN_LENGTH, LRA_LENGTH_DEVIATION = 12_000, 1033.1, 393.2
 LRA_PERCENTILES = {1: 508, 5: 536, 10: 575, 25: 699, 50: 952, 75: 1311, 90: 1637, 95: 1793, 99: 1955}
 LRA_LABELS = (17.5, 8.9, 7.9, 7.6, 8.9, 8.7, 7.7, 7.1, 8.7, 17.1)
-LRA_EACH, LRA_ACCEPTANCE = (73.9, 36.8), 0.083  # digit, operator; share of the trees that fit
+LRA_EACH = 73.9, 36.8  # digit, operator
 
 OPERATORS: dict[int, Any] = {  # by token id, of a list of digits
     12: min,
@@ -85,13 +84,6 @@ def sample() -> TokenDataset:
     return make(DEFAULT, LRA_SAMPLES, seed=3)["train"]
 
 
-def test_the_evaluator_of_these_tests_knows_each_operator() -> None:
-    cases = {"[MIN 4 2 9 ]": 2, "[MAX 4 2 9 ]": 9, "[MED 9 1 4 ]": 4, "[MED 8 1 4 9 ]": 6, "[MED 1 2 ]": 1}
-    cases |= {"[SM 9 9 5 ]": 3, "[MAX 2 9 [MIN 4 7 ] 0 ]": 9, "7": 7}
-    for text, value in cases.items():
-        assert value_of(map(SYMBOLS.index, text.split())) == value, text
-
-
 def test_labels_are_the_values_of_3000_expressions_and_where_operators_have_23_arguments(
     sample: TokenDataset,
 ) -> None:
@@ -133,12 +125,6 @@ def test_labels_operators_and_digits_are_distributed_as_in_lra_roots_evenly_over
     step = ((sample.tokens >= 12) & (sample.tokens < 16)).astype(int) - (sample.tokens == 16)
     deepest = np.maximum.reduceat(np.cumsum(step), sample.offsets[:-1])  # each expression ends at 0
     assert deepest.max() == 9 and np.mean(deepest == 9) > 0.999
-
-
-def test_one_drawn_tree_in_twelve_fits() -> None:
-    draws, trees = RandomDraws(0, "acceptance"), 40_960
-    found = sum(len(listops.draw_expressions(DEFAULT, 8192, draws)) for _ in range(trees // 8192))
-    assert abs(found / trees - LRA_ACCEPTANCE) < 3 * (LRA_ACCEPTANCE / trees) ** 0.5 + 0.0005
 
 
 def test_no_expression_comes_twice_within_or_across_splits() -> None:
@@ -203,10 +189,7 @@ BAD_FILES = [
     (b"", "line 1: expected the header"),
     (GOOD, "line 1: expected the header"),
     (HEADER, "has no expressions"),
-    (
-        HEADER + GOOD * 1500 + GOOD.replace(b"\t9", b"\t2") + GOOD,
-        "line 1502: the expression's value is 9",
-    ),
+    (HEADER + GOOD * 1500 + GOOD.replace(b"\t9", b"\t2") + GOOD, "line 1502: the expression's value is 9"),
     *((HEADER + GOOD + line + b"\n" + GOOD, f"line 3: {said}") for line, said in BAD_LINES),
 ]
 
@@ -251,26 +234,6 @@ def test_the_task_reads_files_of_its_data_folder(tmp_path: Path) -> None:
     (tmp_path / "basic_val.tsv").unlink()
     with pytest.raises(InputError, match=r"not basic_val\.tsv"):
         load_task("listops", settings)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--train 0", "--train must be at least 1, got 0"),
-        ("--seed -1", "--seed must be at least 0, got -1"),
-        ("--min-length 80 --max-length 81", "--max-length must be at least --min-length + 2"),
-        ("--min-length -1", "got --min-length -1"),
-        ("--max-depth 0", "depth of 1..100 and 2..1000 arguments, got depth 0"),
-        ("--max-args 1", "and 1 arguments"),
-        ("--max-depth 3", "no expression is longer than 122 tokens"),  # 2 + 10 * 12
-        ("--tran 5", "did you mean '--train'?"),
-    ],
-)
-def test_bad_options_end_in_one_line_and_leave_nothing(
-    tmp_path: Path, options: str, said: str, refused: Refused
-) -> None:
-    assert said in refused(main, "listops", "--output-dir", tmp_path / "new", *options.split())
-    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_cannot_be_written_ends_in_one_line_before_any_work_and_a_failed_write_leaves_nothing(

@@ -13,7 +13,6 @@ import run_experiment
 from data_pipeline import load_task
 from experiment.models import COMPARED, MODELS, Model, mechanism_settings
 from experiment.run_plan import RunPlan, make_plan, parameter_counts
-from gravitational_attention import GravitationalAttention
 from multi_timescale_attention import MultiTimescaleAttention
 from results_folder import file_name, read_results
 from run_experiment import make_parser
@@ -83,26 +82,21 @@ def test_a_name_is_a_model_and_the_settings_of_its_constructor_in_their_types(
     assert {key: type(value) for key, value in found.items()} == {k: type(v) for k, v in own.items()}
 
 
-def test_every_compared_model_is_built_with_the_encoders_sizes_and_its_own_settings() -> None:
+def built(name: str) -> Any:
+    return Model.parse(name).attention(SETTINGS)()
+
+
+def test_every_model_is_built_with_the_encoders_sizes_and_its_own_settings() -> None:
     for name in MODELS:
-        module: Any = Model.parse(name).attention(SETTINGS)()
+        module = built(name)
         assert (module.embed_dim, module.num_heads, module.dropout) == (8, 2, 0.0)
     assert set(COMPARED) < set(MODELS)
-    module = Model.parse("gravitational,softening=1.5").attention(SETTINGS)()
-    assert isinstance(module, GravitationalAttention)
-    assert module.field.softening == 1.5
-
-
-def test_gammas_alone_set_the_number_of_timescales() -> None:
-    module = Model.parse("multi_timescale,gammas=0.6:0.9").attention(SETTINGS)()
-    assert isinstance(module, MultiTimescaleAttention)
-    assert module.learned_scalars()["gamma"][:, 0].tolist() == pytest.approx([0.6, 0.9])
-
-
-def test_the_discounted_control_is_softmax_attention_with_one_decay() -> None:
-    module = Model.parse("discounted").attention(SETTINGS)()
-    assert isinstance(module, MultiTimescaleAttention)
-    assert (module.num_timescales, module.out_proj.in_features) == (1, 8)
+    assert built("gravitational,softening=1.5").field.softening == 1.5
+    gammas = built("multi_timescale,gammas=0.6:0.9").learned_scalars()["gamma"]
+    assert gammas[:, 0].tolist() == pytest.approx([0.6, 0.9])  # they set the number of timescales
+    control = built("discounted")  # softmax attention with one decay
+    assert isinstance(control, MultiTimescaleAttention)
+    assert (control.num_timescales, control.out_proj.in_features) == (1, 8)
 
 
 def test_a_settings_help_is_its_line_of_the_docstring_up_to_the_first_full_stop() -> None:
@@ -135,10 +129,7 @@ def test_match_parameters_brings_all_models_to_the_size_of_the_largest() -> None
     ("names", "message"),
     [
         ("gravitatonal", "unknown model 'gravitatonal': did you mean 'gravitational'"),
-        (
-            "gravitational,softenin=1",
-            r"is no setting of it: did you mean 'softening'\? \(it has softening, dis",
-        ),
+        ("gravitational,softenin=1", r"no setting of it: did you mean 'softening'\? \(it has softening, dis"),
         ("gravitationl,softening=1", "did you mean 'gravitational'"),
         ("gravitational,", "an empty entry is no setting of it"),
         (",softening=1", "unknown model ''"),
@@ -152,19 +143,13 @@ def test_match_parameters_brings_all_models_to_the_size_of_the_largest() -> None
         ("multi_timescale,num_timescales=2.5", "num_timescales must be a whole number, got '2.5'"),
         ("multi_timescale,num_timescales=0", "must be at least 1"),
         ("multi_timescale,learn_gammas=yes", "learn_gammas must be true or false, got 'yes'"),
-        (
-            "multi_timescale,gammas=0.6:",
-            "gammas must be a number for each entry, separated by ':', got '0.6:'",
-        ),
+        ("multi_timescale,gammas=0.6:", "must be a number for each entry, separated by ':', got '0.6:'"),
         ("multi_timescale,gammas=0.6:1", r"gammas must be in \(0, 1\)"),
         ("multi_timescale,gammas=0.6:0.9,num_timescales=3", "one entry per timescale, got 2 for 3"),
         ("conventional,softening=1", r"softening is no setting of it: \(it has none\)"),
         ("discounted,gammas=0.5", "gammas is fixed in this model"),
         ("gravitational,bias=false", "bias is fixed in this model"),
-        (
-            "gravitational,embed_dim=32",
-            "the same for all models of a comparison; set it for all with --embed",
-        ),
+        ("gravitational,embed_dim=32", "same for all models of a comparison; set it for all with --embed"),
         ("gravitational_multi_timescale,normalization=force,discount=logits", "needs normalization"),
         ("gravitational gravitational,softening=0.1", "names one model twice"),
         ("gravitational,softening=1 gravitational,softening=1.0", "names one model twice"),

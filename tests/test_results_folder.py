@@ -97,23 +97,20 @@ def test_a_number_that_json_lacks_is_refused_and_the_old_content_stays(tmp_path:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_starts_in_one_second_have_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "strftime", lambda form: "results_20260102_030405")
-    names = [create_results_folder(tmp_path / "deep" / "er").name for _ in range(3)]
-    assert names == [f"results_20260102_030405{tail}" for tail in ("", "_2", "_3")]
-
-
 def create(parent: Path, count: int) -> list[str]:
     return [create_results_folder(parent).name for _ in range(count)]
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # as of Python 3.12
-def test_eight_processes_at_once_never_share_a_folder(tmp_path: Path) -> None:
+def test_starts_of_eight_processes_in_one_second_have_own_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "strftime", lambda form: "results_20260102_030405")
     with multiprocessing.get_context("fork").Pool(8) as pool:
-        made = pool.starmap(create, [(tmp_path / "new", 5)] * 8, chunksize=1)
-    names = sorted(name for part in made for name in part)
-    assert len(set(names)) == 40
-    assert names == sorted(path.name for path in (tmp_path / "new").iterdir())
+        made = pool.starmap(create, [(tmp_path / "deep" / "er", 5)] * 8, chunksize=1)
+    names = {"results_20260102_030405", *(f"results_20260102_030405_{number}" for number in range(2, 41))}
+    assert sorted(name for part in made for name in part) == sorted(names)
+    assert len(list((tmp_path / "deep" / "er").iterdir())) == 40
 
 
 def test_a_parent_that_is_a_file_is_an_input_error(tmp_path: Path) -> None:

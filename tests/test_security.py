@@ -111,22 +111,22 @@ def test_a_link_out_of_the_folder_is_not_read(name: str, target: str, results: P
     assert "a link that leads out of the folder" in broken.reason
 
 
-def test_a_link_within_the_folder_is_followed(results: Path) -> None:
-    path = CELL.folder(results) / "result.json"
-    path.replace(results / "elsewhere.json")
-    path.symlink_to(results / "elsewhere.json")
-    assert read_cell(results, CELL).state == "done"
-
-
-def test_a_run_config_that_is_a_link_out_of_the_folder_is_refused(results: Path, tmp_path: Path) -> None:
-    (results / "config.json").replace(tmp_path / "config.json")
-    (results / "config.json").symlink_to(tmp_path / "config.json")
+def test_a_link_within_the_folder_is_followed_and_a_run_config_that_is_one_out_of_it_refused(
+    results: Path, tmp_path: Path
+) -> None:
+    for path, target in (
+        (CELL.folder(results) / "result.json", results / "elsewhere.json"),
+        (results / "config.json", tmp_path / "config.json"),
+    ):
+        assert read_results(results).cells[1].state == "done"
+        path.replace(target)
+        path.symlink_to(target)
     with pytest.raises(InputError, match="leads out of the folder"):
         read_results(results)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_pipe_or_a_folder_in_the_place_of_a_file_keeps_nobody_waiting(name: str, results: Path) -> None:
+def test_a_pipe_a_folder_or_a_file_of_an_unlikely_size_keeps_nobody_waiting(name: str, results: Path) -> None:
     path = CELL.folder(results) / name
     path.unlink()
     os.mkfifo(path)
@@ -134,10 +134,9 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_file_keeps_nobody_waiting(name: st
     path.unlink()
     path.mkdir()
     assert read_cell(results, CELL).state == "failed"
-
-
-def test_a_file_of_an_unlikely_size_is_not_read(results: Path) -> None:
-    os.truncate(CELL.folder(results) / "metrics.jsonl", LARGEST_JSON + 1)  # a hole: no such space is taken
+    path.rmdir()
+    path.touch()
+    os.truncate(path, LARGEST_JSON + 1)  # a hole: no such space is taken
     assert "bytes, more than any of ours has" in read_cell(results, CELL).reason
 
 
@@ -156,25 +155,18 @@ def test_a_reason_is_one_line_without_terminal_commands(results: Path) -> None:
     assert reason.startswith("a [2J b c") and reason.isprintable() and len(reason) <= 1000
 
 
-def test_patterns_that_are_a_link_or_a_pipe_are_refused(results: Path, tmp_path: Path) -> None:
-    path = CELL.folder(results) / "attention_patterns.npz"
-    path.replace(tmp_path / "outside.npz")
-    path.symlink_to(tmp_path / "outside.npz")
-    with pytest.raises(ValueError, match="a link"):
-        read_attention_patterns(path)
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(ValueError, match="not a file"):
-        read_attention_patterns(path)
-
-
-def test_a_bomb_of_patterns_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns_that_are_a_bomb_a_link_or_a_pipe_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("results_folder.LARGEST_ARRAYS", 2**23)
-    path = tmp_path / "attention_patterns.npz"
-    np.savez_compressed(path, allow_pickle=False, maps=np.zeros(2**20 + 100))
-    assert path.stat().st_size < 2**15
-    with pytest.raises(ValueError, match="it would unpack to"):
-        read_attention_patterns(path)
+    bomb, link, pipe = (tmp_path / f"{name}.npz" for name in ("bomb", "link", "pipe"))
+    np.savez_compressed(bomb, allow_pickle=False, maps=np.zeros(2**20 + 100))
+    assert bomb.stat().st_size < 2**15
+    link.symlink_to(bomb)
+    os.mkfifo(pipe)
+    for path, why in ((bomb, "it would unpack to"), (link, "a link"), (pipe, "not a file")):
+        with pytest.raises(ValueError, match=why):
+            read_attention_patterns(path)
 
 
 def test_an_analysis_that_is_a_link_is_refused(results: Path, tmp_path: Path, refused: Refused) -> None:

@@ -223,10 +223,11 @@ def _attention(view: TaskView) -> Drawn:
         return
     yield from _attention_maps(view)
     shares, learned = distance_table(view.patterns), view.of_task(view.analysis.learned)
+    last = shares[shares["layer"] == shares["layer"].max()]
     yield from view.figure(
         "attention_distance",
-        "Attention weight by distance",
-        lambda title: distance_figure(shares, learned, view.styles, title),
+        "Attention weight by distance in the last layer",
+        lambda title: distance_figure(last, learned, view.styles, title),
         "Share of a query's weight per token of distance, in bins that double in width, on logarithmic axes; "
         "mean over queries of long validation examples, heads and seeds. Even weights are level, and fall at "
         "the right, where few pairs are so far apart. Left: mean over timescales. Others: each timescale of "

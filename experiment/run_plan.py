@@ -81,7 +81,7 @@ PRESETS = {
         data=LRA_IN_SMALL,
     ),
     "quick": Preset(
-        "recall and hold with four seeds, short texts and expressions with one; 8 to 9 minutes on 2 cores",
+        "recall and hold with four seeds, short texts and expressions with one; 8 minutes on 2 cores",
         tasks=("recall", "hold", "imdb", "listops"),
         seeds=tuple(range(4)),
         model=SMALL,
@@ -91,8 +91,8 @@ PRESETS = {
         | {"recall": GENERATED_IN_SMALL["recall"] | {"max_epochs": 8, "patience": 8}}
         | {task: SHORT_TRAINING | {"learning_rate": 0.001, "seeds": (0,)} for task in LRA_IN_SMALL},
         data={
-            "imdb": LRA_IN_SMALL["imdb"] | {"train_size": 2000, "val_size": 500, "test_size": 1000},
-            "listops": LRA_IN_SMALL["listops"] | {"train_size": 4000},
+            "imdb": LRA_IN_SMALL["imdb"] | {"train_size": 1600, "val_size": 500, "test_size": 1000},
+            "listops": LRA_IN_SMALL["listops"] | {"train_size": 3200},
         },
     ),
     "smoke": Preset(

@@ -5,8 +5,10 @@ import multiprocessing
 import os
 import stat
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import IO, Any
+from unittest import mock
 
 import pytest
 from results_fixture import write
@@ -97,16 +99,19 @@ def test_a_number_that_json_lacks_is_refused_and_the_old_content_stays(tmp_path:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def in_one_second(barrier: Barrier) -> None:
+    """In a process of its own, begin when all have come so far, and let the clock stand."""
+    mock.patch.object(time, "strftime", lambda form: "results_20260102_030405").start()
+    barrier.wait(120)
+
+
 def create(parent: Path, count: int) -> list[str]:
     return [create_results_folder(parent).name for _ in range(count)]
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # as of Python 3.12
-def test_starts_of_eight_processes_in_one_second_have_own_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(time, "strftime", lambda form: "results_20260102_030405")
-    with multiprocessing.get_context("fork").Pool(8) as pool:
+def test_starts_of_eight_processes_in_one_second_have_own_folders(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")  # see test_cells.py
+    with context.Pool(8, in_one_second, (context.Barrier(8),)) as pool:
         made = pool.starmap(create, [(tmp_path / "deep" / "er", 5)] * 8, chunksize=1)
     names = {"results_20260102_030405", *(f"results_20260102_030405_{number}" for number in range(2, 41))}
     assert sorted(name for part in made for name in part) == sorted(names)

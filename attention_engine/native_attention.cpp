@@ -721,18 +721,17 @@ static void finish_rows(const Call& c, const Problem& problem, const Rows& rows,
   }
 }
 
-// Keys of one of `parts` parts of a problem: dk, dv and dmass, and the part's share of what rows get, in `slabs`. The
-// last part that ends adds those of all up, in order.
+// Keys of the parts [first_part, last_part) of a problem: dk, dv and dmass, and each part's share of what rows get, in
+// its slab. The last piece of work that ends adds those of all `parts` up, in order.
 template <Kind KIND, Decay DECAY>
-static void backward(const Call& c, const Problem& problem, int part, int parts, float* slabs, std::atomic<int>& left,
-                     Arena arena) {
+static void backward(const Call& c, const Problem& problem, int first_part, int last_part, int parts, float* slabs,
+                     std::atomic<int>& left, Arena arena) {
   const int T = problem.timescales, widest = widest_reach(c, problem);
   const Keys keys(c, problem, arena);
-  float largest = 0;
-  const Rows rows(c, problem, keys, 0, c.queries, arena, &largest);
-  const int64_t L = rows.rounded, S = keys.rounded();
-  float* slab = slabs + part * OfRows::size(L, T);
-  const OfRows of_rows(slab, L, T);
+  float largest_q = 0;
+  const Rows rows(c, problem, keys, 0, c.queries, arena, &largest_q);
+  const int64_t L = rows.rounded, S = keys.rounded(), size = OfRows::size(L, T);
+  float* output = slabs + first_part * size;  // at first
   float *upstream = arena.get(T * L * WIDTH), *log_sum = arena.get(T * L), *delta = arena.get(T * L);
   float *strength = arena.get(T * L), *X = arena.get(ROWS * STRIDE), *G = arena.get(ROWS * STRIDE);
   float *P = arena.get(T * TILE_ROWS * STRIDE), *E = arena.get(TILE_ROWS * STRIDE);
@@ -743,23 +742,25 @@ static void backward(const Call& c, const Problem& problem, int part, int parts,
     const int64_t row = problem.row(c, t) * c.queries;
     pack(problem.of(c.upstream, t), c.upstream.of_token, c.head_dim, nullptr, c.queries, L, ZERO, 1,
          upstream + t * L * WIDTH);
-    pack(problem.of(c.output, t), c.output.of_token, c.head_dim, nullptr, c.queries, L, ZERO, 1, of_rows.dq);
-    deltas(upstream + t * L * WIDTH, of_rows.dq, L, delta + t * L, arena);
+    pack(problem.of(c.output, t), c.output.of_token, c.head_dim, nullptr, c.queries, L, ZERO, 1, output);
+    deltas(upstream + t * L * WIDTH, output, L, delta + t * L, arena);
     for (int i = 0; i < L; i++) {
       log_sum[t * L + i] = i < c.queries ? c.log_sum[row + i] : 0;
       strength[t * L + i] = KIND == FORCE ? log_sum[t * L + i] : 0;
       if (KIND == GRAVITY && i < c.queries) strength[t * L + i] = problem.strength(c, t, i);
     }
   }
-  std::fill_n(slab, OfRows::size(L, T), 0.0f);
+  std::fill_n(slabs + first_part * size, (last_part - first_part) * size, 0.0f);
   const int share = rounded_up((keys.count + parts - 1) / parts, TILE_KEYS);
-  for (int j0 = part * share; j0 < std::min(keys.count, (part + 1) * share); j0 += TILE_KEYS) {
+  for (int j0 = first_part * share; j0 < std::min(keys.count, last_part * share); j0 += TILE_KEYS) {
+    const OfRows of_rows(slabs + j0 / share * size, L, T);
     const int count = std::min<int>(TILE_KEYS, keys.count - j0), columns = rounded_up(count, PAIR);
     const float *place = keys.place + j0, first = place[0], last = place[count - 1];
     pack(problem.of(c.v), c.v.of_token, c.head_dim, place, count, columns, ZERO, 1, k);
     pack_transposed(k, columns, 1, V);
     pack(problem.of(c.k), c.k.of_token, c.head_dim, place, count, columns, keys.centre, 1, k);
     pack_transposed(k, columns, KIND == DOT_PRODUCT ? 1 : -2.0f / c.head_dim, K);
+    float largest = largest_q;
     if (KIND != DOT_PRODUCT) norms(k, count, columns, c.head_dim, 0, key_norm, &largest);
     std::fill_n(dk, columns * WIDTH, 0.0f), std::fill_n(dv, columns * WIDTH, 0.0f);
     std::fill_n(of_mass, T * TILE_KEYS, 0.0f), std::fill_n(of_key, TILE_KEYS, 0.0f);
@@ -834,8 +835,8 @@ typedef void (*Parallel)(void (*)(void*), void*, unsigned threads, unsigned flag
 struct Job {
   const Call& c;
   const bool is_backward;
-  int problems, parts, threads;
-  int64_t slab, room;  // floats of what a part adds to rows, bytes of a thread
+  int problems, parts, pieces, threads;  // a problem is worked on in pieces of some parts each
+  int64_t slab, room;                    // floats of what a part adds to rows, bytes of a thread
   std::atomic<int> next{0}, started{0};
   std::atomic<float> largest{0}, closest{0};
 
@@ -844,7 +845,9 @@ struct Job {
     problems = c.batch * c.heads * (c.shared ? 1 : c.timescales);
     parts = 1;  // by the shapes alone, so that sums are the same for any number of threads
     if (0 < problems && problems < 16) parts = std::clamp((is_backward ? c.keys : c.queries) / 256, 1, (15 + problems) / problems);
-    threads = std::max(1, std::min(c.threads, problems * parts));
+    // What is packed is packed for each piece: no more of them than keep the threads busy.
+    pieces = c.threads > 1 ? std::clamp(4 * c.threads / std::max(1, problems), 1, parts) : 1;
+    threads = std::clamp(problems * pieces, 1, std::max(1, c.threads));
     slab = is_backward ? OfRows::size(rounded_up(c.queries, PAIR), T) : 0;
     int64_t floats = S * (2 + 2 * T) + T + 3 * T * TILE_ROWS + 2 * ROWS * STRIDE + WIDTH + W;
     if (is_backward)
@@ -865,15 +868,18 @@ static void raise(std::atomic<float>& x, float least) {
 template <Kind KIND, Decay DECAY>
 static void work_on(Job& job, int number, Arena arena) {
   const Call& c = job.c;
-  const int b = number / job.parts, part = number % job.parts;
+  const int b = number / job.pieces, piece = number % job.pieces;
+  const int first = piece * job.parts / job.pieces, last = (piece + 1) * job.parts / job.pieces;
   const Problem problem(c, b);
   if (job.is_backward) {
-    backward<KIND, DECAY>(c, problem, part, job.parts, job.slabs() + b * job.parts * job.slab, job.left()[b], arena);
+    float* slabs = job.slabs() + b * job.parts * job.slab;
+    backward<KIND, DECAY>(c, problem, first, last, job.parts, slabs, job.left()[b], arena);
     return;
   }
-  const int share = rounded_up((c.queries + job.parts - 1) / job.parts, TILE_ROWS), first = part * share;
-  if (first >= c.queries) return;
-  const Extent extent = forward<KIND, DECAY != NONE>(c, problem, first, std::min(c.queries, first + share), arena);
+  const int share = rounded_up((c.queries + job.parts - 1) / job.parts, TILE_ROWS);
+  if (first * share >= c.queries) return;
+  const Extent extent =
+      forward<KIND, DECAY != NONE>(c, problem, first * share, std::min(c.queries, last * share), arena);
   raise(job.largest, extent.largest), raise(job.closest, extent.closest);
 }
 
@@ -897,7 +903,7 @@ static void work(void* pointer) {
   Job& job = *(Job*)pointer;
   const WithoutDenormals held;
   char* at = job.c.workspace + job.room * job.started++;
-  for (int number; (number = job.next++) < job.problems * job.parts;) {
+  for (int number; (number = job.next++) < job.problems * job.pieces;) {
     const Arena arena{at, at + job.room};
     switch (job.c.kind * 3 + (job.c.query_clock ? CLOCK : job.c.log_decay ? RATE : NONE)) {
       case 0: work_on<DOT_PRODUCT, NONE>(job, number, arena); break;
@@ -922,7 +928,7 @@ extern "C" int64_t workspace_bytes(const Call* c, int is_backward) { return Job(
 
 extern "C" void attention(const Call* c, int is_backward, Parallel parallel, Extent* extent) {
   Job job(*c, is_backward);
-  for (int b = 0; is_backward && b < job.problems; b++) new (job.left() + b) std::atomic<int>(job.parts);
+  for (int b = 0; is_backward && b < job.problems; b++) new (job.left() + b) std::atomic<int>(job.pieces);
   run(work, &job, job.threads, parallel);
   *extent = {job.largest, job.closest};
 }

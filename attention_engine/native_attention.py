@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from attention_engine import native_build
-from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score, split_score
+from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score, split_score, with_strength
 from attention_engine.dense_attention import backward_is_differentiated, dense_gradients
 from attention_engine.far_keys import reach_of_rows
 from attention_engine.native_build import Call, Extent, View
@@ -82,9 +82,11 @@ def native_attention(
     not enough."""
     projections = max(q.shape[1], k.shape[1], v.shape[1])
     q, k, v = (x.float().expand(-1, projections, -1, -1, -1) for x in (q, k, v))
-    strength = key_mass = reach = None
-    log_decay = None if score.log_decay is None else score.log_decay.float()
-    without = split_score(score)[0]
+    score = with_strength(score)
+    without, of_pairs = split_score(score)
+    tensors = [None if x is None else x.float().contiguous() for x in of_pairs]
+    key_mass, strength, _, log_decay, *_ = tensors
+    reach = None
     if isinstance(score, DotProduct):
         of_clock = projections if score.clock is None else score.clock.query.shape[1]
         timescales = of_clock if log_decay is None else len(log_decay)
@@ -93,15 +95,10 @@ def native_attention(
         kind = GRAVITY if score.normalization == "softmax" else FORCE
         shape = float(score.softening), float(score.distance_power)
         plan = Plan(kind, 1.0, score.key_mass.shape[1], without, mask.without_tensors(), *shape)
-        key_mass = score.key_mass.float()
-        if score.query_mass is not None and score.log_gravity is not None:
-            strength = score.log_gravity.float().exp().unsqueeze(-1) * score.query_mass.float()
     if skip_far_keys and log_decay is not None and mask.pairs is None and _may_skip(q, k, log_decay):
         reach = _reach(q, k, strength, key_mass, log_decay, mask, plan)
-    clock = (None, None) if score.clock is None else (score.clock.query.float(), score.clock.key.float())
-    tensors = [None if x is None else x.contiguous() for x in (strength, key_mass, log_decay, *clock)]
     try:
-        output: Tensor = NativeAttention.apply(q, k, v, *tensors, mask.padding, mask.pairs, reach, plan)
+        output: Tensor = NativeAttention.apply(plan, reach, q, k, v, *tensors, mask.padding, mask.pairs)
     except Float64NeededError:
         return None
     return output
@@ -145,85 +142,54 @@ def needs_float64(extent: Extent, plan: Plan, head_dim: int) -> bool:
 
 
 class NativeAttention(torch.autograd.Function):
-    """`NativeAttention.apply(q, k, v, strength, key_mass, log_decay, query_clock, key_clock, padding, pairs,
-    reach, plan)`, an output (N, T, H, L, D).
+    """`NativeAttention.apply(plan, reach, q, k, v, *tensors of the score, padding, pairs)`, an output
+    (N, T, H, L, D).
 
-    q, k, v (N, T', H, L or S, D), T' = T or 1; strength and query_clock (N, T, H, L), key_mass and key_clock
-    (N, T, H, S) and log_decay (T, H), each float32 or None. Saves its inputs, the output and the log-sum-exp
-    of each row. Double backward is that of the dense formula.
+    q, k, v (N, T', H, L or S, D), T' = T or 1; the tensors are float32, in the order of `split_score`, with
+    A_i for the masses of queries. Saves its inputs, the output and the log-sum-exp of each row. Double
+    backward is that of the dense formula.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        strength: Tensor | None,
-        key_mass: Tensor | None,
-        log_decay: Tensor | None,
-        query_clock: Tensor | None,
-        key_clock: Tensor | None,
-        padding: Tensor | None,
-        pairs: Tensor | None,
-        reach: Tensor | None,
-        plan: Plan,
-    ) -> Tensor:
-        output = _heads_last(len(q), plan.timescales, q.shape[2], q.shape[3], q.shape[4])
+    def forward(ctx: Any, plan: Plan, reach: Tensor | None, *tensors: Tensor | None) -> Tensor:
+        q = tensors[0]
+        assert q is not None
+        output = _heads_last(len(q), plan.timescales, *q.shape[2:])
         log_sum = torch.empty(output.shape[:-1])
-        of_tokens = strength, key_mass, log_decay, query_clock, key_clock
-        call = Arguments(plan, q, k, v, of_tokens, padding, pairs, reach)
+        call = Arguments(plan, reach, tensors)
         call.views(output=output)
         call.pointers(log_sum=log_sum)
         extent = call.run(is_backward=False)
         if plan.kind != DOT_PRODUCT and needs_float64(extent, plan, q.shape[-1]):
             raise Float64NeededError
         ctx.plan = plan
-        ctx.save_for_backward(q, k, v, *of_tokens, padding, pairs, reach, output, log_sum)
+        ctx.save_for_backward(*tensors, reach, output, log_sum)
         return output
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *of_tokens, padding, pairs, reach, output, log_sum = ctx.saved_tensors
-        strength, key_mass, log_decay, query_clock, key_clock = of_tokens
+        *tensors, reach, output, log_sum = ctx.saved_tensors
         plan: Plan = ctx.plan
         if backward_is_differentiated(upstream):
-            one = None if strength is None else strength.new_zeros(strength.shape[1:3])  # log G: A_i has G
-            clock = query_clock, key_clock
-            tensors = q, k, v, key_mass, strength, one, log_decay, None, None, *clock, padding, pairs
-            *of_qkv, of_strength, of_mass, of_decay, by_query, by_key = ctx.needs_input_grad[:8]
-            needed = (
-                *of_qkv,
-                of_mass,
-                of_strength,
-                False,
-                of_decay,
-                False,
-                False,
-                by_query,
-                by_key,
-                False,
-                False,
-            )
-            found = dense_gradients(plan.score, plan.mask, tensors, needed, upstream)
-            dq, dk, dv, dmass, dstrength, _, drate, _, _, *dclock = found[:11]
-            return dq, dk, dv, dstrength, dmass, drate, *dclock, None, None, None, None
+            needed = ctx.needs_input_grad[2:]
+            return None, None, *dense_gradients(plan.score, plan.mask, tensors, needed, upstream)
+        q, k, v, key_mass, strength, _, log_decay, _, _, query_clock, key_clock, padding, _ = tensors
         dq, dk, dv = (_heads_last(*x.shape) for x in (q, k, v))
-        dstrength = None if strength is None else torch.empty_like(strength)
-        dmass = None if key_mass is None else torch.empty_like(key_mass)
+        dmass, dstrength, dquery_clock, dkey_clock = (
+            None if x is None else torch.empty_like(x) for x in (key_mass, strength, query_clock, key_clock)
+        )
         drate = None if log_decay is None else torch.empty(len(q), *log_decay.shape)
-        dquery_clock = None if query_clock is None else torch.empty_like(query_clock)
-        dkey_clock = None if key_clock is None else torch.empty_like(key_clock)
         for x in (dk, dv, dmass, dkey_clock) if padding is not None else ():
             if x is not None:  # the kernel leaves what is padding as it is
                 x.zero_()
-        call = Arguments(plan, q, k, v, of_tokens, padding, pairs, reach)
+        call = Arguments(plan, reach, tensors)
         call.views(output=output, upstream=_last_contiguous(upstream), dq=dq, dk=dk, dv=dv)
         call.pointers(log_sum=log_sum, dstrength=dstrength, dmass=dmass, drate=drate)
         call.pointers(dquery_clock=dquery_clock, dkey_clock=dkey_clock)
         call.run(is_backward=True)
         drate = None if drate is None else drate.sum(0)
-        return dq, dk, dv, dstrength, dmass, drate, dquery_clock, dkey_clock, None, None, None, None
+        of_score = dmass, dstrength, None, drate, None, None, dquery_clock, dkey_clock
+        return None, None, dq, dk, dv, *of_score, None, None
 
 
 def _heads_last(batch: int, timescales: int, heads: int, length: int, width: int) -> Tensor:
@@ -238,17 +204,9 @@ def _last_contiguous(x: Tensor) -> Tensor:
 class Arguments:
     """A call of the kernel, and what it points to."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        of_tokens: Sequence[Tensor | None],
-        padding: Tensor | None,
-        pairs: Tensor | None,
-        reach: Tensor | None,
-    ) -> None:
+    def __init__(self, plan: Plan, reach: Tensor | None, tensors: Sequence[Tensor | None]) -> None:
+        q, k, v, key_mass, strength, _, log_decay, _, _, query_clock, key_clock, padding, pairs = tensors
+        assert q is not None and k is not None and v is not None
         batch, projections, heads, queries, head_dim = q.shape
         self.library = native_build.library(head_dim, int(plan.power))
         self.held: list[Tensor] = []
@@ -268,8 +226,8 @@ class Arguments:
             softening=plan.softening,
         )
         self.views(q=_last_contiguous(q), k=_last_contiguous(k), v=_last_contiguous(v))
-        names = "strength", "key_mass", "log_decay", "query_clock", "key_clock"
-        self.pointers(reach=reach, **dict(zip(names, of_tokens, strict=True)))
+        self.pointers(reach=reach, strength=strength, key_mass=key_mass, log_decay=log_decay)
+        self.pointers(query_clock=query_clock, key_clock=key_clock)
         self.pointers(padding=None if padding is None else padding.contiguous())
         if pairs is not None:
             pairs = pairs[:, 0].expand(batch, heads, queries, k.shape[-2])

@@ -137,10 +137,10 @@ def join_score(score: Score, tensors: Sequence[Tensor | None]) -> Score:
     return replace(score, **fields)
 
 
-def with_strength(score: Score) -> Score:
+def with_strength(score: Gravity) -> Gravity:
     """The same score with A_i = G m_i in place of the masses of queries, and log G = 0: a kernel gives the
     gradient of A_i row by row, autograd those of G and m_i."""
-    if isinstance(score, DotProduct) or score.query_mass is None or score.log_gravity is None:
+    if score.query_mass is None or score.log_gravity is None:
         return score
     strength = score.log_gravity.float().exp().unsqueeze(-1) * score.query_mass.float()
     return replace(score, query_mass=strength, log_gravity=torch.zeros_like(score.log_gravity))

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from attention_engine.attention_scores import Mask
+from attention_engine.attention_scores import DotProduct, Mask, Score, with_strength
 
 TOLERANCE, TOLERANCE_LEARNED_DECAY = 2.0**-24, 2.0**-34  # a gradient by log gamma weighs far keys by |i - j|
 
@@ -33,47 +33,42 @@ def nearest_keys(
 
 
 @torch.no_grad()
-def reach_of_rows(
-    q: Tensor,
-    k: Tensor,
-    strength: Tensor | None,
-    key_mass: Tensor | None,
-    log_decay: Tensor,
-    mask: Mask,
-    scale: float = 1.0,
-    softening: float = 1.0,
-    power: float = 1.0,
-) -> Tensor:
+def reach_of_rows(q: Tensor, k: Tensor, score: Score, mask: Mask) -> Tensor:
     """For each problem the largest |i - j| to look at, (N, T, H) int32, computed on the device.
 
     A row's sum is at least the weight of its nearest key, at distance d: `exp(s_near) gamma^d`. All keys
     beyond W weigh at most `2 exp(s_max) gamma^(W + 1) / (1 - gamma)`. W is where that is the tolerance's part
     of the former: `W = d + (s_max - s_near + log(2 / (1 - gamma)) - log tolerance) / -log gamma`.
     """
-    query_length, key_length = q.shape[-2], k.shape[-2]
+    log_decay, (query_length, key_length) = score.log_decay, (q.shape[-2], k.shape[-2])
+    assert log_decay is not None
     nearest, distance = nearest_keys(mask, query_length, key_length, q.device)
     nearest = nearest[:, None, None].expand(len(q), 1, q.shape[2], -1)  # (N, 1, H, L)
     index = nearest.unsqueeze(-1).expand(-1, q.shape[1], -1, -1, q.shape[-1])
     near = k.gather(-2, index)  # (N, T', H, S, D) -> (N, T', H, L, D)
-    if key_mass is None:
+    if isinstance(score, DotProduct):
         dtype = torch.promote_types(k.dtype, torch.float32)
         lengths = torch.linalg.vector_norm(k, dim=-1, dtype=dtype)
         if mask.padding is not None:
             lengths = lengths.masked_fill(mask.padding[:, None, None, :], 0.0)
         highest = torch.linalg.vector_norm(q, dim=-1, dtype=dtype) * lengths.amax(-1, keepdim=True)
-        own = (q.float() * near.float()).sum(-1) * scale
-        spread = highest * abs(scale) - own
+        own = (q.float() * near.float()).sum(-1) * score.scale
+        spread = highest * abs(score.scale) - own
     else:
-        log_softened = ((q - near).float().square().mean(-1) + softening).log()
+        log_softened = ((q - near).float().square().mean(-1) + score.softening).log()
+        power, log_softening = score.distance_power / 2, math.log(score.softening)
+        key_mass = score.key_mass.float()
+        if mask.padding is not None:
+            key_mass = key_mass.masked_fill(mask.padding[:, None, None, :], 1.0)
         near_mass = key_mass.gather(-1, nearest.expand(-1, key_mass.shape[1], -1, -1))
-        top_mass, log_softening = key_mass.amax(-1, keepdim=True), math.log(softening)
-        if strength is None:  # both masses are logarithms
-            spread = top_mass - near_mass + power * (log_softened - log_softening)
+        top_mass, strength = key_mass.amax(-1, keepdim=True), with_strength(score).query_mass
+        if strength is None:
+            spread = top_mass.log() - near_mass.log() + power * (log_softened - log_softening)
         else:
             pull = near_mass * (-power * log_softened).exp()
             spread = strength * (top_mass * math.exp(-power * log_softening) - pull)
     tolerance = TOLERANCE_LEARNED_DECAY if log_decay.requires_grad else TOLERANCE
-    log_decay = log_decay.unsqueeze(-1)  # (T, H, 1)
+    log_decay = log_decay.float().unsqueeze(-1)  # (T, H, 1)
     beyond = (2 / -log_decay.expm1()).log() - math.log(tolerance)
     steps = (spread + beyond) / -log_decay + distance[:, None, None]  # (N, T, H, L)
     everything = max(mask.query_offset + query_length, key_length)

@@ -82,11 +82,10 @@ def native_attention(
     not enough."""
     projections = max(q.shape[1], k.shape[1], v.shape[1])
     q, k, v = (x.float().expand(-1, projections, -1, -1, -1) for x in (q, k, v))
-    score = with_strength(score)
+    score = with_strength(score) if isinstance(score, Gravity) else score
     without, of_pairs = split_score(score)
     tensors = [None if x is None else x.float().contiguous() for x in of_pairs]
-    key_mass, strength, _, log_decay, *_ = tensors
-    reach = None
+    log_decay, reach = score.log_decay, None
     if isinstance(score, DotProduct):
         of_clock = projections if score.clock is None else score.clock.query.shape[1]
         timescales = of_clock if log_decay is None else len(log_decay)
@@ -96,7 +95,7 @@ def native_attention(
         shape = float(score.softening), float(score.distance_power)
         plan = Plan(kind, 1.0, score.key_mass.shape[1], without, mask.without_tensors(), *shape)
     if skip_far_keys and log_decay is not None and mask.pairs is None and _may_skip(q, k, log_decay):
-        reach = _reach(q, k, strength, key_mass, log_decay, mask, plan)
+        reach = reach_of_rows(q, k, score, mask)
     try:
         output: Tensor = NativeAttention.apply(plan, reach, q, k, v, *tensors, mask.padding, mask.pairs)
     except Float64NeededError:
@@ -108,24 +107,6 @@ def _may_skip(q: Tensor, k: Tensor, log_decay: Tensor) -> bool:
     """Whether it can pay to look for far keys: the sequence is long, the fastest decay is soon nothing."""
     longest = max(q.shape[-2], k.shape[-2])
     return longest >= SHORTEST_TO_SKIP and bool(-longest * log_decay.detach().min() > 2 * NEGLIGIBLE)
-
-
-def _reach(
-    q: Tensor,
-    k: Tensor,
-    strength: Tensor | None,
-    key_mass: Tensor | None,
-    log_decay: Tensor,
-    mask: Mask,
-    plan: Plan,
-) -> Tensor:
-    if key_mass is not None and mask.padding is not None:
-        key_mass = key_mass.masked_fill(mask.padding[:, None, None, :], 1.0)
-    if key_mass is not None and strength is None:
-        key_mass = key_mass.log()
-    return reach_of_rows(
-        q, k, strength, key_mass, log_decay, mask, plan.scale, plan.softening, plan.power / 2
-    )
 
 
 def needs_float64(extent: Extent, plan: Plan, head_dim: int) -> bool:

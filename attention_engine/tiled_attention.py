@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score, split_score
+from attention_engine.attention_scores import DotProduct, Gravity, Mask, Score, join_score, split_score
 from attention_engine.dense_attention import backward_is_differentiated, dense_gradients
 from attention_engine.far_keys import reach_of_rows
 
@@ -182,7 +182,6 @@ def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
             ends = last.repeat_interleave(heads).tolist()
     if isinstance(score, DotProduct):
         a, b = q * score.scale, k
-        constants: tuple[Any, ...] = (score.scale, 1.0, 1.0)
     else:
         if query_mass is not None and log_gravity is not None:
             strength = log_gravity.exp().unsqueeze(-1) * query_mass
@@ -196,14 +195,11 @@ def lower(call: Call, tensors: Sequence[Tensor | None]) -> Problems:
             a = torch.cat([q * (-2 / q.shape[-1]), norm_q, torch.ones_like(norm_q)], -1)
             b = torch.cat([k, torch.ones_like(norm_k), norm_k], -1)
         may_skip = may_skip and softening is None and power is None and score.distance != "manhattan"
-        constants = (1.0, score.softening, score.distance_power / 2) if may_skip else ()
         softening = k.new_full((1, heads), float(score.softening)) if softening is None else softening
         power = k.new_full((1, heads), float(score.distance_power)) if power is None else power
     reach = [[max(call.mask.query_offset + q.shape[3], k.shape[3])] * len(ends)]
-    given_decay = of_pairs[6]  # which tells whether it is learned
-    if may_skip and given_decay is not None and pairs is None and query_clock is None:
-        mask = replace(call.mask, padding=padding)
-        found = reach_of_rows(q, k, strength, key_mass, given_decay, mask, *constants)
+    if may_skip and log_decay is not None and pairs is None and query_clock is None:
+        found = reach_of_rows(q, k, join_score(score, of_pairs[3:]), replace(call.mask, padding=padding))
         reach = found.transpose(0, 1).flatten(1).tolist()
     log_decay, softening, power = (
         None if x is None else x.expand(len(q), -1, -1) for x in (log_decay, softening, power)

@@ -70,9 +70,7 @@ def triton_attention(
         )
         strength, key_mass = _masses(score, mask)
     if skip_far_keys and log_decay is not None and mask.pairs is None and q.numel() and k.numel():
-        mass = key_mass.log() if key_mass is not None and strength is None else key_mass
-        shape = plan.scale, plan.softening, plan.power
-        reach = reach_of_rows(q, k, strength, mass, log_decay, mask, *shape)
+        reach = reach_of_rows(q, k, score, mask)
     tensors = [None if x is None else x.contiguous() for x in (q, k, v, strength, key_mass, log_decay)]
     output: Tensor = FusedAttention.apply(*tensors, mask.padding, mask.pairs, reach, plan)
     return output

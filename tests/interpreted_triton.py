@@ -12,7 +12,7 @@ import torch
 from triton_cases import KINDS, Case, Kind, beyond, errors, masks
 
 from attention_engine import far_keys, triton_attention
-from attention_engine.attention_scores import Mask
+from attention_engine.attention_scores import DotProduct, Mask
 from attention_kernels import attend
 
 OUTPUT, GRADIENT = 2e-6, 2e-5
@@ -113,7 +113,7 @@ def test_reach_of_equal_scores_by_hand() -> None:
     """No spread: all beyond W weigh 2 gamma^W / (1 - gamma) of the own key, at most 2^-24 from W = 19.5."""
     q = torch.zeros(1, 1, 1, 200, 4)
     log_decay = torch.tensor([[math.log(0.4)]])
-    reach = far_keys.reach_of_rows(q, q, None, None, log_decay, Mask(), scale=0.5)
+    reach = far_keys.reach_of_rows(q, q, DotProduct(0.5, log_decay), Mask())
     assert reach.tolist() == [[[20]]]
 
 

@@ -18,7 +18,13 @@ from matplotlib.figure import Figure
 
 from reporting.analysis import Analysis
 from reporting.attention_explorer import of_one_seed
-from reporting.attention_figures import attention_figure, distance_figure, rows_of_maps, shown_example
+from reporting.attention_figures import (
+    attention_figure,
+    distance_figure,
+    mass_figure,
+    rows_of_maps,
+    shown_example,
+)
 from reporting.attention_numbers import token_masses
 from reporting.comparison_figures import (
     forest_figure,
@@ -30,7 +36,6 @@ from reporting.comparison_figures import (
 from reporting.comparison_tables import distance_table, length_table
 from reporting.figure_style import ModelStyle, drawable
 from reporting.lra_literature import PUBLISHED, comparable
-from reporting.mass_figures import mass_figure
 from reporting.training_figures import curves_figure, learned_figure
 from results_folder import AttentionPatterns, Cell, file_name
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from reporting.figure_style import ModelStyle, drawable, legend_below, new_figure
-from reporting.lra_literature import Published
+from reporting.lra_literature import DRAWN, Published
 from reporting.metrics import Metric
 from reporting.run_results import TaskFacts
 from reporting.seed_statistics import estimate
@@ -39,7 +39,7 @@ def reference_levels(facts: TaskFacts, published: Sequence[Published]) -> list[L
         (f"{name}: {metric.shown(level)}", level, line) for name, level, line in levels if level is not None
     ]
     lines = itertools.cycle(((0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2, 1, 2))))
-    drawn = [one for one in published if one.drawn]
+    drawn = [one for one in published if one.name in DRAWN]
     for one, line in zip(drawn, lines, strict=False):
         found.append((f"{one.name}: {100 * one.accuracy:.1f} % ({one.source})", one.accuracy, line))
     return found
@@ -55,8 +55,8 @@ def plot_quality(
 ) -> Axes:
     """The test metric: each model's mean with its interval, a mark per seed, the levels as lines.
 
-    The axis does not start at 0: points have no length to compare. absent: what is said of each model
-    without a value."""
+    The axis does not start at 0: points have no length to compare. absent: what is said of a model without
+    a value."""
     for label, level, line in levels:
         ax.axvline(metric.scale * level, color="#555555", ls=line, lw=1.2, label=label, zorder=1)
     for row, (model, style) in enumerate(styles.items()):

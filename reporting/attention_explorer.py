@@ -156,13 +156,17 @@ def explorer_page(
     facts: Mapping[str, TaskFacts],
 ) -> str:
     """The explorer as a page of its own."""
-    environment = jinja2.Environment(
+    context = {"title": single_line(title), "explorer": explorer_data(patterns, names, facts)}
+    return template_environment().get_template("explorer.html.jinja").render(context)
+
+
+def template_environment() -> jinja2.Environment:
+    """Of the templates beside this file; what a page of HTML is filled with is escaped."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
+        autoescape=lambda name: name is not None and ".html" in name,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    context = {"title": single_line(title), "explorer": explorer_data(patterns, names, facts)}
-    return environment.get_template("explorer.html.jinja").render(context)

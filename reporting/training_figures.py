@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from reporting.comparison_tables import LEARNED_WORDS
 from reporting.figure_style import ModelStyle, legend_below, line_style, new_figure, numbered_lines
-from reporting.metrics import PERCENT, Metric
+from reporting.metrics import Metric
 
 LOSSES = (("train_loss", "training loss (nats)", 1.0), ("val_loss", "validation loss (nats)", 1.0))
 
@@ -58,8 +58,8 @@ def curves_figure(
     styles: dict[str, ModelStyle],
     title: str,
     *,
-    metric: Metric = PERCENT,
-    level: float | None = None,
+    metric: Metric,
+    level: float | None,
     target: float | None = None,
 ) -> Figure:
     """The metric in training and validation, and below it the loss where the metric is not made of it.

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from results_fixture import MODELS, tidy
 
@@ -72,6 +73,7 @@ def test_accuracy_is_that_of_the_table(figures: dict[str, Figure], summary: pd.D
         style, expected = STYLES[model], 100 * np.array(values)
         np.testing.assert_allclose(marks_of(ax, style), [[expected.mean(), names.index(style.name)]])
         np.testing.assert_allclose(np.asarray(seeds[model].get_offsets())[:, 0], expected)
+        np.testing.assert_allclose(np.asarray(seeds[model].get_facecolor())[0], to_rgba(style.color))
     assert len(done) == 3 and "no result (2 failed, 1 missing)" in texts_of(figures["accuracy"])
     expected_bars = [100 * np.array(estimate(values)[2:]) for values in done.values()]
     np.testing.assert_allclose(bars_of(ax, 0), expected_bars)

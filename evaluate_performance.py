@@ -17,11 +17,16 @@ from typing import Any
 
 from command_line import EXIT_DONE, InputError, Parser, described, exit_code
 from reporting.attention_explorer import explorer_page
-from reporting.attention_figures import attention_figure, distance_figure, rows_of_maps, shown_example
+from reporting.attention_figures import (
+    attention_figure,
+    distance_figure,
+    mass_figure,
+    rows_of_maps,
+    shown_example,
+)
 from reporting.attention_numbers import attention_entropy, share_within, token_masses
 from reporting.comparison_tables import CONVERGENCE, distance_table, epoch_table, learned_table, metric_table
 from reporting.figure_style import figure_style, model_styles, save_figure
-from reporting.mass_figures import mass_figure
 from reporting.run_results import models_of, task_facts
 from reporting.training_figures import curves_figure, learned_figure
 from results_folder import (

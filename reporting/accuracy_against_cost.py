@@ -29,14 +29,16 @@ def progress_table(results: Results) -> pd.DataFrame:
     metrics = {record.cell.task: task_facts(results, record.cell.task).metric for record in results.cells}
     rows = []
     for record in results.cells:
+        cell = (record.cell.task, record.cell.model, record.cell.seed, record.state)
         seconds = tokens = 0.0
         for row in record.metrics:
-            read = (*(number(row.get(name)) for name in ("train_seconds", "train_tokens", "steps")),)
+            spent, seen, steps = (
+                number(row.get(name)) for name in ("train_seconds", "train_tokens", "steps")
+            )
+            seconds += math.nan if spent is None else spent
+            tokens += math.nan if seen is None else seen
             quality = metrics[record.cell.task].read(row, "val_{}")
-            spent, seen, steps, value = (math.nan if one is None else one for one in (*read, quality))
-            seconds, tokens = seconds + spent, tokens + seen
-            cell = (record.cell.task, record.cell.model, record.cell.seed, record.state)
-            rows.append((*cell, row["epoch"], seconds, tokens, steps, value))
+            rows.append((*cell, row["epoch"], seconds, tokens, steps, quality))
     types = dict.fromkeys(("seconds", "tokens", "steps", "quality"), float)
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(types)
 

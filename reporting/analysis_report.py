@@ -16,11 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-
 from reporting.accuracy_against_cost import TARGET_SHARE
 from reporting.analysis import Analysis
-from reporting.attention_explorer import explorer_data
+from reporting.attention_explorer import explorer_data, template_environment
 from reporting.comparison_tables import NEAR
 from reporting.first_screen import first_screen
 from reporting.glossary import MODELS, TASKS, in_a_line
@@ -41,7 +39,6 @@ from reporting.text_tables import TextTable, code_block, markdown, markdown_tabl
 from reporting.verdicts import LEARNED_GAP, LEARNED_SHARE, SIGNIFICANCE
 from results_folder import Results
 
-TEMPLATES = Path(__file__).resolve().parent / "templates"
 FIGURE_DPI, CSS_DPI = 150, 96  # of the PNG files (figure_style.py), and of a page
 _RELEVANT = " or ".join(one.margin for one in METRICS.values())
 DEFINITIONS = (
@@ -109,14 +106,7 @@ def render_report(analysis: Analysis, figures: dict[str, list[DrawnFigure]], fol
         "definitions": DEFINITIONS,
         "reproduce": _how_to_reproduce(analysis),
     }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=lambda name: name is not None and ".html" in name,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = template_environment()
     environment.filters |= {"single_line": single_line, "markdown": markdown, "code_block": code_block}
     environment.globals |= {
         "png": lambda stem: _png(folder / f"{stem}.png"),

@@ -40,13 +40,15 @@ def explorer_data(
 ) -> dict[str, Any] | None:
     """`tasks`, as explorer.js.jinja reads them, and what is left_out of each, a line a task; None where there
     are no patterns. names: by model, in the order shown. facts: by task."""
-    tasks = list(dict.fromkeys(cell.task for cell in patterns))
+    tasks = dict.fromkeys(cell.task for cell in patterns)
     entries, left_out = [], []
     for task in tasks:
         mine = {cell: one for cell, one in patterns.items() if cell.task == task}
         entry, lacks = _task(facts[task], mine, names, largest // len(tasks))
-        entries += [entry] if entry["models"] else []
-        left_out += [f"{entry['title']}: {'; '.join(lacks)}"] if lacks else []
+        if entry["models"]:
+            entries.append(entry)
+        if lacks:
+            left_out.append(f"{entry['title']}: {'; '.join(lacks)}")
     return {"tasks": entries, "left_out": left_out} if tasks else None
 
 
@@ -65,7 +67,8 @@ def _task(
             break
     fitting = int((letters <= largest).sum())
     seeds = len({cell.seed for cell in patterns})
-    other = [names[name] for name in names if name in {cell.model for cell in patterns} - set(by_model)]
+    lacking = {cell.model for cell in patterns} - set(by_model)
+    other = [name for model, name in names.items() if model in lacking]
     facts = {
         f"{seeds - 1} of {seeds} seeds (seed {seed} is shown)": seeds > 1,
         f"{all_examples - examples} of {all_examples} examples": examples < all_examples,
@@ -90,10 +93,9 @@ def of_one_seed(
     those of the first."""
     seed, _ = Counter(cell.seed for cell in patterns).most_common(1)[0]
     of_seed = {cell.model: one for cell, one in patterns.items() if cell.seed == seed}
-    first = next(of_seed[name] for name in names if name in of_seed)
-    return seed, {
-        name: of_seed[name] for name in names if name in of_seed and _same_examples(of_seed[name], first)
-    }
+    in_order = {name: of_seed[name] for name in names if name in of_seed}
+    first = next(iter(in_order.values()))
+    return seed, {name: one for name, one in in_order.items() if _same_examples(one, first)}
 
 
 def _same_examples(one: AttentionPatterns, other: AttentionPatterns) -> bool:
@@ -104,13 +106,8 @@ def _same_examples(one: AttentionPatterns, other: AttentionPatterns) -> bool:
 def _example(patterns: AttentionPatterns, number: int, tokens: int) -> dict[str, Any]:
     length = int(patterns.lengths[number])
     symbols = [single_line(str(symbol)) or "blank" for symbol in patterns.symbols[number, :length][:tokens]]
-    return {
-        "symbols": [
-            one if len(one) <= LONGEST_SYMBOL else f"{one[: LONGEST_SYMBOL - 1]}…" for one in symbols
-        ],
-        "length": length,
-        "label": int(patterns.labels[number]),
-    }
+    cut = [one if len(one) <= LONGEST_SYMBOL else f"{one[: LONGEST_SYMBOL - 1]}…" for one in symbols]
+    return {"symbols": cut, "length": length, "label": int(patterns.labels[number])}
 
 
 def _model(name: str, patterns: AttentionPatterns, examples: int, tokens: int) -> dict[str, Any]:
@@ -159,13 +156,17 @@ def explorer_page(
     facts: Mapping[str, TaskFacts],
 ) -> str:
     """The explorer as a page of its own."""
-    environment = jinja2.Environment(
+    context = {"title": single_line(title), "explorer": explorer_data(patterns, names, facts)}
+    return template_environment().get_template("explorer.html.jinja").render(context)
+
+
+def template_environment() -> jinja2.Environment:
+    """Of the templates beside this file; what a page of HTML is filled with is escaped."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
+        autoescape=lambda name: name is not None and ".html" in name,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    context = {"title": single_line(title), "explorer": explorer_data(patterns, names, facts)}
-    return environment.get_template("explorer.html.jinja").render(context)

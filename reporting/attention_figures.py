@@ -1,9 +1,10 @@
-"""Figures of what attention looks at: maps with their tokens, and weight by distance.
+"""Figures of what attention looks at: maps with their tokens, weight by distance, heavy and light tokens.
 
 Plot functions take data and `ax` and return `ax`; the *_figure functions lay panels out; see figure_style.py.
 Row i of a map holds the weights of query i over the keys j. Densities are shares of a query's weight per
 token of distance, so that bins of unequal width can be compared; both axes are logarithmic, on which a power
-law is straight and an exponential decay bends down at its horizon.
+law is straight and an exponential decay bends down at its horizon. A mass is relative to the mean of its
+example (attention_numbers.relative_masses): 1 is an average token.
 """
 
 import textwrap
@@ -18,11 +19,21 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from reporting.figure_style import LINE_STYLES, ModelStyle, drawable, model_legend, new_figure, no_data
+from reporting.figure_style import (
+    ModelStyle,
+    drawable,
+    legend_below,
+    line_style,
+    new_figure,
+    no_data,
+    numbered_lines,
+)
 from results_folder import AttentionPatterns
 
 CELL, FOOT = 0.12, 1.75  # inches: per token, and below the maps
 AT_ZERO = 0.5  # where a logarithmic axis shows the distance 0
+SHOWN_MASSES = 8  # heaviest, and as many lightest
+Masses = Sequence[tuple[str, float, int]]  # symbol, relative mass, occurrences, by falling mass
 
 
 def shown_example(patterns: AttentionPatterns, most_tokens: int) -> tuple[int, int]:
@@ -148,14 +159,14 @@ def plot_timescales(
     if table.empty:
         return no_data(ax, "no weights")
     for number, timescale in enumerate(table):
-        line, density = LINE_STYLES[number % len(LINE_STYLES)], table[timescale]
+        line, density = line_style(number), table[timescale]
         ax.plot(density.index, density, ls=line, color=style.color, marker=style.marker, ms=3.5)
         if timescale in horizons and 1.0 in density.index:
             distance = np.geomspace(1, density.index.max(), 60)
             decayed = density[1.0] * (1 - 1 / horizons[timescale]) ** (distance - 1)
             ax.plot(distance, decayed, ls=line, color="#888888", lw=1.1, zorder=1)
-    low = table[table > 0].min().min()
-    ax.set_ylim(bottom=low / 2)  # a discount of nothing but its tail needs no room
+    # Whole markers; what of a discount is below them needs no room.
+    ax.set_ylim(table[table > 0].min().min() / 2, 1.5 * table.max().max())
     return _distance_axes(ax)
 
 
@@ -184,10 +195,8 @@ def distance_figure(
     horizons = last_horizons(learned)
     several = {*shares.loc[shares["timescale"] > 0, "model"], *horizons.index.get_level_values("model")}
     apart = [model for model in styles if model in several & set(shares["model"])]
-    columns = 1 + len(apart)
-    figure, axes = new_figure(
-        len(layers), columns, width=max(6, 0.8 + 3.1 * columns), height=1.0 + 2.5 * len(layers), sharex=True
-    )
+    rows, columns = len(layers), 1 + len(apart)
+    figure, axes = new_figure(rows, columns, max(6, 0.8 + 3.1 * columns), 1 + 2.5 * rows, title, sharex=True)
     for layer, row in zip(layers, axes, strict=True):
         mine = shares[shares["layer"] == layer]
         label = f"layer {layer + 1}\nshare of weight per token (%)"
@@ -201,19 +210,34 @@ def distance_figure(
     for ax, name in zip(axes[0], ["All models", *(styles[model].label for model in apart)], strict=True):
         ax.set_title(name)
     most = int(shares["timescale"].max()) + 1
-    lines = [
-        Line2D(
-            [],
-            [],
-            color="#444444",
-            ls=LINE_STYLES[number % len(LINE_STYLES)],
-            label=f"timescale {number + 1}",
-        )
-        for number in range(most)
-    ]
+    lines = numbered_lines("timescale", range(most)) if most > 1 or len(horizons) else []
     if len(horizons):
         lines.append(Line2D([], [], color="#888888", lw=1.1, label="its learned gamma^d alone"))
-    present = [styles[model] for model in styles if model in set(shares["model"])]
-    model_legend(figure, present, lines if most > 1 or len(horizons) else [])
-    figure.suptitle(title)
+    legend_below(figure, styles, set(shares["model"]), lines)
+    return figure
+
+
+def plot_token_masses(masses: Masses, style: ModelStyle, ax: Axes) -> Axes:
+    """Heaviest and lightest tokens."""
+    if len(masses) > 2 * SHOWN_MASSES:
+        masses = [*masses[:SHOWN_MASSES], *masses[-SHOWN_MASSES:]]
+        ax.axhline(SHOWN_MASSES - 0.5, color="#999999", lw=0.8, ls="--")
+    position = range(len(masses))
+    ax.axvline(1, color="#999999", lw=0.8)
+    ax.plot([mass for _, mass, _ in masses], position, style.marker, color=style.color)
+    ax.set_yticks(position, [f"{drawable(symbol, 14)}  ({count})" for symbol, _, count in masses])
+    ax.set_ylim(len(masses) - 0.5, -0.5)
+    ax.set_xlabel("mass / mean mass of its example")
+    ax.set_title(style.label)
+    ax.grid(axis="x")
+    return ax
+
+
+def mass_figure(masses: Mapping[str, Masses], styles: dict[str, ModelStyle], title: str) -> Figure:
+    """A panel per model that has masses."""
+    rows = max(min(len(tokens), 2 * SHOWN_MASSES) for tokens in masses.values())
+    figure, axes = new_figure(1, len(masses), 0.6 + 4.0 * len(masses), 1.4 + 0.22 * rows, title)
+    for ax, (model, tokens) in zip(axes[0], masses.items(), strict=True):
+        plot_token_masses(tokens, styles[model], ax)
+    axes[0, 0].set_ylabel("token (occurrences)")
     return figure

@@ -40,19 +40,18 @@ def relative_masses(masses: np.ndarray) -> np.ndarray:
     return np.divide(mass, mean, out=np.ones_like(mass), where=mean > 0).mean((0, 1, 2))
 
 
-def token_masses(patterns: Sequence[AttentionPatterns], role: str = "key") -> list[tuple[str, float, int]]:
-    """(symbol, relative mass, occurrences) by falling mass; empty where the mechanism has no masses.
+def token_masses(patterns: Sequence[AttentionPatterns]) -> list[tuple[str, float, int]]:
+    """Of keys, (symbol, relative mass, occurrences) by falling mass; empty where the mechanism has no masses.
 
     A token's mass is taken relative to the mean of its example, layer, timescale and head, since G and the
     width of softplus set the scale: 1 is an average token, 2 pulls twice as hard.
     """
     found: dict[str, list[float]] = {}
     for one in patterns:
-        masses = one.key_mass if role == "key" else one.query_mass
-        if masses is None:
+        if one.key_mass is None:
             continue
         for example, length in enumerate(one.lengths):
-            relative = relative_masses(masses[:, example, ..., :length])
+            relative = relative_masses(one.key_mass[:, example, ..., :length])
             for symbol, value in zip(one.symbols[example, :length], relative, strict=True):
                 found.setdefault(str(symbol), []).append(float(value))
     rows = [(symbol, math.fsum(values) / len(values), len(values)) for symbol, values in found.items()]

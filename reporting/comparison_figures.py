@@ -15,12 +15,11 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
-from reporting.figure_style import ModelStyle, drawable, model_legend, new_figure
-from reporting.lra_literature import Published
-from reporting.metrics import PERCENT, Metric
+from reporting.figure_style import ModelStyle, drawable, legend_below, new_figure
+from reporting.lra_literature import DRAWN, Published
+from reporting.metrics import Metric
 from reporting.run_results import TaskFacts
 from reporting.seed_statistics import estimate
 from reporting.verdicts import Difference
@@ -28,11 +27,7 @@ from reporting.verdicts import Difference
 Level = tuple[str, float, Any]  # a reference line: label, the metric's value, line style
 
 
-def _thousands(value: float, _: object) -> str:
-    return f"{value:,.10g}"
-
-
-def reference_levels(facts: TaskFacts, published: Sequence[Published] = ()) -> list[Level]:
+def reference_levels(facts: TaskFacts, published: Sequence[Published]) -> list[Level]:
     """The lines that accuracies are held against; bits have none, since guessing lies far off."""
     metric, chance, majority = facts.metric, facts.level, facts.majority
     if not metric.more_is_better:
@@ -44,7 +39,7 @@ def reference_levels(facts: TaskFacts, published: Sequence[Published] = ()) -> l
         (f"{name}: {metric.shown(level)}", level, line) for name, level, line in levels if level is not None
     ]
     lines = itertools.cycle(((0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2, 1, 2))))
-    drawn = [one for one in published if one.drawn]
+    drawn = [one for one in published if one.name in DRAWN]
     for one, line in zip(drawn, lines, strict=False):
         found.append((f"{one.name}: {100 * one.accuracy:.1f} % ({one.source})", one.accuracy, line))
     return found
@@ -54,9 +49,9 @@ def plot_quality(
     values: pd.DataFrame,
     styles: dict[str, ModelStyle],
     ax: Axes,
-    levels: Sequence[Level] = (),
-    absent: Mapping[str, str] | None = None,
-    metric: Metric = PERCENT,
+    levels: Sequence[Level],
+    absent: Mapping[str, str],
+    metric: Metric,
 ) -> Axes:
     """The test metric: each model's mean with its interval, a mark per seed, the levels as lines.
 
@@ -67,8 +62,8 @@ def plot_quality(
     for row, (model, style) in enumerate(styles.items()):
         mine = values[values["model"] == model].sort_values("seed")
         if mine.empty:
-            words = (absent or {}).get(model, "not measured")
-            ax.text(0.01, row, words, transform=ax.get_yaxis_transform(), va="center", color="#666666")
+            place = ax.get_yaxis_transform()
+            ax.text(0.01, row, absent[model], transform=place, va="center", color="#666666")
             continue
         numbers = (metric.scale * mine["value"]).tolist()
         mean, end = estimate(numbers), max(numbers)
@@ -81,15 +76,15 @@ def plot_quality(
             ax.errorbar(mean.mean, row, xerr=half, fmt="|", color="black", ms=9, capsize=3, lw=1.2, zorder=4)
         shown = metric.shown(mean.mean / metric.scale) + ("" if mean.n > 1 else " (n = 1)")
         ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
-        place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "zorder": 5, "bbox": ground}
-        ax.annotate(shown, (end, row), (6, 0), size=8, **place)
+        beside: dict[str, Any] = {"textcoords": "offset points", "va": "center", "size": 8, "bbox": ground}
+        ax.annotate(shown, (end, row), (6, 0), zorder=5, **beside)
     ax.set_yticks(range(len(styles)), [style.label for style in styles.values()])
     ax.set_ylim(len(styles) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x")
     ax.margins(x=0.14)
     ax.xaxis.set_major_locator(MaxNLocator(7))
-    ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    ax.xaxis.set_major_formatter("{x:,.10g}")
     ax.set_xlabel(f"test {metric.label}")
     return ax
 
@@ -98,14 +93,13 @@ def quality_figure(
     values: pd.DataFrame,
     styles: dict[str, ModelStyle],
     title: str,
-    levels: Sequence[Level] = (),
-    absent: Mapping[str, str] | None = None,
-    metric: Metric = PERCENT,
+    levels: Sequence[Level],
+    absent: Mapping[str, str],
+    metric: Metric,
 ) -> Figure:
-    figure, axes = new_figure(1, 1, width=7, height=2.05 + 0.42 * len(styles) + 0.12 * len(levels))
+    figure, axes = new_figure(1, 1, 7, 2.05 + 0.42 * len(styles) + 0.12 * len(levels), title)
     ax = plot_quality(values, styles, axes[0, 0], levels, absent, metric)
-    model_legend(figure, [], [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")])
-    figure.suptitle(title)
+    legend_below(figure, {}, (), ax.get_legend_handles_labels()[0])
     return figure
 
 
@@ -118,18 +112,17 @@ def plot_lengths(lengths: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes,
     """The test metric by the length of the examples, on a logarithmic axis: thick: mean over seeds with its
     interval; thin: each seed. Dotted: the shortest length, which was trained on. `lengths`: model, seed,
     length, value."""
-    ax.axvline(lengths["length"].min(), color="#555555", ls=":", lw=1.2)
+    ax.axvline(lengths["length"].min(), color="#555555", ls=":", lw=1.2, label="length trained on")
     shown = lengths.assign(shown=metric.scale * lengths["value"])
-    look: dict[str, Any] = {"x": "length", "y": "shown", "legend": False, "ax": ax}
     for model, mine in shown.groupby("model", sort=False):
         style = styles[str(model)]
-        sns.lineplot(mine, **look, units="seed", estimator=None, color=style.color, lw=0.7, alpha=0.45)
-        look_of: dict[str, Any] = {"color": style.color, "marker": style.marker, "mec": style.color}
-        bars: dict[str, Any] = {"errorbar": t_interval, "err_style": "bars", "err_kws": {"capsize": 3}}
-        sns.lineplot(mine, **look, **look_of, **bars)
+        look: dict[str, Any] = {"x": "length", "y": "shown", "color": style.color, "legend": False, "ax": ax}
+        sns.lineplot(mine, units="seed", estimator=None, lw=0.7, alpha=0.45, **look)
+        look |= {"errorbar": t_interval, "err_style": "bars", "err_kws": {"capsize": 3}}
+        sns.lineplot(mine, marker=style.marker, mec=style.color, **look)
     ax.set_xscale("log", base=2)
     ax.set_xticks(sorted(lengths["length"].unique()))
-    ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    ax.xaxis.set_major_formatter("{x:,.10g}")
     ax.set_xlabel("tokens of a test example")
     ax.set_ylabel(f"test {metric.label}")
     ax.grid(axis="y")
@@ -137,17 +130,10 @@ def plot_lengths(lengths: pd.DataFrame, styles: dict[str, ModelStyle], ax: Axes,
 
 
 def length_figure(lengths: pd.DataFrame, styles: dict[str, ModelStyle], title: str, metric: Metric) -> Figure:
-    figure, axes = new_figure(1, 1, width=7, height=4)
-    plot_lengths(lengths, styles, axes[0, 0], metric)
-    trained = Line2D([], [], color="#555555", ls=":", lw=1.2, label="length trained on")
-    present = [style for model, style in styles.items() if model in set(lengths["model"])]
-    model_legend(figure, present, [trained])
-    figure.suptitle(title)
+    figure, axes = new_figure(1, 1, 7, 4, title)
+    ax = plot_lengths(lengths, styles, axes[0, 0], metric)
+    legend_below(figure, styles, set(lengths["model"]), ax.get_legend_handles_labels()[0])
     return figure
-
-
-def _by_metric(rows: Sequence[Difference]) -> dict[Metric, list[Difference]]:
-    return {metric: [row for row in rows if row.metric == metric] for metric in {r.metric: 0 for r in rows}}
 
 
 def _gain_label(metric: Metric) -> str:
@@ -175,9 +161,9 @@ def plot_forest(rows: Sequence[Difference], styles: dict[str, ModelStyle], ax: A
         for row in mine:
             gain, y, style = row.gain, len(labels), styles[row.model]
             _draw_difference(row, gain.mean, y, style, ax, "x")
-            numbers = f"{gain.mean:+.{metric.digits}f}"
-            if gain.n > 1:
-                numbers += f" [{gain.low:.{metric.digits}f}, {gain.high:.{metric.digits}f}]"
+            numbers = metric.difference(metric.gain(row.mean.mean))
+            if gain.n > 1:  # z: no -0.0
+                numbers += f" [{gain.low:z.{metric.digits}f}, {gain.high:z.{metric.digits}f}]"
             words = f"{numbers}  {row.verdict}"
             ax.annotate(words, (1.02, y), xycoords=ax.get_yaxis_transform(), va="center", size=7.5)
             labels.append((drawable(style.name), "normal"))
@@ -194,13 +180,13 @@ def plot_forest(rows: Sequence[Difference], styles: dict[str, ModelStyle], ax: A
 
 def forest_figure(rows: Sequence[Difference], styles: dict[str, ModelStyle], title: str) -> Figure:
     """A panel for each metric, since their units differ."""
-    panels = _by_metric(rows)
-    lines = [len(mine) + len({row.task for row in mine}) + 2 for mine in panels.values()]
+    metrics = dict.fromkeys(row.metric for row in rows)
+    panels = [[row for row in rows if row.metric == metric] for metric in metrics]
+    lines = [len(mine) + len({row.task for row in mine}) + 2 for mine in panels]
     height = 0.6 + 0.17 * sum(lines) + 0.25 * len(lines)
-    figure, axes = new_figure(len(panels), 1, width=8, height=height, height_ratios=lines)
-    for ax, mine in zip(axes[:, 0], panels.values(), strict=True):
+    figure, axes = new_figure(len(panels), 1, 8, height, title, height_ratios=lines)
+    for ax, mine in zip(axes[:, 0], panels, strict=True):
         plot_forest(mine, styles, ax)
-    figure.suptitle(title)
     return figure
 
 
@@ -223,15 +209,10 @@ def plot_gain_at_cost(
             while any(abs(x - left) < 0.1 and abs(y - low) < 0.04 for left, low in taken):
                 y -= 0.01
             taken.append((x, y))
-            look: dict[str, Any] = {
-                "transform": ax.transAxes,
-                "size": 7,
-                "va": "center",
-                "color": styles[row.model].color,
-            }
-            ax.text(x + 0.015, y, drawable(row.task, 14), **look)
+            look: dict[str, Any] = {"size": 7, "va": "center", "color": styles[row.model].color}
+            ax.text(x + 0.015, y, drawable(row.task, 14), transform=ax.transAxes, **look)
     ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}x"))
+    ax.xaxis.set_major_formatter("{x:.3g}x")
     ax.grid(axis="both")
     ax.set_ylabel(_gain_label(metric))
     return ax
@@ -241,12 +222,10 @@ def gain_at_cost_figure(
     priced: Sequence[tuple[Difference, float]], styles: dict[str, ModelStyle], baseline: str, title: str
 ) -> Figure:
     """A panel for each metric, since their units differ; below 0 a model is behind the baseline."""
-    panels = _by_metric([row for row, _ in priced])
-    figure, axes = new_figure(1, len(panels), width=3.4 + 3.8 * len(panels), height=4.2)
-    for ax, metric in zip(axes[0], panels, strict=True):
+    metrics = dict.fromkeys(row.metric for row, _ in priced)
+    figure, axes = new_figure(1, len(metrics), 3.4 + 3.8 * len(metrics), 4.2, title)
+    for ax, metric in zip(axes[0], metrics, strict=True):
         mine = [(row, cost) for row, cost in priced if row.metric == metric]
         plot_gain_at_cost(mine, styles, ax).set_xlabel(f"time per epoch, multiple of {drawable(baseline)}'s")
-    present = [style for model, style in styles.items() if model in {row.model for row, _ in priced}]
-    model_legend(figure, present)
-    figure.suptitle(title)
+    legend_below(figure, styles, {row.model for row, _ in priced})
     return figure

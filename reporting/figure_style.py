@@ -2,7 +2,7 @@
 
     styles = model_styles(["conventional", "gravitational"])
     with figure_style():
-        figure, axes = new_figure(1, 2, width=8, height=3)
+        figure, axes = new_figure(1, 2, width=8, height=3, title="ListOps")
         ...
         save_figure(figure, folder, "accuracy_listops")      # .png
 
@@ -12,8 +12,9 @@ pyplot, so nothing of the caller's is drawn on, and the caller's rcParams come b
 
 import contextlib
 import functools
+import itertools
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,7 @@ ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILLION, PURPLE, BLACK = "#0072B2", "#D55E00", "#CC79A7", "#000000"
 LONGEST_NAME = 40
 COLORS = 192  # of a PNG file
-# Of the layers or timescales of one model.
-LINE_STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
+_LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,8 @@ MODEL_STYLES = {
     "adaptive": ModelStyle("Adaptive timescales", SKY, "X"),
 }
 # Five are of Paul Tol's muted scheme; yellow, pale on white, comes last.
-_FURTHER = (
-    ("#999999", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", YELLOW),
-    ("<", ">", "p", "h", "*", "d"),
-)
+_FURTHER_COLORS = ("#999999", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", YELLOW)
+_FURTHER_MARKERS = ("<", ">", "p", "h", "*", "d")
 
 
 def model_styles(models: Sequence[str]) -> dict[str, ModelStyle]:
@@ -94,18 +92,16 @@ def model_styles(models: Sequence[str]) -> dict[str, ModelStyle]:
 
     `package.module:Class` is shown as Class, and settings follow the model's name, unless two models would
     then share the name."""
-    further, markers = _FURTHER
-    colors = [*further, *(style.color for model, style in MODEL_STYLES.items() if model not in models)]
+    unused = [style.color for model, style in MODEL_STYLES.items() if model not in models]
+    colors, markers = itertools.cycle([*_FURTHER_COLORS, *unused]), itertools.cycle(_FURTHER_MARKERS)
     short = [_short_name(model) for model in models]
     styles: dict[str, ModelStyle] = {}
-    others = 0
     for model, name in zip(models, short, strict=True):
         if model in MODEL_STYLES:
             styles[model] = MODEL_STYLES[model]
-            continue
-        shown = name if short.count(name) == 1 else drawable(model, 2 * LONGEST_NAME)
-        styles[model] = ModelStyle(shown, colors[others % len(colors)], markers[others % len(markers)])
-        others += 1
+        else:
+            shown = name if short.count(name) == 1 else drawable(model, 2 * LONGEST_NAME)
+            styles[model] = ModelStyle(shown, next(colors), next(markers))
     return styles
 
 
@@ -134,16 +130,31 @@ def figure_style() -> Iterator[None]:
 
 
 def new_figure(
-    rows: int, columns: int, width: float, height: float, **kwargs: Any
+    rows: int, columns: int, width: float, height: float, title: str = "", **kwargs: Any
 ) -> tuple[Figure, np.ndarray]:
     """A figure of width x height inches and its axes, (rows, columns)."""
     figure = Figure(figsize=(width, height), layout="constrained")
+    if title:
+        figure.suptitle(title)
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
-def model_legend(figure: Figure, styles: Sequence[ModelStyle], extra: Sequence[Any] = ()) -> None:
-    """One legend below all panels: a line and marker per model, then the `extra` handles."""
-    handles = [Line2D([], [], color=style.color, marker=style.marker, label=style.name) for style in styles]
+def line_style(number: int) -> Any:
+    """Of the layer or timescale of this number."""
+    return _LINES[number % len(_LINES)]
+
+
+def numbered_lines(what: str, numbers: Iterable[int]) -> list[Line2D]:
+    """What a legend shows of layers or timescales: "layer 1" of number 0."""
+    return [Line2D([], [], color="#444444", ls=line_style(k), label=f"{what} {k + 1}") for k in numbers]
+
+
+def legend_below(
+    figure: Figure, styles: Mapping[str, ModelStyle], models: Container[str], extra: Sequence[Any] = ()
+) -> None:
+    """One legend below all panels: a line and marker for each of the models, then the `extra` handles."""
+    shown = [style for model, style in styles.items() if model in models]
+    handles = [Line2D([], [], color=style.color, marker=style.marker, label=style.name) for style in shown]
     handles += extra
     if handles:
         columns = _legend_columns([len(str(handle.get_label())) for handle in handles], figure)

@@ -20,12 +20,11 @@ ACCURACY = "test_accuracy_best"
 
 @dataclass(frozen=True)
 class Metric:
-    """name: in files. title: in words. source: "accuracy" or "loss", what it is made of. factor: of the
-    source to the metric. scale, unit, digits: how it is shown. step: the unit of a difference. relevant:
-    the smallest difference that matters, in the metric's own scale. limits: what a value can be."""
+    """name: in files. source: "accuracy" or "loss", what it is made of. factor: of the source to the metric.
+    scale, unit, digits: how it is shown. step: the unit of a difference. relevant: the smallest difference
+    that matters, in the metric's own scale. most: what a value, 0 at the least, can be."""
 
     name: str
-    title: str
     source: str
     factor: float
     scale: float
@@ -34,7 +33,12 @@ class Metric:
     digits: int
     more_is_better: bool
     relevant: float
-    limits: tuple[float, float]
+    most: float
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        return self.name.replace("_", " ")
 
     @property
     def best(self) -> str:
@@ -62,9 +66,7 @@ class Metric:
     def read(self, row: Mapping[str, Any], key: str) -> float | None:
         """The metric of a row whose keys are `key` with the source's name in it; None where there is none."""
         value = number(row.get(key.format(self.source)))
-        if value is None or not self.limits[0] <= value * self.factor <= self.limits[1]:
-            return None
-        return value * self.factor
+        return value * self.factor if value is not None and 0 <= value * self.factor <= self.most else None
 
     def gain(self, difference: float) -> float:
         """The difference, positive where it is an improvement."""
@@ -79,22 +81,14 @@ class Metric:
 
     def chance_level(self, chance: float | None) -> float | None:
         """The metric of guessing evenly, from a share of right answers: itself, or -log2 of it."""
-        return (
-            chance if chance is None or self.source == "accuracy" else -math.log2(chance) if chance else None
-        )
+        if self.source == "accuracy":
+            return chance
+        return -math.log2(chance) if chance else None
 
 
-METRICS = {
-    metric.name: metric
-    for metric in (
-        Metric("accuracy", "accuracy", "accuracy", 1.0, 100.0, "%", "points", 1, True, 0.01, (0.0, 1.0)),
-        Metric(
-            "bits_per_byte", "bits per byte", "loss", 1 / math.log(2), 1.0, "bits", "bits", 3, False, 0.02,
-            (0.0, math.inf),
-        ),
-    )
-}  # fmt: skip
-PERCENT = METRICS["accuracy"]
+PERCENT = Metric("accuracy", "accuracy", 1.0, 100.0, "%", "points", 1, True, 0.01, 1.0)
+BITS = Metric("bits_per_byte", "loss", 1 / math.log(2), 1.0, "bits", "bits", 3, False, 0.02, math.inf)
+METRICS = {metric.name: metric for metric in (PERCENT, BITS)}
 
 
 def metric_named(name: object) -> Metric:

@@ -18,7 +18,13 @@ from matplotlib.figure import Figure
 
 from reporting.analysis import Analysis
 from reporting.attention_explorer import of_one_seed
-from reporting.attention_figures import attention_figure, distance_figure, rows_of_maps, shown_example
+from reporting.attention_figures import (
+    attention_figure,
+    distance_figure,
+    mass_figure,
+    rows_of_maps,
+    shown_example,
+)
 from reporting.attention_numbers import token_masses
 from reporting.comparison_figures import (
     forest_figure,
@@ -30,7 +36,6 @@ from reporting.comparison_figures import (
 from reporting.comparison_tables import distance_table, length_table
 from reporting.figure_style import ModelStyle, drawable
 from reporting.lra_literature import PUBLISHED, comparable
-from reporting.mass_figures import mass_figure
 from reporting.training_figures import curves_figure, learned_figure
 from results_folder import AttentionPatterns, Cell, file_name
 
@@ -65,7 +70,7 @@ def all_figures(
     analysis: Analysis, only: Sequence[str] | None = None
 ) -> Iterator[tuple[str, DrawnFigure, Figure]]:
     """One figure after the other, so that only one is in memory. only: of these tasks, "" being all."""
-    for task, stem in ({"": ""} | file_stems(list(analysis.facts))).items():
+    for task, stem in {"": "", **file_stems([*analysis.facts])}.items():
         if only is None or task in only:
             drawn = task_figures(TaskView(analysis, task, stem)) if task else overview_figures(analysis)
             yield from ((task, *one) for one in drawn)
@@ -79,29 +84,25 @@ def overview_figures(analysis: Analysis) -> Drawn:
     name, styles = analysis.baseline_name, analysis.styles
     read = "Filled: better or worse; hollow: neither. Bar: 95 % t interval of the paired differences, n of 2 "
     read += "and more. Each metric keeps its own unit, so each has a panel."
-    priced = [(row, analysis.multiple(row.task, row.model, "seconds_per_epoch")) for row in found]
-    if priced := [(row, cost) for row, cost in priced if cost > 0]:
+    costs = [analysis.multiple(row.task, row.model, "seconds_per_epoch") for row in found]
+    if priced := [(row, cost) for row, cost in zip(found, costs, strict=True) if cost > 0]:
         notices = {analysis.notice(row.task, timed=True) for row, _ in priced} - {""}
         title = "\n".join([f"Gain over {drawable(name)} against cost", *sorted(notices)])
-        yield (
-            DrawnFigure(
-                "gain_at_cost",
-                f"Gain over {name} against cost",
-                f"A point for each model and task. Up: ahead of {name}, below 0: behind it; right: more time "
-                f"per training epoch, as a multiple of {name}'s with the same seed. {read}",
-            ),
-            gain_at_cost_figure(priced, styles, name, title),
+        caption = (
+            f"A point for each model and task. Up: ahead of {name}, below 0: behind it; right: more time per "
+            f"training epoch, as a multiple of {name}'s with the same seed. {read}"
         )
+        drawn = DrawnFigure("gain_at_cost", f"Gain over {name} against cost", caption)
+        yield drawn, gain_at_cost_figure(priced, styles, name, title)
     notices = {analysis.notice(row.task) for row in found} - {""}
-    yield (
-        DrawnFigure(
-            "differences",
-            f"Differences to {name} on all tasks",
-            f"Test metric minus that of {name}, paired by seed, turned so that right is a gain. {read} Grey: "
-            f"differences too small to matter ({' or '.join({row.metric.margin: 0 for row in found})}).",
-        ),
-        forest_figure(found, styles, "\n".join([f"Differences to {drawable(name)}", *sorted(notices)])),
+    title = "\n".join([f"Differences to {drawable(name)}", *sorted(notices)])
+    margins = " or ".join(dict.fromkeys(row.metric.margin for row in found))
+    caption = (
+        f"Test metric minus that of {name}, paired by seed, turned so that right is a gain. {read} Grey: "
+        f"differences too small to matter ({margins})."
     )
+    drawn = DrawnFigure("differences", f"Differences to {name} on all tasks", caption)
+    yield drawn, forest_figure(found, styles, title)
 
 
 @dataclass(frozen=True)
@@ -128,15 +129,6 @@ class TaskView:
     def patterns(self) -> dict[Cell, AttentionPatterns]:
         return {cell: one for cell, one in self.analysis.patterns.items() if cell.task == self.task}
 
-    @cached_property
-    def absent(self) -> dict[str, str]:
-        """Why a model has no result, by model: "no result (1 failed, 2 missing)"."""
-        return {
-            model: f"no result ({self.analysis.lost(self.task, model) or 'not planned'})"
-            for model in self.styles
-            if not self.analysis.quality(self.task, model).n
-        }
-
     def figure(
         self, kind: str, what: str, draw: Callable[[str], Figure], caption: str, *, folded: bool = False
     ) -> Drawn:
@@ -148,9 +140,7 @@ class TaskView:
 
 
 def task_figures(view: TaskView) -> Drawn:
-    some_done = len(view.absent) < len(view.styles)
-    if some_done:
-        yield from _accuracy(view)
+    yield from _accuracy(view)
     epochs = view.of_task(view.analysis.epochs)
     if not epochs.empty:
         facts, target = view.analysis.facts[view.task], view.analysis.targets.get(view.task)
@@ -164,8 +154,7 @@ def task_figures(view: TaskView) -> Drawn:
             "target is one for all models: who crosses it further left learns in fewer steps. Training "
             "values are taken while the weights change and dropout is on, so they may lie behind validation.",
         )
-    if some_done:
-        yield from _lengths(view)
+    yield from _lengths(view)
     yield from _attention(view)
     learned = view.of_task(view.analysis.learned)
     if len(learned):
@@ -184,8 +173,12 @@ def task_figures(view: TaskView) -> Drawn:
 def _accuracy(view: TaskView) -> Drawn:
     facts = view.analysis.facts[view.task]
     metric = facts.metric
-    published = comparable(view.analysis.results, view.task)
     values = view.table[view.table["metric"] == metric.best]
+    if values.empty:
+        return
+    lost = {model: view.analysis.lost(view.task, model) or "not planned" for model in view.styles}
+    absent = {model: f"no result ({why})" for model, why in lost.items()}
+    published = comparable(view.analysis.results, view.task)
     levels = reference_levels(facts, published)
     said = ", and published test accuracies of the Long Range Arena" if published else ""
     if not published and view.task in PUBLISHED:
@@ -197,10 +190,10 @@ def _accuracy(view: TaskView) -> Drawn:
     if not metric.more_is_better:
         guess = "" if facts.level is None else f"; guessing costs {metric.shown(facts.level)}"
         lines = f"Further left is better{guess}"
-    return view.figure(
+    yield from view.figure(
         "accuracy",
         f"Test {metric.title}",
-        lambda title: quality_figure(values, view.styles, title, levels, view.absent, metric),
+        lambda title: quality_figure(values, view.styles, title, levels, absent, metric),
         "Large: mean over seeds, black: its 95 % t interval, where n is at least 2; small, below: each seed. "
         f"{lines}. The axis does not start at 0.",
     )

@@ -11,11 +11,11 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from reporting.comparison_tables import LEARNED_WORDS
-from reporting.figure_style import LINE_STYLES, ModelStyle, model_legend, new_figure
-from reporting.metrics import PERCENT, Metric
+from reporting.figure_style import ModelStyle, legend_below, line_style, new_figure, numbered_lines
+from reporting.metrics import Metric
 
 LOSSES = (("train_loss", "training loss (nats)", 1.0), ("val_loss", "validation loss (nats)", 1.0))
 
@@ -29,23 +29,23 @@ def plot_curves(
 
     `epochs`: model, seed, state, epoch, steps and the column."""
     x = "steps" if epochs["steps"].notna().all() else "epoch"
+    shown = epochs[epochs[column].notna()].assign(shown=scale * epochs[column])
     for model, style in styles.items():
-        mine = epochs[(epochs["model"] == model) & epochs[column].notna()]
+        mine = shown[shown["model"] == model]
         for (_, state), cell in mine.groupby(["seed", "state"]):
             line: dict[str, Any] = {"lw": 0.7, "alpha": 0.5} if state == "done" else {"lw": 1.0, "ls": ":"}
-            ax.plot(cell[x], scale * cell[column], color=style.color, **line)
+            ax.plot(cell[x], cell["shown"], color=style.color, **line)
             if state != "done":
-                ax.plot(cell[x].iloc[-1:], scale * cell[column].iloc[-1:], "x", color=style.color, ms=7)
+                ax.plot(cell[x].iloc[-1], cell["shown"].iloc[-1], "x", color=style.color, ms=7)
         done = mine[mine["state"] == "done"]
-        by_all = done.groupby("epoch")["seed"].transform("size") == done["seed"].nunique()
-        shared = done[by_all].assign(shown=scale * done[column])
-        seeds = shared.groupby(x)["shown"].agg(["mean", "min", "max"])
+        shared = done[done.groupby("epoch")["seed"].transform("size") == done["seed"].nunique()]
         look: dict[str, Any] = {"color": style.color, "marker": style.marker, "mec": style.color}
-        look |= {"markevery": max(1, len(seeds) // 10), "estimator": None, "legend": False, "ax": ax}
-        sns.lineplot(seeds, x=x, y="mean", label=style.name, **look)
-        ax.fill_between(seeds.index, seeds["min"], seeds["max"], color=style.color, alpha=0.12, lw=0)
+        look |= {"markevery": max(1, shared[x].nunique() // 10), "err_kws": {"alpha": 0.12, "lw": 0}}
+        sns.lineplot(
+            shared, x=x, y="shown", errorbar=("pi", 100), label=style.name, legend=False, ax=ax, **look
+        )
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.set_xlabel("optimizer steps" if x == "steps" else "epoch")
     ax.grid(axis="y")
     for label in (ax.xaxis.label, ax.yaxis.label):
@@ -58,8 +58,8 @@ def curves_figure(
     styles: dict[str, ModelStyle],
     title: str,
     *,
-    metric: Metric = PERCENT,
-    level: float | None = None,
+    metric: Metric,
+    level: float | None,
     target: float | None = None,
 ) -> Figure:
     """The metric in training and validation, and below it the loss where the metric is not made of it.
@@ -70,7 +70,7 @@ def curves_figure(
     panels = [(f"{split}_{metric.source}", f"{word} {metric.label}", scale) for split, word in words]
     panels += LOSSES if metric.source != "loss" else ()
     rows = len(panels) // 2
-    figure, axes = new_figure(rows, 2, width=8.4, height=1.2 + 2.5 * rows, sharey="row", sharex=True)
+    figure, axes = new_figure(rows, 2, 8.4, 1.2 + 2.5 * rows, title, sharey="row", sharex=True)
     for ax, (column, label, scale) in zip(axes.flat, panels, strict=True):
         plot_curves(epochs, styles, ax, column, scale).set_ylabel(label)
         ax.tick_params(labelleft=True, labelbottom=True)
@@ -81,16 +81,11 @@ def curves_figure(
             line = ax.axhline(metric.scale * level, ls=":", label="chance", **look)
         extra.append(line)
     if target is not None:
-        extra.append(
-            axes[0, 1].axhline(
-                metric.scale * target, ls="-.", label=f"target: {metric.shown(target)}", **look
-            )
-        )
-    present = [style for model, style in styles.items() if model in set(epochs["model"])]
+        named = f"target: {metric.shown(target)}"
+        extra.append(axes[0, 1].axhline(metric.scale * target, ls="-.", label=named, **look))
     if (epochs["state"] != "done").any():
         extra.append(Line2D([], [], color="#444444", ls=":", marker="x", label="did not finish"))
-    model_legend(figure, present, extra)
-    figure.suptitle(title)
+    legend_below(figure, styles, set(epochs["model"]), extra)
     return figure
 
 
@@ -104,17 +99,17 @@ def plot_learned(learned: pd.DataFrame, style: ModelStyle, ax: Axes) -> Axes:
     for layer, timescale in learned[["layer", "timescale"]].drop_duplicates().to_numpy().tolist():
         lines = values.loc[layer, timescale]
         epochs = lines.index.to_numpy()
-        ax.plot(epochs, lines["mean"], ls=LINE_STYLES[layer % len(LINE_STYLES)], color=style.color)
+        ax.plot(epochs, lines["mean"], ls=line_style(layer), color=style.color)
         if horizon or learned["timescale"].nunique() == 1:
             ax.fill_between(epochs, lines["min"], lines["max"], color=style.color, alpha=0.1, lw=0)
         if horizon and layer == learned["layer"].min():
-            ax.plot(epochs[-1], lines["mean"].iloc[-1], style.marker, color=style.color)
             start, end = lines["mean"].iloc[0], lines["mean"].iloc[-1]
+            ax.plot(epochs[-1], end, style.marker, color=style.color)
             name = f"t = {timescale + 1}:\n{start:,.4g} to {end:,.4g}"
             ax.annotate(name, (epochs[-1], end), (7, 0), textcoords="offset points", va="center", size=8)
     if horizon:
         ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        ax.yaxis.set_major_formatter("{x:,.0f}")
         ax.set_yticks([], minor=True)
         ax.margins(y=0.12)
     ax.set_xlabel("epoch")
@@ -133,16 +128,11 @@ def learned_figure(learned: pd.DataFrame, styles: dict[str, ModelStyle], title: 
     names = LEARNED_WORDS | {"horizon": "horizon 1 / (1 - gamma), tokens"}
     columns = len(panels) if len(panels) <= 3 else 2
     rows = -(-len(panels) // columns)
-    width = 0.6 + 3.6 * columns
-    figure, axes = new_figure(rows, columns, width=max(6, width), height=0.7 + 2.6 * rows)
+    figure, axes = new_figure(rows, columns, max(6, 0.6 + 3.6 * columns), 0.7 + 2.6 * rows, title)
     for ax, ((scalar, model), lines) in zip(axes.flat, panels, strict=False):
         plot_learned(lines, styles[str(model)], ax).set_ylabel(names[str(scalar)])
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    layers = [
-        Line2D([], [], color="#444444", ls=LINE_STYLES[layer % len(LINE_STYLES)], label=f"layer {layer + 1}")
-        for layer in sorted(learned["layer"].unique().tolist())
-    ]
-    model_legend(figure, [], layers)
-    figure.suptitle(title)
+    layers = sorted(learned["layer"].unique().tolist())
+    legend_below(figure, {}, (), numbered_lines("layer", layers))
     return figure

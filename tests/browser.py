@@ -1,4 +1,4 @@
-"""A page in a headless Chromium: in a frame of 400 pixels, with a script that acts and tells what it saw."""
+"""Pages in a headless Chromium: in frames of 400 pixels, each with a script that tells what it saw."""
 
 import html
 import json
@@ -21,26 +21,36 @@ addEventListener("error", event => errors.push(event.message), true);
 addEventListener("unhandledrejection", event => errors.push(String(event.reason)));
 addEventListener("securitypolicyviolation", event => errors.push(event.violatedDirective));
 console.error = (...words) => errors.push(words.join(" "));
+const tell = seen => {
+  const images = Array.from(document.images, image => image.complete && image.naturalWidth > 0);
+  const room = { width: innerWidth, needed: document.documentElement.scrollWidth };
+  parent.postMessage({ [location.pathname.split("/").pop()]: { errors, images, ...room, ...seen } }, "*");
+};
 </script>"""
-AROUND = """<!DOCTYPE html><title>outside</title><iframe src="inside.html" width="400" height="800"
-style="border: 0"></iframe><pre></pre><script>
-addEventListener("message", event => { document.querySelector("pre").textContent = event.data; });
+AROUND = """<!DOCTYPE html><title>outside</title><pre></pre><script>
+const told = {};
+addEventListener("message", event => {
+  document.querySelector("pre").textContent = JSON.stringify(Object.assign(told, event.data));
+});
 </script>"""
 
 
-def told_by(page: str, script: str, folder: Path) -> dict[str, Any]:
-    """What `script` posts to the page around it, as JSON; it has `errors`, what went wrong so far. Skips the
-    test where there is no Chromium."""
+def told_by(pages: dict[str, tuple[str, str]], folder: Path) -> dict[str, Any]:
+    """By name of a page and a script, what the script tells, with errors: what went wrong so far; images:
+    whether each was loaded; width, needed: of the page. Skips the test where there is no Chromium."""
     if BROWSER is None:
         pytest.skip("no Chromium is installed")
-    page = page.replace("<head>", f"<head>{CATCH}", 1).replace("</body>", f"{script}</body>", 1)
-    (folder / "inside.html").write_text(page, encoding="utf-8")
-    (folder / "outside.html").write_text(AROUND, encoding="utf-8")
-    profile = f"--user-data-dir={folder / 'profile'}"
+    around = AROUND
+    for name, (page, script) in pages.items():
+        page = page.replace("<head>", f"<head>{CATCH}", 1)
+        page = page.replace("</body>", f"<script>{script}</script></body>", 1)
+        (folder / name).write_text(page, encoding="utf-8")
+        around += f'<iframe src="{name}" width="400" height="800" style="border: 0"></iframe>'
+    (folder / "outside.html").write_text(around, encoding="utf-8")
     address = (folder / "outside.html").as_uri()
-    command = [BROWSER, *FLAGS, profile, "--dump-dom", address]
+    command = [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--dump-dom", address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = re.search(r"<pre>(.+)</pre>", done.stdout, re.DOTALL)
-    assert found, f"the page said nothing: {done.stderr[-2000:]}"
-    told: dict[str, Any] = json.loads(html.unescape(found[1]))
+    told: dict[str, Any] = json.loads(html.unescape(found[1])) if found else {}
+    assert set(told) == set(pages), f"a page said nothing: {done.stderr[-2000:]}"
     return told

@@ -1,4 +1,4 @@
-"""The explorer's data are those of the patterns that fit; its page shows them to eye, hand and ear."""
+"""The explorer's data are those of the patterns that fit; its page and the report's work in a browser."""
 
 import base64
 import json
@@ -12,7 +12,7 @@ import pytest
 from browser import told_by
 from results_fixture import EXAMPLES, LAYERS, TEXT, pattern_arrays
 
-from reporting.attention_explorer import LARGEST, TEMPLATES, explorer_data, explorer_page
+from reporting.attention_explorer import LARGEST, explorer_data, explorer_page
 from reporting.run_results import TaskFacts
 from results_folder import AttentionPatterns, Cell
 
@@ -103,45 +103,38 @@ def test_what_does_not_fit_is_left_out_from_examples_over_tokens_to_models_and_s
     ]
 
 
-def test_tasks_share_the_room() -> None:
+def test_tasks_share_the_room_and_without_patterns_there_is_nothing_to_explore() -> None:
     tasks = data_of(patterns_of(*((task, "conventional", 0) for task in FACTS)), 42_000)["tasks"]
     assert [len(task["examples"]) for task in tasks] == [2, 2]
-    assert len(json.dumps(tasks)) < 50_000
-
-
-def test_without_patterns_there_is_nothing_to_explore() -> None:
-    assert explorer_data({}, NAMES, FACTS) is None
     assert "attention-explorer" not in explorer_page("Nothing", {}, NAMES, FACTS)
 
 
-CELLS = tuple(("listops", model, 0) for model in ("conventional", BOTH))
-ACT = """<script>
+ACT = """
 addEventListener("load", async () => {
   const root = document.getElementById("attention-explorer"), steps = {};
   while (!("ready" in root.dataset)) await new Promise(done => setTimeout(done, 50));
   const all = name => Array.from(root.querySelectorAll(name));
-  const tokens = number => Array.from(root.querySelectorAll(".tokens")[number].children);
-  const style = (made, name) => Number(made.style.getPropertyValue(name));
   const texts = name => all(name).map(one => one.textContent);
+  const tokens = number => Array.from(all(".tokens")[number].children);
+  const shade = (number, name) => tokens(number).map(one => Number(one.style.getPropertyValue(name)));
   const note = what => steps[what] = { readouts: texts(".readout"), facts: texts(".facts"),
     strips: texts(".strips li"), hidden: all(".body").map(one => one.hidden),
-    selected: [0, 1].map(number => tokens(number).findIndex(one => one.ariaSelected === "true")),
-    focused: tokens(0).indexOf(document.activeElement) };
-  const act = (target, event) => target.dispatchEvent(event);
+    selected: [0, 1].map(number => tokens(number).findIndex(one => one.ariaSelected === "true")) };
+  const act = (target, Kind, name, more) => target.dispatchEvent(new Kind(name, { bubbles: true, ...more }));
   const choose = (name, value) => {
     const select = root.querySelector(`[name=${name}]`);
     select.value = value;
-    act(select, new Event("change", { bubbles: true }));
+    act(select, Event, "change");
   };
-  const hover = number => act(tokens(0)[number], new PointerEvent("pointerover", { bubbles: true }));
-  const click = number => act(tokens(0)[number], new MouseEvent("click", { bubbles: true }));
-  const press = key => act(document.activeElement, new KeyboardEvent("keydown", { key, bubbles: true }));
+  const hover = number => act(tokens(0)[number], PointerEvent, "pointerover");
+  const click = number => act(tokens(0)[number], MouseEvent, "click");
+  const press = key => act(document.activeElement, KeyboardEvent, "keydown", { key });
   note("start");
   for (const wanted of [["example", 1], ["layer", 0], ["head", 2], ["timescale", 1]]) choose(...wanted);
   hover(5);
   note("hovered");
-  const shades = tokens(0).map(one => [style(one, "--given"), style(one, "--received")]);
-  const heavy = [0, 1].map(number => tokens(number).map(one => style(one, "--heavy")));
+  const given = shade(0, "--given"), received = shade(0, "--received");
+  const heavy = [0, 1].map(number => shade(number, "--heavy"));
   click(5);
   hover(9);
   note("held");
@@ -154,49 +147,85 @@ addEventListener("load", async () => {
   press("Home");
   press("ArrowLeft");
   note("home");
-  const tabbable = tokens(0).filter(one => one.tabIndex === 0).length;
-  const said = tokens(0)[1].ariaLabel, roles = tokens(0)[1].getAttribute("role");
+  const tabbable = tokens(0).filter(one => one.tabIndex === 0).length, said = tokens(0)[1].ariaLabel;
   choose("model1", -1);
   note("alone");
   choose("model1", 0);
   choose("example", 0);
   note("same");
-  const words = select => Array.from(select.options, one => one.textContent);
-  const options = Object.fromEntries(all("select").map(one => [one.name, words(one)]));
-  const names = all("select").map(one => one.labels.length);
+  const options = all("select").map(select => Array.from(select.options, one => one.textContent));
   const map = root.querySelector(".map canvas"), size = map.width;
-  const drawn = map.getContext("2d").getImageData(0, 0, size, size);
-  const inked = Array.from(drawn.data).filter((value, place) => place % 4 === 3 && value > 0).length;
-  const images = document.images.length, needed = document.documentElement.scrollWidth, width = innerWidth;
-  const seen = { errors, steps, shades, heavy, tabbable, said, roles, options, names, inked, size };
-  parent.postMessage(JSON.stringify({ ...seen, images, needed, width }), "*");
+  const { data } = map.getContext("2d").getImageData(0, 0, size, size);
+  const inked = data.filter((value, place) => place % 4 === 3 && value > 0).length;
+  tell({ steps, given, received, heavy, tabbable, said, options, inked, size });
 });
-</script>"""
-
-
-def hostile_patterns() -> dict[Cell, AttentionPatterns]:
-    """Two models, one example of which has markup for a token."""
-    symbols = arrays_of("conventional")["symbols"].astype("<U60")
-    symbols[0, 1] = HOSTILE
-    return patterns_of(*CELLS, symbols=symbols)
+"""
+SORT = """
+addEventListener("load", () => {
+  const column = (table, place) => Array.from(table.tBodies[0].rows, row => row.cells[place].textContent);
+  const sorted = [];
+  for (const table of document.querySelectorAll("table:has(th button)"))
+    for (const heading of table.tHead.rows[0].cells) {
+      const button = heading.querySelector("button"), seen = { numeric: heading.className === "number" };
+      for (const order of ["ascending", "descending"]) {
+        button.click();
+        if (heading.ariaSort !== order) errors.push(`${heading.textContent} is not ${order}`);
+        seen[order] = column(table, heading.cellIndex);
+      }
+      sorted.push(seen);
+    }
+  tell({ sorted });
+});
+"""
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    page = explorer_page(f"One run {HOSTILE}", hostile_patterns(), NAMES, FACTS)
-    return told_by(page, ACT, tmp_path_factory.mktemp("explorer"))
+def explored() -> dict[Cell, AttentionPatterns]:
+    """Two models, one example of which has markup for a token."""
+    symbols = arrays_of("conventional")["symbols"].astype("<U60")
+    symbols[0, 1] = HOSTILE
+    return patterns_of(("listops", "conventional", 0), ("listops", BOTH, 0), symbols=symbols)
 
 
-def test_nothing_goes_wrong_hostile_texts_stay_texts_and_a_phone_has_room(told: dict[str, Any]) -> None:
-    assert (told["errors"], told["images"]) == ([], 0)
-    assert told["needed"] <= told["width"] == 400
-    page = explorer_page(f"One run {HOSTILE}", hostile_patterns(), NAMES, FACTS)
-    assert "<img" not in page and page.count("</script>") == 2
+@pytest.fixture(scope="module")
+def explorer(explored: dict[Cell, AttentionPatterns]) -> str:
+    return explorer_page(f"One run {HOSTILE}", explored, NAMES, FACTS)
 
 
-def test_a_hovered_token_says_and_shades_where_it_looks_and_who_looks_at_it(told: dict[str, Any]) -> None:
-    readouts, letters = told["steps"]["hovered"]["readouts"], TEXT.replace(" ", "␣")
-    conventional, both = hostile_patterns().values()
+@pytest.fixture(scope="module")
+def report(holed: Path) -> str:
+    return (holed / "analysis" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def told(explorer: str, report: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the scripts told, by page."""
+    pages = {"explorer.html": (explorer, ACT), "report.html": (report, SORT)}
+    return told_by(pages, tmp_path_factory.mktemp("browser"))
+
+
+@pytest.fixture(scope="module")
+def seen(told: dict[str, Any]) -> Any:
+    """What the explorer's script saw."""
+    return told["explorer.html"]
+
+
+def test_nothing_goes_wrong_and_a_phone_of_400_pixels_has_room(told: dict[str, Any]) -> None:
+    for page in told.values():
+        assert page["errors"] == []
+        assert page["needed"] <= page["width"] == 400
+
+
+def test_hostile_texts_stay_texts_and_nothing_is_loaded(explorer: str) -> None:
+    assert "<img" not in explorer and explorer.count("</script>") == 2
+    assert not re.search(r"https?:|fetch\(|import\(|\bsrc=|innerHTML|url\(", explorer.replace("src=x", ""))
+
+
+def test_a_hovered_token_says_and_shades_where_it_looks_and_who_looks_at_it(
+    seen: Any, explored: dict[Cell, AttentionPatterns]
+) -> None:
+    readouts, letters = seen["steps"]["hovered"]["readouts"], TEXT.replace(" ", "␣")
+    conventional, both = explored.values()
     # example 2, layer 1, head 3, token 6; the first model has one timescale, the other's second is chosen
     maps = {"Conventional": conventional.maps[0, 1, 0, 2], "Both <b>": both.maps[0, 1, 1, 2]}
     for (name, weights), said in zip(maps.items(), readouts, strict=True):
@@ -206,62 +235,62 @@ def test_a_hovered_token_says_and_shades_where_it_looks_and_who_looks_at_it(told
         shown = re.findall(r"\) ([\d.]+)\xa0%", said)
         for found, share in ((shown[0], weights[5, most]), (shown[3], weights[least, 5])):
             assert float(found) == pytest.approx(100 * share, abs=1.5)
-    lines = np.array(told["shades"]) ** 2
-    weights = maps["Conventional"][: len(lines), : len(lines)]
-    np.testing.assert_allclose(lines, np.stack([weights[5], weights[:, 5]], 1), atol=0.005)
-
-
-def test_masses_shade_the_tokens_of_the_model_that_has_them(told: dict[str, Any]) -> None:
-    plain, heavy = told["heavy"]
+    weights = maps["Conventional"][: len(seen["given"]), : len(seen["given"])]
+    np.testing.assert_allclose(np.array(seen["given"]) ** 2, weights[5], atol=0.005)
+    np.testing.assert_allclose(np.array(seen["received"]) ** 2, weights[:, 5], atol=0.005)
+    plain, heavy = seen["heavy"]  # the first model has no masses
     assert set(plain) == {0} and len(set(heavy)) > 5
-    plain_text, heavy_text = told["steps"]["hovered"]["readouts"]
-    assert "mass" not in plain_text and re.search(r"Its mass is \d\.\d\d times the mean", heavy_text)
+    assert "mass" not in readouts[0] and re.search(r"Its mass is \d\.\d\d times the mean", readouts[1])
 
 
-def test_choices_say_what_is_shown_and_timescales_how_far_they_reach(told: dict[str, Any]) -> None:
-    start, seen = told["steps"]["start"], told["steps"]["hovered"]
+def test_choices_say_what_is_shown_and_timescales_how_far_they_reach(seen: Any) -> None:
+    start, chosen = seen["steps"]["start"], seen["steps"]["hovered"]
     assert start["facts"][1].startswith("Layer 2 of 2, mean of 4 heads, mean of 3 timescales. ")
-    assert seen["facts"][0].startswith("Layer 1 of 2, head 3 of 4. ")
-    assert seen["facts"][1].startswith("Layer 1 of 2, head 3 of 4, timescale 2 of 3. ")
-    assert seen["facts"][1].endswith(f"Its answer: min, wrong: it is {HOSTILE}.")
+    assert chosen["facts"][0].startswith("Layer 1 of 2, head 3 of 4. ")
+    wrong = f"Its answer: min, wrong: it is {HOSTILE}."
+    assert chosen["facts"][1] == f"Layer 1 of 2, head 3 of 4, timescale 2 of 3. {wrong}"
     strips = [f"head {number}" for number in (1, 2, 3, 4)] + [f"timescale {number}" for number in (1, 2, 3)]
-    for name, text in zip(strips, seen["strips"], strict=True):
+    for name, text in zip(strips, chosen["strips"], strict=True):
         assert re.fullmatch(rf"{name}: \d+ \([\d.]+\)", text)
-    assert told["options"]["timescale"] == ["mean of 1"]  # beside itself, the first model has one
-    assert told["options"]["model1"] == ["nothing", "Conventional", "Both <b>"]
-    assert told["inked"] > 100 and told["size"] == TOKENS
-
-
-def test_a_click_holds_a_token_and_another_lets_go(told: dict[str, Any]) -> None:
-    assert [told["steps"][what]["selected"] for what in ("held", "let go")] == [[5, 5], [9, 9]]
-
-
-def test_arrow_keys_move_through_the_tokens_and_stop_at_the_ends(told: dict[str, Any]) -> None:
-    for what, token in (("right", 10), ("home", 0)):
-        seen = told["steps"][what]
-        assert (seen["focused"], seen["selected"]) == (token, [token, token])
-    assert told["tabbable"] == 1 and told["roles"] == "option"
-    assert told["said"] == f"{TEXT[1]}, token 2 of 28"
-    assert set(told["names"]) == {1}  # each choice has its label
-
-
-def test_two_models_stand_side_by_side_or_one_alone(told: dict[str, Any]) -> None:
-    assert [told["steps"][what]["hidden"] for what in ("start", "alone")] == [[False, False], [False, True]]
-    first, second = told["steps"]["same"]["readouts"]
+    *_, of_timescale, _, of_other_model = seen["options"]
+    assert of_timescale == ["mean of 1"]  # beside itself, the first model has one
+    assert of_other_model == ["nothing", "Conventional", "Both <b>"]
+    assert seen["inked"] > 100 and seen["size"] == TOKENS
+    assert [seen["steps"][what]["hidden"] for what in ("start", "alone")] == [[False, False], [False, True]]
+    first, second = seen["steps"]["same"]["readouts"]
     assert first == second and first.startswith("Conventional")
 
 
-def test_the_script_is_short_and_nothing_is_loaded() -> None:
-    script = (TEMPLATES / "explorer.js.jinja").read_text(encoding="utf-8")
-    assert len(script.splitlines()) <= 250
-    plain = TaskFacts("listops", "ListOps", None, None, None, None, {}, class_names=("min", "max"))
-    page = explorer_page("One run", patterns_of(*CELLS), NAMES, {"listops": plain})
-    assert not re.search(r"https?:|fetch\(|import\(|\bsrc=|innerHTML|url\(", page)
+def test_a_click_holds_a_token_another_lets_go_and_arrow_keys_stop_at_the_ends(seen: Any) -> None:
+    for what, token in (("held", 5), ("let go", 9), ("right", 10), ("home", 0)):
+        assert seen["steps"][what]["selected"] == [token, token]
+    assert seen["tabbable"] == 1 and seen["said"] == f"{TEXT[1]}, token 2 of 28"
 
 
-def test_a_report_has_the_explorer_of_its_tasks_and_models(holed: Path) -> None:
-    page = (holed / "analysis" / "report.html").read_text(encoding="utf-8")
-    found = re.search(r'id="attention-explorer-data">(.+?)</script>', page)
+def test_every_figure_of_a_report_loads_or_is_led_to(told: dict[str, Any], report: str, holed: Path) -> None:
+    led_to = re.findall(r'<a href="(figures/[^"]+)">', report)
+    figures = {f"figures/{path.name}" for path in (holed / "analysis" / "figures").glob("*.png")}
+    assert {*led_to} < figures and len(led_to) == 4
+    images = told["report.html"]["images"]
+    assert len(images) == len(figures) - len(led_to) and all(images)
+
+
+def test_each_column_of_numbers_sorts_both_ways_with_what_is_missing_last(told: dict[str, Any]) -> None:
+    columns = told["report.html"]["sorted"]
+    numeric = [column for column in columns if column["numeric"]]
+    assert len(numeric) > 20
+    for column in numeric:
+        for order in ("ascending", "descending"):
+            found = [re.search(r"[-+]?\d+(\.\d+)?", text.replace(",", "")) for text in column[order]]
+            numbers = [float(one[0]) for one in found if one]
+            assert numbers == sorted(numbers, reverse=order == "descending")
+            assert all(found[: len(numbers)])
+    names = next(column for column in columns if not column["numeric"])
+    assert names["ascending"] == sorted(names["ascending"]) == names["descending"][::-1]
+
+
+def test_a_report_has_the_explorer_of_its_tasks_and_models(report: str) -> None:
+    found = re.search(r'id="attention-explorer-data">(.+?)</script>', report)
     assert found
     (task,) = json.loads(found[1])
     names = [model["name"] for model in task["models"]]

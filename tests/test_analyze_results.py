@@ -16,24 +16,15 @@ from results_fixture import HOLES, MODELS, make_results, report_of, rewrite, sna
 from run_cases import Refused
 
 import analyze_results
-from analyze_results import analyze, draw, draw_side_by_side, main
-from reporting.analysis import make_analysis
+from analyze_results import analyze, main
 from reporting.comparison_tables import CONVERGENCE, convergence_epoch, learned_table
 from reporting.metrics import ACCURACY
-from reporting.run_results import read_joined, read_patterns, usable
+from reporting.run_results import read_patterns, usable
 from reporting.text_tables import latex, markdown, short
 from results_folder import Cell, note_sharing, read_results
 
 REPOSITORY = Path(analyze_results.__file__).parent
 HOSTILE = "my_pkg.x:A$|*_<b>&%#{\\`[n](u)\u0001\u6f22" + "y" * 60
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One seed of two models in the smoke preset. Analysed."""
-    root = make_results(tmp_path_factory.mktemp("smoke"), models=MODELS[:2], seeds=(0,), preset="smoke")
-    analyze(root)
-    return root
 
 
 def test_an_analysis_has_a_report_with_every_figure_and_three_tables(holed: Path) -> None:
@@ -48,11 +39,19 @@ def test_an_analysis_has_a_report_with_every_figure_and_three_tables(holed: Path
     assert set(shown) == set(stems)
 
 
-def test_another_process_makes_the_same_bytes_elsewhere_without_torch(smoke: Path, tmp_path: Path) -> None:
-    moved = Path(shutil.copytree(smoke, tmp_path / smoke.name, ignore=shutil.ignore_patterns("analysis")))
+def test_another_process_makes_the_same_bytes_elsewhere_with_several_and_without_torch(
+    tmp_path: Path,
+) -> None:
+    tasks = "listops", "imdb", "image"
+    root = make_results(tmp_path / "a" / "run", tasks=tasks, models=MODELS[:1], seeds=(0,), epochs=2)
+    for path in [*root.glob("imdb/**/*.npz"), *root.glob("image/**/*.npz")]:
+        path.unlink()
+    moved = Path(shutil.copytree(root, tmp_path / "b" / "run"))
+    analyze(root, pdf=True)
+    assert {path.suffix for path in (root / "analysis" / "figures").iterdir()} == {".png", ".pdf"}
     code = (
-        "import sys, analyze_results, evaluate_performance\n"
-        f"assert analyze_results.main([{str(moved)!r}]) == 0\n"
+        "import sys, pathlib, analyze_results, evaluate_performance\n"
+        f"analyze_results.analyze(pathlib.Path({str(moved)!r}), processes=2, pdf=True)\n"
         "assert 'torch' not in sys.modules\n"
         "assert sys.modules['matplotlib.pyplot'].get_fignums() == []\n"  # seaborn imports it
     )
@@ -61,21 +60,7 @@ def test_another_process_makes_the_same_bytes_elsewhere_without_torch(smoke: Pat
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"report: {moved / 'analysis' / 'report.html'}\n"
-    assert snapshot(moved) == snapshot(smoke)
-
-
-def test_several_processes_draw_what_one_draws(tmp_path: Path) -> None:
-    tasks = "listops", "imdb", "image"
-    root = make_results(tmp_path / "run", tasks=tasks, models=MODELS[:1], seeds=(0,), patterns=False)
-    analysis = make_analysis(read_joined([root]))
-    alone, side_by_side = tmp_path / "alone", tmp_path / "side by side"
-    for folder in (alone, side_by_side):
-        folder.mkdir()
-    notes = draw(analysis, alone, pdf=True)
-    assert {path.suffix for path in alone.iterdir()} == {".png", ".pdf"}
-    assert draw_side_by_side(analysis, side_by_side, 2, pdf=True) == notes and [*notes] == [*tasks]
-    assert snapshot(side_by_side) == snapshot(alone)
+    assert snapshot(moved) == snapshot(root)
 
 
 @pytest.mark.usefixtures("texts_alone")
@@ -140,7 +125,13 @@ def test_missing_failed_and_diverged_cells_are_named_with_their_reasons(holed: P
     assert len(done) == 12 and not done["gravitational"].any()
 
 
-def test_smoke_runs_are_said_at_the_top_and_in_every_table(smoke: Path) -> None:
+@pytest.mark.usefixtures("texts_alone")
+def test_smoke_runs_are_said_at_the_top_and_in_every_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smoke = make_results(tmp_path, models=MODELS[:2], seeds=(0,), preset="smoke")
+    assert main([str(smoke)]) == 0
+    assert capsys.readouterr().out == f"report: {smoke / 'analysis' / 'report.html'}\n"
     assert "**Smoke test.**" in report_of(smoke).split("\n## ")[0]
     notice = "smoke test: its numbers mean nothing"
     assert set(pd.read_csv(smoke / "analysis" / "summary.csv")["notice"]) == {notice}

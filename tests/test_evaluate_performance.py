@@ -107,19 +107,19 @@ def test_a_file_that_is_no_patterns_file_is_refused_and_nothing_in_it_is_run(
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("results")
-    models = ("gravitational_multi_timescale", "conventional")
+    models = ("gravitational", "conventional")
     pending = {Cell("listops", "conventional", 0): "pending"}
     return make_results(root, models=models, seeds=(0,), epochs=1, states=pending)
 
 
 def test_numbers_are_printed_and_figures_drawn(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = results / "listops" / "gravitational_multi_timescale" / "seed0"
+    folder = results / "listops" / "gravitational" / "seed0"
     assert main([str(folder), "--pdf"]) == 0
     printed = capsys.readouterr().out
     accuracy = json.loads((folder / "result.json").read_text())["test_accuracy_best"]
     assert f"test_accuracy_best              {accuracy:.6g}" in printed
     assert "attention_entropy" in printed and "heaviest_tokens" in printed
-    drawn = results / "analysis" / "listops_gravitational_multi_timescale_seed0"
+    drawn = results / "analysis" / "listops_gravitational_seed0"
     figures = ("learning_curves", "learned", "attention_distance", "masses")
     stems = (*figures, "attention_layer1", "attention_layer2")
     expected = {f"{stem}.{suffix}" for stem in stems for suffix in ("png", "pdf")}

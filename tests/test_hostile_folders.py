@@ -124,7 +124,7 @@ QUIET: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthC
 
 
 @pytest.mark.usefixtures("texts_alone", "undurable")
-@settings(max_examples=12, derandomize=True, **QUIET)
+@settings(max_examples=8, derandomize=True, **QUIET)
 @given(changes=CHANGES)
 def test_a_mutated_folder_is_analysed_and_its_whole_cells_used(original: Path, changes: Changes) -> None:
     check_mutated(original, changes)

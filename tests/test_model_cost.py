@@ -67,7 +67,7 @@ def test_pytorchs_own_attention_is_counted_like_ours() -> None:
 
 
 def test_a_width_whose_step_is_too_coarse_is_refused() -> None:
-    settings = ModelSettings(embed_dim=2, num_heads=1, feed_forward_dim=1, num_layers=30)
+    settings = ModelSettings(embed_dim=2, num_heads=1, feed_forward_dim=1, num_layers=5)
     with pytest.raises(InputError, match="cannot be matched"):
         matched_settings(map(Model.parse, ("conventional", "gravitational")), settings, 3, 2)
 

@@ -66,19 +66,6 @@ def test_an_unknown_baseline_is_one_line_with_the_models(tmp_path: Path, refused
     assert not (root / "analysis").exists()
 
 
-def test_folders_of_variants_are_compared_as_one(tmp_path: Path) -> None:
-    one = make_results(tmp_path / "one", tasks=("listops",), models=MODELS[:3], seeds=(0, 1))
-    two = make_results(tmp_path / "two", tasks=("listops",), models=MODELS[2:], seeds=(0, 1))
-    for record in read_results(two).cells:  # one variant is in both: other seeds there
-        if record.cell.model == FORCE:
-            (record.folder / "status.json").unlink()
-    out = tmp_path / "out"
-    report, _ = analysed(out, str(one), str(two), "--output-dir", str(out), "--baseline", FORCE)
-    for name in ("Conventional", "Multi-timescale, gammas=0.6:0.9:0.99"):
-        assert f"{name} against Gravitational, normalization=force: " in report
-        assert f"{name} against Gravitational, normalization=force: no seed" not in report
-
-
 # How variants are shown
 
 

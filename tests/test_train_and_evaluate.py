@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -326,13 +325,6 @@ def test_an_error_ends_its_cell_only_and_is_recorded_until_the_cell_runs_again(
     assert not (tmp_path / "result.json").exists()
     train_cell(tmp_path, training=replace(TRAINING, max_epochs=1))
     assert not (tmp_path / "error.txt").exists()
-
-
-def test_an_interrupt_is_noted_and_passed_on(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run_tiny(tmp_path, partial(TroubledAttention, 7, Mock(side_effect=KeyboardInterrupt)))
-    assert state_of(tmp_path)[0] == "interrupted"
-    assert read_checkpoint(tmp_path / LAST)["epoch"] == 1
 
 
 # On a GPU

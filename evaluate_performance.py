@@ -113,13 +113,14 @@ def draw_run(
 def find_run(folder: Path) -> tuple[Results, CellRecord]:
     """The results folder around a run's folder, and the run; InputError where it is none of the planned."""
     folder = folder.resolve()
-    if len(folder.parents) < 3 or not (folder.parents[2] / "config.json").is_file():
+    root = folder.parent.parent.parent
+    if not (root / "config.json").is_file():
         raise InputError(f"{folder} is not a run; give RESULTS/task/model/seed0 of a results folder")
-    results = read_results(folder.parents[2])
+    results = read_results(root)
     for record in results.cells:
         if record.folder.resolve() == folder:
             return results, record
-    raise InputError(f"{folder} is not among the runs that {folder.parents[2] / 'config.json'} planned")
+    raise InputError(f"{folder} is not among the runs that {root / 'config.json'} planned")
 
 
 def evaluate(folder: Path, pdf: bool = False) -> None:

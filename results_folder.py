@@ -376,15 +376,10 @@ def read_results(root: Path) -> Results:
         raise InputError(
             f"{root} is not a results folder: config.json is not as expected ({_plain(error)})"
         ) from error
-    return Results(root, config, _environment(root), [read_cell(root, cell) for cell in planned])
-
-
-def _environment(root: Path) -> dict[str, Any]:
-    """Where the run took place; nothing where that cannot be read: no number hangs on it."""
-    try:
-        return _read_object(root / "environment.json", root)
-    except ValueError:
-        return {}
+    environment: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):  # no number hangs on it
+        environment = _read_object(root / "environment.json", root)
+    return Results(root, config, environment, [read_cell(root, cell) for cell in planned])
 
 
 # Arrays

@@ -21,8 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-
-import pandas as pd
+from typing import Any
 
 from command_line import EXIT_DONE, InputError, Parser, described, exit_code, usable_cores
 from reporting.analysis import Analysis, make_analysis
@@ -94,7 +93,9 @@ def draw_side_by_side(
     """`draw`, with a job for each task; the same bytes."""
     parts = ["", *analysis.facts]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(parts)), context, initializer=_ignore_interrupts) as pool:
+    # Ctrl-C is for this process, which waits for the others.
+    ignore: dict[str, Any] = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    with ProcessPoolExecutor(min(processes, len(parts)), context, **ignore) as pool:
         jobs = []
         for part in parts:
             patterns = {cell: one for cell, one in analysis.patterns.items() if cell.task == part}
@@ -103,11 +104,6 @@ def draw_side_by_side(
             return {task: notes for job in jobs for task, notes in job.result().items()}
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _ignore_interrupts() -> None:
-    """Ctrl-C is for the process that waits for this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check_replaceable(target: Path) -> None:
@@ -127,8 +123,7 @@ def summary_csv(analysis: Analysis) -> str:
         analysis.notice(task, timed=metric in TIMED_METRICS)
         for task, metric in zip(analysis.table["task"], analysis.table["metric"], strict=True)
     ]
-    table: pd.DataFrame = analysis.table.assign(notice=notices)
-    return table.to_csv(index=False, lineterminator="\n")
+    return analysis.table.assign(notice=notices).to_csv(index=False, lineterminator="\n")
 
 
 def make_parser() -> Parser:
@@ -158,7 +153,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def run(argv: list[str]) -> int:
+def run(argv: list[str] | None) -> int:
     arguments = make_parser().parse_args(argv)
     folders: Sequence[Path] = arguments.folders
     try:
@@ -177,8 +172,7 @@ def run(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = sys.argv[1:] if argv is None else argv
-    return exit_code(PROG, lambda: run(given))
+    return exit_code(PROG, lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ analysis of RESULTS clears away), with explorer.html: where each token looks, an
 is read from the results folder; no checkpoint is opened.
 """
 
-import functools
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from command_line import EXIT_DONE, InputError, Parser, described, exit_code
 from reporting.attention_explorer import explorer_page
@@ -63,8 +63,7 @@ def run_numbers(results: Results, record: CellRecord, patterns: AttentionPattern
         numbers["attention_entropy"] = float(attention_entropy(patterns).mean())
         for distance in patterns.distance_edges[1:].tolist():
             numbers[f"attention_share_within_{distance}"] = float(share_within(patterns, distance).mean())
-        masses = token_masses([patterns])
-        if masses:
+        if masses := token_masses([patterns]):
             numbers["heaviest_tokens"] = " ".join(symbol for symbol, _, _ in masses[:8])
             numbers["lightest_tokens"] = " ".join(symbol for symbol, _, _ in masses[:-9:-1])
     for name, value in numbers.items():
@@ -85,34 +84,31 @@ def draw_run(
     notice = " (smoke test)" if results.config.get("preset") == "smoke" else ""
     title = f"{styles[record.cell.model].name} on {record.cell.task}, seed {record.cell.seed}{notice}"
     only = replace(results, cells=[record])
-    figures: dict[str, Callable[[], Any]] = {}
-    if record.metrics:
-        epochs = epoch_table(only)
-        figures["learning_curves"] = lambda: curves_figure(
-            epochs, styles, title, metric=facts.metric, level=facts.level
-        )
     learned = learned_table(only)
-    if len(learned):
-        figures["learned"] = lambda: learned_figure(learned, styles, title)
-    if patterns is not None:
+    drawn = []
+
+    def save(stem: str, figure: Figure) -> None:
+        save_figure(figure, folder, stem, pdf=pdf)
+        drawn.append(f"{stem}.png")
+
+    with figure_style():
+        if record.metrics:
+            epochs = epoch_table(only)
+            curves = curves_figure(epochs, styles, title, metric=facts.metric, level=facts.level)
+            save("learning_curves", curves)
+        if len(learned):
+            save("learned", learned_figure(learned, styles, title))
+        if patterns is None:
+            return drawn
         shares = distance_table({record.cell: patterns})
-        figures["attention_distance"] = lambda: distance_figure(shares, learned, styles, title)
-        masses = token_masses([patterns])
-        if masses:
-            by_model = {record.cell.model: masses}
-            figures["masses"] = lambda: mass_figure(by_model, styles, title)
+        save("attention_distance", distance_figure(shares, learned, styles, title))
+        if masses := token_masses([patterns]):
+            save("masses", mass_figure({record.cell.model: masses}, styles, title))
         example, tokens = shown_example(patterns, MAP_TOKENS)
         for layer in range(len(patterns.maps)):
             rows = rows_of_maps(patterns, f"layer {layer + 1}", layer, example, tokens, MAP_HEADS)
-            figures[f"attention_layer{layer + 1}"] = functools.partial(
-                attention_figure, rows, patterns.symbols[example, :tokens], title
-            )
-    with figure_style():
-        for stem, draw in figures.items():
-            save_figure(draw(), folder, stem, pdf=pdf)
-    drawn = [f"{stem}.png" for stem in figures]
-    if patterns is None:
-        return drawn
+            symbols = patterns.symbols[example, :tokens]
+            save(f"attention_layer{layer + 1}", attention_figure(rows, symbols, title))
     names = {record.cell.model: styles[record.cell.model].name}
     page = explorer_page(title, {record.cell: patterns}, names, {record.cell.task: facts})
     write_text(folder / EXPLORER, page)
@@ -122,13 +118,14 @@ def draw_run(
 def find_run(folder: Path) -> tuple[Results, CellRecord]:
     """The results folder around a run's folder, and the run; InputError where it is none of the planned."""
     folder = folder.resolve()
-    if len(folder.parents) < 3 or not (folder.parents[2] / "config.json").is_file():
+    root = folder.parent.parent.parent
+    if not (root / "config.json").is_file():
         raise InputError(f"{folder} is not a run; give RESULTS/task/model/seed0 of a results folder")
-    results = read_results(folder.parents[2])
+    results = read_results(root)
     for record in results.cells:
         if record.folder.resolve() == folder:
             return results, record
-    raise InputError(f"{folder} is not among the runs that {folder.parents[2] / 'config.json'} planned")
+    raise InputError(f"{folder} is not among the runs that {root / 'config.json'} planned")
 
 
 def evaluate(folder: Path, pdf: bool = False) -> None:
@@ -166,15 +163,14 @@ def make_parser() -> Parser:
     return parser
 
 
-def run(argv: list[str]) -> int:
+def run(argv: list[str] | None) -> int:
     arguments = make_parser().parse_args(argv)
     evaluate(arguments.folder, arguments.pdf)
     return EXIT_DONE
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = sys.argv[1:] if argv is None else argv
-    return exit_code(PROG, lambda: run(given))
+    return exit_code(PROG, lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -30,12 +30,10 @@ import math
 import os
 import re
 import secrets
-import shutil
 import stat
 import tempfile
 import time
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -55,16 +53,6 @@ MOST_EPOCHS = 1_000_000
 LONGEST_REASON = 1000
 PATTERNS = "attention_patterns.npz"
 LARGEST_ARRAYS = 2**30  # bytes when unpacked: a larger file is not one of ours
-UNREADABLE_ARRAYS = (
-    OSError,
-    ValueError,
-    TypeError,
-    EOFError,
-    RuntimeError,
-    MemoryError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 class WriteError(OSError):
@@ -139,25 +127,21 @@ def write_atomic(
     # Not by tempfile, whose files nobody else may read: results are shared.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        try:
-            with temporary.open("xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            if verify is not None:
-                verify(temporary)
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if verify is not None:
+            verify(temporary)
+        temporary.replace(path)
         _sync_folder(path.parent)
-    except WriteError:
-        raise
     except OSError as error:
         if error.errno is None:
             raise WriteError(*error.args) from error
         raise WriteError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -201,10 +185,8 @@ def as_json(value: Any) -> Any:
 
 def write_status(folder: Path, state: str, reason: str = "") -> None:
     assert state in STATES
-    write_json(
-        folder / "status.json",
-        {"state": state, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
-    )
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    write_json(folder / "status.json", {"state": state, "reason": reason, "time": now})
 
 
 def note_sharing(folder: Path, processes: int) -> None:
@@ -222,17 +204,13 @@ def create_results_folder(parent: Path) -> Path:
     stamp = time.strftime("results_%Y%m%d_%H%M%S")
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(1, 1000):
-            folder = parent / (stamp if attempt == 1 else f"{stamp}_{attempt}")
-            try:
-                folder.mkdir()
-                return folder
-            except FileExistsError:
-                continue
+        for name in (stamp, *(f"{stamp}_{number}" for number in range(2, 1000))):
+            with contextlib.suppress(FileExistsError):
+                (parent / name).mkdir()
+                return parent / name
     except OSError as error:
-        raise InputError(
-            f"cannot write to {parent}: {error.strerror}; choose another --output-dir"
-        ) from error
+        why = f"cannot write to {parent}: {error.strerror}; choose another --output-dir"
+        raise InputError(why) from error
     raise InputError(f"{parent} holds a thousand folders named {stamp}; choose another --output-dir")
 
 
@@ -241,24 +219,23 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     """A new folder to fill, which takes the place of `target` at the end; an error leaves `target` as it was.
 
     It is made beside `target`. Raises InputError where it cannot be written."""
+    place: dict[str, Any] = {"dir": target.parent, "prefix": f".{target.name}."}
     try:
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        scratch = tempfile.TemporaryDirectory(**place, ignore_cleanup_errors=True)
     except OSError as error:
         raise InputError(f"cannot write to {target.parent}: {error.strerror}") from error
-    try:
-        fresh, old = scratch / "new", scratch / "old"
+    with scratch as name:
+        fresh, old = Path(name, "new"), Path(name, "old")
         fresh.mkdir()
         yield fresh
-        if target.is_symlink() or target.exists():
+        if _exists(target):
             target.rename(old)
         try:
             fresh.rename(target)
         except OSError:
-            if old.is_symlink() or old.exists():
+            if _exists(old):
                 old.rename(target)
             raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _refuse(constant: str) -> None:
@@ -339,12 +316,11 @@ def _read_json_lines(path: Path, root: Path) -> list[dict[str, Any]]:
 
 
 def _exists(path: Path) -> bool:
-    """Also for a link that leads nowhere, which `is_file` would take for nothing."""
-    try:
+    """Also for a link that leads nowhere, which `exists` would take for nothing."""
+    with contextlib.suppress(FileNotFoundError):
         path.lstat()
-    except FileNotFoundError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _plain(text: object) -> str:
@@ -400,15 +376,10 @@ def read_results(root: Path) -> Results:
         raise InputError(
             f"{root} is not a results folder: config.json is not as expected ({_plain(error)})"
         ) from error
-    return Results(root, config, _environment(root), [read_cell(root, cell) for cell in planned])
-
-
-def _environment(root: Path) -> dict[str, Any]:
-    """Where the run took place; nothing where that cannot be read: no number hangs on it."""
-    try:
-        return _read_object(root / "environment.json", root)
-    except ValueError:
-        return {}
+    environment: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):  # no number hangs on it
+        environment = _read_object(root / "environment.json", root)
+    return Results(root, config, environment, [read_cell(root, cell) for cell in planned])
 
 
 # Arrays
@@ -416,28 +387,6 @@ def _environment(root: Path) -> dict[str, Any]:
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_atomic(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
-
-
-def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Those of the named arrays that the .npz file has; ValueError says why it cannot be used."""
-    try:
-        if path.is_symlink():
-            raise ValueError("it is a link, which may lead out of the folder")
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a file")
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > LARGEST_ARRAYS:
-            raise ValueError(f"it would unpack to {size:,} bytes")
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in set(names) & set(arrays.files)}
-        if not all(isinstance(array, np.ndarray) for array in found.values()):
-            raise ValueError("it holds something that is no array")
-        return found
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no {path.name}") from error
-    except UNREADABLE_ARRAYS as error:
-        raise ValueError(f"{path.name} cannot be used: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -493,8 +442,22 @@ class AttentionPatterns:
 
 def read_attention_patterns(path: Path) -> AttentionPatterns:
     """The patterns in a file; ValueError says why it holds none. Nothing in it is executed."""
-    arrays = read_arrays(path, (entry.name for entry in fields(AttentionPatterns)))
     try:
-        return AttentionPatterns(**arrays)
-    except (TypeError, ValueError) as error:
+        if path.is_symlink():
+            raise ValueError("it is a link, which may lead out of the folder")
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > LARGEST_ARRAYS:
+            raise ValueError(f"it would unpack to {size:,} bytes")
+        with np.load(path, allow_pickle=False) as arrays:
+            ours = {entry.name for entry in fields(AttentionPatterns)} & set(arrays.files)
+            found = {name: arrays[name] for name in ours}
+        if not all(isinstance(array, np.ndarray) for array in found.values()):
+            raise ValueError("it holds something that is no array")
+        return AttentionPatterns(**found)
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no {path.name}") from error
+    except Exception as error:  # whatever an archive that is none of ours makes of its readers
         raise ValueError(f"{path.name} cannot be used: {error}") from error

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -194,13 +194,12 @@ class TransformerClassifier(nn.Module):
         for layer in self.layers:
             x = layer(x, key_padding_mask, self.form.causal)
         x = self.final_norm(x).float().masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
-        if self.form.target == "token":
-            with torch.autocast(tokens.device.type, enabled=False):
-                return self.classifier(x)  # (N, L, E) -> (N, L, C)
-        true_tokens = (~key_padding_mask).sum(1, keepdim=True).clamp(min=1)
+        if self.form.target == "sequence":
+            true_tokens = (~key_padding_mask).sum(1, keepdim=True).clamp(min=1)
+            x = x.sum(1) / true_tokens  # (N, L, E) -> (N, E)
         # In float32: in bf16 the logits of two classes are often equal.
         with torch.autocast(tokens.device.type, enabled=False):
-            return self.classifier(x.sum(1) / true_tokens)  # (N, L, E) -> (N, C)
+            return self.classifier(x)  # (N, C) or (N, L, C)
 
 
 # Its training
@@ -258,6 +257,7 @@ class Trainer:
         self.bf16 = use_bf16(settings.precision, device)
         longest = max(int(np.max(split.lengths, initial=1)) for split in (task.train, task.val, task.test))
         self.pad_to: Any = longest if settings.pad_to == "max" else "longest"
+        self.steps = math.ceil(len(task.train) / settings.batch_size)  # of an epoch
         self.warm = False
         self.rows: list[dict[str, Any]] = []
         self.best_weights: dict[str, Tensor] = {}
@@ -276,11 +276,11 @@ class Trainer:
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
         """Train on every example once. Returns what metrics.jsonl says of it."""
-        train, batch_size = self.task.train_of(self.seed, epoch), self.settings.batch_size
+        train = self.task.train_of(self.seed, epoch)
         order = {"seed": self.seed, "epoch": epoch, "pad_to": self.pad_to, "device": self.device}
-        batches = training_batches(train, batch_size, **order)
+        batches = training_batches(train, self.settings.batch_size, **order)
         self.model.train()
-        self.progress.epoch_started(epoch, math.ceil(len(train) / batch_size))
+        self.progress.epoch_started(epoch, self.steps)
         meter = StepMeter(epoch, int(train.lengths.sum()), self.progress, self.settings.divergence_steps)
         with random_stream(self.device, self.seed, "dropout", epoch):
             for batch in self._checked(batches):
@@ -322,7 +322,7 @@ class Trainer:
         while not self.finished:
             epoch = len(self.rows) + 1
             row = {"epoch": epoch, **self.train_epoch(epoch), **self.validate(epoch)}
-            row |= {"steps": self.steps_of(epoch), "learning_rate": self.settings.learning_rate}
+            row |= {"steps": epoch * self.steps, "learning_rate": self.settings.learning_rate}
             row |= {"peak_memory_bytes": self.peak_memory, "learned": learned_scalars(self.model.attentions)}
             self.rows.append(row)
             improved = self.best_epoch == epoch
@@ -343,10 +343,6 @@ class Trainer:
         by_loss = self.task.form.metric == "bits_per_byte"
         scores = [-row["val_loss"] if by_loss else row["val_accuracy"] for row in self.rows]
         return int(np.argmax(scores)) + 1 if scores else 0
-
-    def steps_of(self, epochs: int) -> int:
-        """Optimizer steps in so many epochs."""
-        return epochs * math.ceil(len(self.task.train) / self.settings.batch_size)
 
     @property
     def finished(self) -> bool:
@@ -394,9 +390,9 @@ class Trainer:
             "peak": self.peak_memory or 0,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint's state. Raises CheckpointError, and may be left half changed, where it is of
-        another cell, other settings or another model."""
+    def resumed(self, state: dict[str, Any]) -> Self:
+        """This trainer with a checkpoint's state. Raises CheckpointError, and may be left half changed, where
+        that is of another cell, other settings or another model."""
         if state.get("fingerprint") != self.fingerprint:
             raise CheckpointError("it is of another cell or of other settings")
         try:
@@ -408,6 +404,8 @@ class Trainer:
             raise
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"it does not fit the model ({first_line(error)})") from error
+        self.progress.note(f"resumes after epoch {len(self.rows)}")
+        return self
 
 
 def train_and_evaluate(
@@ -436,13 +434,7 @@ def train_and_evaluate(
         model = TransformerClassifier(make_attention, *sizes, model_settings, seed, task.form)
         return Trainer(model, task, training, seed, device, progress, check, fingerprint)
 
-    def resumed_trainer(state: dict[str, Any]) -> Trainer:
-        trainer = make_trainer()
-        trainer.restore(state)
-        progress.note(f"resumes after epoch {len(trainer.rows)}")
-        return trainer
-
-    trainer = resume(folder, resumed_trainer, progress.note) or make_trainer()
+    trainer = resume(folder, lambda state: make_trainer().resumed(state), progress.note) or make_trainer()
     trainer.fit(folder)
     best, last = trainer.test()
     model = trainer.model  # with the best epoch's weights
@@ -453,9 +445,9 @@ def train_and_evaluate(
 
     result = summary(trainer, best, last)
     if task.longer_tests:
-        longer = {length: trainer.evaluate(model, split) for length, split in task.longer_tests.items()}
-        own = str(int(task.test.lengths.max()))
-        result["test_by_length"] = {own: best._asdict(), **{k: e._asdict() for k, e in longer.items()}}
+        tests = {str(int(task.test.lengths.max())): best}
+        tests |= {length: trainer.evaluate(model, split) for length, split in task.longer_tests.items()}
+        result["test_by_length"] = {length: found._asdict() for length, found in tests.items()}
     # A trained cell is not lost to what comes after training: a user's model may not be countable or shown.
     result |= _if_possible("forward_flops", lambda: forward_flops(model, model.attentions, task.test.lengths))
     result |= _if_possible("attention_patterns", patterns)

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import matplotlib
 import pandas as pd
@@ -16,24 +17,15 @@ from results_fixture import HOLES, MODELS, make_results, report_of, rewrite, sna
 from run_cases import Refused
 
 import analyze_results
-from analyze_results import analyze, draw, draw_side_by_side, main
-from reporting.analysis import make_analysis
+from analyze_results import analyze, main
 from reporting.comparison_tables import CONVERGENCE, convergence_epoch, learned_table
 from reporting.metrics import ACCURACY
-from reporting.run_results import read_joined, read_patterns, usable
+from reporting.run_results import read_patterns, usable
 from reporting.text_tables import latex, markdown, short
 from results_folder import Cell, note_sharing, read_results
 
 REPOSITORY = Path(analyze_results.__file__).parent
 HOSTILE = "my_pkg.x:A$|*_<b>&%#{\\`[n](u)\u0001\u6f22" + "y" * 60
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One seed of two models in the smoke preset. Analysed."""
-    root = make_results(tmp_path_factory.mktemp("smoke"), models=MODELS[:2], seeds=(0,), preset="smoke")
-    analyze(root)
-    return root
 
 
 def test_an_analysis_has_a_report_with_every_figure_and_three_tables(holed: Path) -> None:
@@ -48,11 +40,19 @@ def test_an_analysis_has_a_report_with_every_figure_and_three_tables(holed: Path
     assert set(shown) == set(stems)
 
 
-def test_another_process_makes_the_same_bytes_elsewhere_without_torch(smoke: Path, tmp_path: Path) -> None:
-    moved = Path(shutil.copytree(smoke, tmp_path / smoke.name, ignore=shutil.ignore_patterns("analysis")))
+def test_another_process_makes_the_same_bytes_elsewhere_with_several_and_without_torch(
+    tmp_path: Path,
+) -> None:
+    tasks = "listops", "imdb", "image"
+    root = make_results(tmp_path / "a" / "run", tasks=tasks, models=MODELS[:1], seeds=(0,), epochs=2)
+    for path in [*root.glob("imdb/**/*.npz"), *root.glob("image/**/*.npz")]:
+        path.unlink()
+    moved = Path(shutil.copytree(root, tmp_path / "b" / "run"))
+    analyze(root, pdf=True)
+    assert {path.suffix for path in (root / "analysis" / "figures").iterdir()} == {".png", ".pdf"}
     code = (
-        "import sys, analyze_results, evaluate_performance\n"
-        f"assert analyze_results.main([{str(moved)!r}]) == 0\n"
+        "import sys, pathlib, analyze_results, evaluate_performance\n"
+        f"analyze_results.analyze(pathlib.Path({str(moved)!r}), processes=2, pdf=True)\n"
         "assert 'torch' not in sys.modules\n"
         "assert sys.modules['matplotlib.pyplot'].get_fignums() == []\n"  # seaborn imports it
     )
@@ -61,21 +61,7 @@ def test_another_process_makes_the_same_bytes_elsewhere_without_torch(smoke: Pat
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"report: {moved / 'analysis' / 'report.html'}\n"
-    assert snapshot(moved) == snapshot(smoke)
-
-
-def test_several_processes_draw_what_one_draws(tmp_path: Path) -> None:
-    tasks = "listops", "imdb", "image"
-    root = make_results(tmp_path / "run", tasks=tasks, models=MODELS[:1], seeds=(0,), patterns=False)
-    analysis = make_analysis(read_joined([root]))
-    alone, side_by_side = tmp_path / "alone", tmp_path / "side by side"
-    for folder in (alone, side_by_side):
-        folder.mkdir()
-    notes = draw(analysis, alone, pdf=True)
-    assert {path.suffix for path in alone.iterdir()} == {".png", ".pdf"}
-    assert draw_side_by_side(analysis, side_by_side, 2, pdf=True) == notes and [*notes] == [*tasks]
-    assert snapshot(side_by_side) == snapshot(alone)
+    assert snapshot(moved) == snapshot(root)
 
 
 @pytest.mark.usefixtures("texts_alone")
@@ -83,12 +69,8 @@ def test_a_failure_leaves_the_old_analysis(tmp_path: Path, monkeypatch: pytest.M
     root = make_results(tmp_path, models=MODELS[:1], seeds=(0,), patterns=False)
     write(root / "analysis" / "old.json", "old")
     before = snapshot(root)
-
-    def fail(*_: object) -> str:
-        raise RuntimeError("no ink")
-
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="no ink"):
-        patched.setattr(analyze_results, "render_report", fail)
+        patched.setattr(analyze_results, "render_report", Mock(side_effect=RuntimeError("no ink")))
         analyze(root)
     assert snapshot(root) == before  # and so no scraps
     analyze(root)
@@ -100,11 +82,8 @@ def test_a_folder_that_cannot_be_written_is_refused(
     called: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     root = make_results(tmp_path, models=MODELS[:1], seeds=())
-
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr({"mkdtemp": tempfile, "fsync": os}[called], called, refuse)
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr({"mkdtemp": tempfile, "fsync": os}[called], called, full)
     assert "No space left on device" in refused(main, root)
     assert not (root / "analysis").exists()
 
@@ -113,8 +92,8 @@ def test_a_folder_that_cannot_be_written_is_refused(
 def test_a_folder_without_a_done_cell_has_a_report_that_says_so(
     tmp_path: Path, seeds: tuple[int, ...]
 ) -> None:
-    states = {Cell("listops", "conventional", 0): "pending", Cell("listops", "gravitational", 0): "missing"}
-    root = make_results(tmp_path, models=MODELS[:2], seeds=seeds, states=states)
+    states = {Cell("listops", "conventional", 0): "pending"}
+    root = make_results(tmp_path, models=MODELS[:1], seeds=seeds, states=states)
     assert main([str(root)]) == 0
     text = report_of(root)
     assert "**No cell is done.**" in text and "nothing can be said" in text
@@ -140,28 +119,28 @@ def test_missing_failed_and_diverged_cells_are_named_with_their_reasons(holed: P
     assert len(done) == 12 and not done["gravitational"].any()
 
 
-def test_smoke_runs_are_said_at_the_top_and_in_every_table(smoke: Path) -> None:
-    assert "**Smoke test.**" in report_of(smoke).split("\n## ")[0]
-    notice = "smoke test: its numbers mean nothing"
-    assert set(pd.read_csv(smoke / "analysis" / "summary.csv")["notice"]) == {notice}
-    written, tex = ((smoke / "analysis" / f"summary.{kind}").read_text("utf-8") for kind in ("md", "tex"))
-    tables = written.count("\n\n**") + 1
-    assert written.count(markdown(notice)) == tables == 5  # the last is of all tasks, and says it in each row
-    assert tex.count(latex(notice)) == tex.count(r"\begin{tabular}") == 5
-
-
 @pytest.mark.usefixtures("texts_alone")
-def test_a_task_that_was_left_out_is_said_at_the_top_and_cells_with_a_core_each_once(tmp_path: Path) -> None:
-    given: dict[str, Any] = {"epochs": 1, "patterns": False, "unavailable": {"imdb": "no network"}}
-    root = make_results(tmp_path, models=MODELS[:1], seeds=(0, 1), **given)
+def test_a_smoke_run_and_a_task_left_out_are_said_at_the_top_and_cells_with_a_core_each_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {"preset": "smoke", "epochs": 1, "unavailable": {"imdb": "no network"}}
+    root = make_results(tmp_path, models=MODELS[:2], seeds=(0,), **given)
     rewrite(root / "environment.json", threads=1, cores=2)
     for record in read_results(root).cells:
         note_sharing(record.folder, 2)
-    analyze(root)
-    text = report_of(root)
-    assert "**Left out: imdb.** Its data were unavailable: no network" in text.split("\n## ")[0]
+    assert main([str(root)]) == 0
+    assert capsys.readouterr().out == f"report: {root / 'analysis' / 'report.html'}\n"
+    text, notice = report_of(root), "smoke test: its numbers mean nothing"
+    top = text.split("\n## ")[0]
+    assert "**Smoke test.**" in top
+    assert "**Left out: imdb.** Its data were unavailable: no network" in top
     assert "- side by side: 2 cells at a time, each with one core of its own" in text
     assert "Shared devices" not in text and "cells on a device" not in text
+    assert set(pd.read_csv(root / "analysis" / "summary.csv")["notice"]) == {notice}
+    written, tex = ((root / "analysis" / f"summary.{kind}").read_text("utf-8") for kind in ("md", "tex"))
+    tables = written.count("\n\n**") + 1
+    assert written.count(markdown(notice)) == tables == 5  # the last is of all tasks, and says it in each row
+    assert tex.count(latex(notice)) == tex.count(r"\begin{tabular}") == 5
 
 
 @pytest.mark.usefixtures("texts_alone")

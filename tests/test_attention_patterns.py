@@ -1,7 +1,6 @@
 """What is kept of a model's attention: true weights of true tokens, and shares of weight by distance."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,6 +53,7 @@ class SecretiveAttention(nn.Module):
 @pytest.mark.parametrize("name", ["conventional", "torch.nn:MultiheadAttention"])
 def test_maps_of_a_causal_task_see_no_later_token_also_of_pytorchs_own_attention(name: str) -> None:
     maps = extract(attention_of(name), [7, 6], TaskForm(causal=True))["maps"]
+    assert maps.shape == (2, 2, 1, 2, 7, 7)
     assert not np.triu(maps, 1).any()
     np.testing.assert_allclose(maps[:, 0].astype(np.float64).sum(-1), 1, atol=2e-3)
 
@@ -79,11 +79,6 @@ def test_masses_are_there_where_the_mechanism_has_them() -> None:
     assert "query_mass" not in extract(attention_of("gravitational,normalization=force"), [7, 3, 5, 2])
 
 
-def test_a_module_with_the_interface_of_pytorch_has_one_timescale() -> None:
-    patterns = extract(partial(nn.MultiheadAttention, 8, 2, batch_first=True), [4, 3, 5, 2])
-    assert patterns["maps"].shape == (2, 4, 1, 2, 5, 5)
-
-
 def test_distance_shares_of_uniform_attention_are_those_counted_by_hand() -> None:
     # Of the 9 pairs of 3 tokens, 3 are at distance 0, 4 at 1 and 2 at 2.
     share = extract(UniformAttention, [3, 3, 3, 3])["distance_share"]
@@ -100,13 +95,8 @@ def test_distance_shares_come_from_long_examples_of_at_most_1024_tokens() -> Non
     np.testing.assert_allclose(share[..., -1], expected, rtol=1e-5)
 
 
-def test_long_examples_are_cut_to_64_tokens_where_short_ones_are_few() -> None:
-    patterns = extract(UniformAttention, [100, 70, 66, 90, 80])
-    assert patterns["tokens"].shape == (4, 64)
-    assert patterns["symbols"][0, 0].startswith("<")
-
-
-def test_tokens_symbols_and_labels_belong_together() -> None:
+def test_tokens_symbols_and_labels_belong_together_and_long_examples_are_cut() -> None:
+    assert extract(UniformAttention, [100, 70, 66, 90, 80])["tokens"].shape == (4, 64)
     patterns = extract(UniformAttention, [2, 4, 3])
     np.testing.assert_array_equal(patterns["tokens"], [[1, 2, 0, 0], [3, 4, 5, 1], [2, 3, 4, 0]])
     np.testing.assert_array_equal(patterns["labels"], [0, 1, 2])

@@ -1,6 +1,7 @@
 """The numbers of one run are those a person gets by hand, and files that hold none are refused."""
 
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,9 @@ def write_damaged(path: Path) -> None:
     ("make", "message"),
     [
         (lambda path: None, r"there is no attention_patterns\.npz"),
+        (lambda path: path.symlink_to("/dev/zero"), "cannot be used: it is a link"),
+        (os.mkfifo, "cannot be used: it is not a file"),
+        (lambda path: np.savez_compressed(path, maps=np.zeros(2**20 + 100)), "it would unpack to"),
         (lambda path: np.savez(path, labels=np.array([object()] * 3)), "cannot be used: Object arrays"),
         (lambda path: np.savez(path, tokens=np.zeros((2, 2), int)), "cannot be used: .*missing"),
         (write_zip, "no array"),
@@ -97,8 +101,9 @@ def write_damaged(path: Path) -> None:
     ],
 )
 def test_a_file_that_is_no_patterns_file_is_refused_and_nothing_in_it_is_run(
-    make: Callable[[Path], None], message: str, tmp_path: Path
+    make: Callable[[Path], None], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("results_folder.LARGEST_ARRAYS", 2**23)
     make(tmp_path / "attention_patterns.npz")
     with pytest.raises(ValueError, match=message):
         read_attention_patterns(tmp_path / "attention_patterns.npz")
@@ -107,19 +112,19 @@ def test_a_file_that_is_no_patterns_file_is_refused_and_nothing_in_it_is_run(
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("results")
-    models = ("gravitational_multi_timescale", "conventional")
+    models = ("gravitational", "conventional")
     pending = {Cell("listops", "conventional", 0): "pending"}
     return make_results(root, models=models, seeds=(0,), epochs=1, states=pending)
 
 
 def test_numbers_are_printed_and_figures_drawn(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = results / "listops" / "gravitational_multi_timescale" / "seed0"
+    folder = results / "listops" / "gravitational" / "seed0"
     assert main([str(folder), "--pdf"]) == 0
     printed = capsys.readouterr().out
     accuracy = json.loads((folder / "result.json").read_text())["test_accuracy_best"]
     assert f"test_accuracy_best              {accuracy:.6g}" in printed
     assert "attention_entropy" in printed and "heaviest_tokens" in printed
-    drawn = results / "analysis" / "listops_gravitational_multi_timescale_seed0"
+    drawn = results / "analysis" / "listops_gravitational_seed0"
     figures = ("learning_curves", "learned", "attention_distance", "masses")
     stems = (*figures, "attention_layer1", "attention_layer2")
     expected = {f"{stem}.{suffix}" for stem in stems for suffix in ("png", "pdf")}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from results_fixture import make_results, report_of, snapshot
 
@@ -115,24 +115,12 @@ def check_mutated(original: Path, changes: Changes) -> None:
         assert all(record.cell in done or record.state in report for record in results.cells)
 
 
-@pytest.fixture
-def undurable(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("texts_alone")
+@pytest.mark.parametrize("examples", [8, pytest.param(600, marks=pytest.mark.slow)])
+def test_a_mutated_folder_is_analysed_and_its_whole_cells_used(
+    examples: int, original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-QUIET: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
-
-
-@pytest.mark.usefixtures("texts_alone", "undurable")
-@settings(max_examples=12, derandomize=True, **QUIET)
-@given(changes=CHANGES)
-def test_a_mutated_folder_is_analysed_and_its_whole_cells_used(original: Path, changes: Changes) -> None:
-    check_mutated(original, changes)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("texts_alone", "undurable")
-@settings(max_examples=600, phases=[Phase.generate], **QUIET)
-@given(changes=CHANGES)
-def test_600_mutated_folders_are_analysed_without_a_traceback(original: Path, changes: Changes) -> None:
-    check_mutated(original, changes)
+    quiet: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+    chosen = settings(max_examples=examples, derandomize=examples < 600, **quiet)
+    chosen(given(changes=CHANGES)(lambda changes: check_mutated(original, changes)))()

@@ -1,18 +1,18 @@
 """Counted matrix products and matched parameters, against counts made by hand."""
 
-import json
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from run_cases import only
 from torch import nn
 
 import run_experiment
 from command_line import InputError
 from conventional_attention import ConventionalAttention
 from experiment.models import COMPARED, Model, build, matched_settings
-from results_folder import Cell
+from results_folder import Cell, read_json
 from train_and_evaluate import AttentionFactory, ModelSettings, TransformerClassifier
 from training.model_cost import forward_flops
 
@@ -67,7 +67,7 @@ def test_pytorchs_own_attention_is_counted_like_ours() -> None:
 
 
 def test_a_width_whose_step_is_too_coarse_is_refused() -> None:
-    settings = ModelSettings(embed_dim=2, num_heads=1, feed_forward_dim=1, num_layers=30)
+    settings = ModelSettings(embed_dim=2, num_heads=1, feed_forward_dim=1, num_layers=5)
     with pytest.raises(InputError, match="cannot be matched"):
         matched_settings(map(Model.parse, ("conventional", "gravitational")), settings, 3, 2)
 
@@ -78,10 +78,8 @@ def test_matched_models_have_equal_sizes_in_their_cells_and_in_the_dry_run(
     models = ["conventional", "gravitational_multi_timescale"]
     argv = ["--preset", "smoke", "--tasks", "listops", "--models", *models, "--match-parameters"]
     assert run_experiment.main([*argv, "--prepare", "--output-dir", str(tmp_path)]) == 0
-    [root] = tmp_path.iterdir()
-    configs = [
-        json.loads((Cell("listops", model, 0).folder(root) / "config.json").read_text()) for model in models
-    ]
+    folders = [Cell("listops", model, 0).folder(only(tmp_path)) for model in models]
+    configs = [read_json(folder / "config.json") for folder in folders]
     conventional, both = (config["parameters"] for config in configs)
     assert abs(conventional - both) <= 0.02 * both
     widths = [config["model_settings"]["feed_forward_dim"] for config in configs]

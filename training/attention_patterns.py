@@ -3,18 +3,14 @@
     patterns = attention_patterns(model, model.attentions, task, seed=0, device=device)
     write_arrays(folder / PATTERNS, patterns)
 
-The arrays, for K examples of at most M tokens, layers in their order, T timescales and H heads:
-
-    tokens (K, M) int32, 0 = pad; symbols (K, M) printable; lengths, labels, predictions (K,)
-    maps (layers, K, T, H, M, M) float16; a row is a query's weights
-    key_mass, query_mass (layers, K, T, H, M) float32, where the mechanism has masses
-    distance_edges (B + 1,), distance_share (layers, T, H, B) float64: the share of a query's weight at
-        distance edge_b <= |i - j| < edge_(b + 1), the mean over the queries of a few long examples
-
-Examples are validation examples chosen by the seed alone, so that models of one seed show the same ones.
+The arrays are those of `results_folder.AttentionPatterns`, for K examples of at most M tokens, T timescales
+and H heads: maps in float16, masses in float32, shares by distance in float64, the mean over the queries of
+a few long examples. Examples are validation examples chosen by the seed alone, so that models of one seed
+show the same ones.
 Nothing is kept on the modules: the layers' inputs are caught by hooks that live for one forward pass.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,7 +38,7 @@ class NoAttentionMapsError(ValueError):
 def attention_patterns(
     model: Model, attentions: Sequence[nn.Module], task: TaskData, seed: int, device: torch.device
 ) -> dict[str, np.ndarray]:
-    """The arrays above. `attentions` are those of the model, which is in eval mode.
+    """The arrays, by name. `attentions` are those of the model, which is in eval mode.
 
     Raises NoAttentionMapsError where a module has neither `attention_maps` nor weights per head.
     """
@@ -80,7 +76,7 @@ def _short_examples(
     labels, predictions = _last_labels(batch.labels.cpu().numpy(), logits)
     true_pair = ~(padding[:, None, None, :, None] | padding[:, None, None, None, :])
     layers = zip(attentions, inputs, strict=True)
-    maps = [_maps(attention, x, padding, causal).where(true_pair, 0.0) for attention, x in layers]
+    maps = [_maps(*layer, padding, causal).where(true_pair, 0.0) for layer in layers]
     ids = batch.tokens.int().cpu().numpy()
     tokens = ids if ids.ndim == 2 else ids[..., 0]
     words = ids.reshape(*tokens.shape, -1).tolist()
@@ -139,9 +135,7 @@ def _distance_share(
         nothing = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=device)
         _, inputs = _layer_inputs(model, attentions, tokens, nothing)
         layers = zip(attentions, inputs, strict=True)
-        totals.append(
-            torch.stack([_by_distance(_maps(module, x, nothing, causal)[0]) for module, x in layers])
-        )
+        totals.append(torch.stack([_by_distance(_maps(*layer, nothing, causal)[0]) for layer in layers]))
         queries += tokens.shape[1]
     return (sum(totals[1:], totals[0]) / queries).cpu().numpy()
 
@@ -165,12 +159,10 @@ def _layer_inputs(
     def catch(module: nn.Module, args: tuple[Any, ...]) -> None:
         inputs.append(args[0])
 
-    handles = [attention.register_forward_pre_hook(catch) for attention in attentions]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for attention in attentions:
+            hooks.enter_context(attention.register_forward_pre_hook(catch))
         return model(ids, mask), inputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def causal_arguments(attention: nn.Module, x: Tensor) -> dict[str, Any]:
@@ -202,11 +194,10 @@ def _maps(attention: nn.Module, x: Tensor, mask: Tensor, causal: bool) -> Tensor
 
 def learned_scalars(attentions: Sequence[nn.Module]) -> dict[str, dict[str, list[list[float]]]]:
     """What the mechanism shows of itself, by layer: each (T, H), with the digits that float32 has."""
-    found = {}
+    found: dict[str, dict[str, list[list[float]]]] = {}
     for index, attention in enumerate(attentions):
         scalars: dict[str, Tensor] = getattr(attention, "learned_scalars", dict)()
-        found[f"layer{index}"] = {
-            name: [[float(f"{x:.7g}") for x in row] for row in value.tolist()]
-            for name, value in scalars.items()
-        }
-    return {layer: scalars for layer, scalars in found.items() if scalars}
+        for name, value in scalars.items():
+            rows = [[float(f"{x:.7g}") for x in row] for row in value.tolist()]
+            found.setdefault(f"layer{index}", {})[name] = rows
+    return found

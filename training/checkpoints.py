@@ -27,7 +27,6 @@ CHECKPOINT_VERSION = 3
 SEAL = b"\nsha256:"
 SEAL_BYTES = len(SEAL) + 64
 
-Note = Callable[[str], None]
 Resumed = TypeVar("Resumed")
 
 
@@ -46,13 +45,12 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
         with contextlib.suppress(FileNotFoundError):
             (folder / LAST).replace(folder / PREVIOUS)
 
-    contents = _serialized({"checkpoint_version": CHECKPOINT_VERSION, **state})
-    write_atomic(folder / LAST, lambda file: file.write(contents), verify)
+    write_weights(folder / LAST, {"checkpoint_version": CHECKPOINT_VERSION, **state}, verify)
 
 
-def write_weights(path: Path, state: dict[str, Any]) -> None:
+def write_weights(path: Path, state: dict[str, Any], verify: Callable[[Path], None] | None = None) -> None:
     contents = _serialized(state)
-    write_atomic(path, lambda file: file.write(contents))
+    write_atomic(path, lambda file: file.write(contents), verify)
 
 
 def _serialized(state: dict[str, Any]) -> bytes:
@@ -88,7 +86,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def resume(folder: Path, take_up: Callable[[dict[str, Any]], Resumed], note: Note) -> Resumed | None:
+def resume(
+    folder: Path, take_up: Callable[[dict[str, Any]], Resumed], note: Callable[[str], None]
+) -> Resumed | None:
     """What `take_up` makes of the newest checkpoint that can be used; None where there is none.
 
     A checkpoint that cannot be read, or that `take_up` refuses by CheckpointError, is renamed, so that it is

@@ -34,8 +34,13 @@ class PeakMemory:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         elif device.type == "cpu":
-            self.reason = _reset_resident_peak()
-            self.kind = None if self.reason else "resident set"
+            try:
+                _return_free_memory()
+                CLEAR_REFS.write_text(RESET_PEAK, encoding="ascii")
+                _resident_peak()
+                self.kind = "resident set"
+            except (OSError, ValueError) as error:
+                self.reason = f"the peak resident set cannot be reset here: {error}"
         else:
             self.reason = f"no peak memory counter for device type {device.type}"
 
@@ -44,17 +49,6 @@ class PeakMemory:
         if self.kind == "cuda allocator":
             return torch.cuda.max_memory_allocated(self.device)
         return _resident_peak() if self.kind == "resident set" else None
-
-
-def _reset_resident_peak() -> str:
-    """Start the count of the resident set afresh; why that cannot be done, or nothing."""
-    try:
-        _return_free_memory()
-        CLEAR_REFS.write_text(RESET_PEAK, encoding="ascii")
-        _resident_peak()
-    except (OSError, ValueError) as error:
-        return f"the peak resident set cannot be reset here: {error}"
-    return ""
 
 
 def _return_free_memory() -> None:

@@ -8,6 +8,7 @@ are skipped. Only matrix products are counted: exponentials, divisions, norms an
 step costs about three times the forward.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,18 +33,15 @@ def _flops_at(model: nn.Module, attentions: Sequence[nn.Module], length: int) ->
     def dense(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         return args, kwargs | {"need_weights": True}
 
-    hooks = [attention.register_forward_pre_hook(dense, with_kwargs=True) for attention in attentions]
-    device = next(model.parameters()).device
-    tokens = torch.ones(1, length, dtype=torch.long, device=device)
-    was_training = model.training
-    try:
+    tokens = torch.ones(1, length, dtype=torch.long, device=next(model.parameters()).device)
+    counter = FlopCounterMode(display=False)
+    with contextlib.ExitStack() as undone:
+        undone.callback(model.train, model.training)
+        for attention in attentions:
+            undone.enter_context(attention.register_forward_pre_hook(dense, with_kwargs=True))
         model.eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with counter, torch.no_grad():
             model(tokens, torch.zeros_like(tokens, dtype=torch.bool))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
     return counter.get_total_flops()
 
 

@@ -333,10 +333,14 @@ def connect_to_ray(resources: Resources) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # epochs of several cells look alike to it
     paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
-    environment = {"env_vars": {"PYTHONPATH": paths}}
     dashboard = False if address == "local" else None  # None: as the cluster has it
     try:
-        ray.init(address, include_dashboard=dashboard, logging_level=logging.ERROR, runtime_env=environment)
+        ray.init(
+            address=address,
+            include_dashboard=dashboard,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(f"--ray {address}: {str(error).splitlines()[0]}") from error
     for kind, wanted in (("CPU", resources.cpus), ("GPU", resources.gpus)):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import run_experiment
+from experiment.run_plan import RunPlan, make_plan
 from results_folder import CellRecord, read_results
 
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
@@ -23,6 +24,10 @@ SCRIPT = (
     "run_experiment.analyze_run = lambda root: True\n"
     "sys.exit(run_experiment.main(sys.argv[1:]))\n"
 )
+
+
+def plan_of(*argv: str) -> RunPlan:
+    return make_plan(run_experiment.make_parser().parse_args(argv))
 
 
 def run(parent: Path, *argv: str, code: int = 0) -> Path:

@@ -39,7 +39,6 @@ class Cooking:
     flour: str = setting("rye", "kind of flour", choices=("rye", "wheat", "spelt"))
     rests: tuple[float, ...] | None = setting(None, "hours of each rest", above=0.0, below=24.0)
     proofs: tuple[int, ...] = setting((1, 2), "minutes of each proof", minimum=0)
-    oven: str | None = setting(None, "which oven")
     offset: int = setting(0, "any whole number")
 
     def __post_init__(self) -> None:
@@ -77,11 +76,8 @@ def ended_by(error: BaseException) -> Callable[[list[str]], int]:
         {"batch_size": 64, "salt": 0.999, "heat": 1e9, "flour": "spelt", "proofs": (0,), "offset": -(10**17)},
     ],
 )
-def test_legal_values_are_taken(values: dict[str, Any]) -> None:
+def test_legal_values_are_taken_and_of_a_field_without_limits_all(values: dict[str, Any]) -> None:
     assert asdict(Cooking(**values)) == asdict(Cooking()) | values
-
-
-def test_a_field_without_limits_is_anything() -> None:
     assert make_dataclass("Noted", [("note", float, -1e300)], bases=(Cooking,), frozen=True)().note == -1e300
 
 
@@ -91,13 +87,11 @@ def test_a_field_without_limits_is_anything() -> None:
         ("batch_size", 0, "--batch-size must be at least 1 and at most 64, got 0"),
         ("batch_size", 65, "--batch-size must be at least 1 and at most 64, got 65"),
         ("salt", 1.0, "--salt must be at least 0.0 and below 1.0, got 1.0"),
-        ("salt", -1e-9, "--salt must be at least 0.0 and below 1.0, got -1e-09"),
         ("heat", 0.0, "--heat must be above 0.0, got 0.0"),
         ("heat", float("nan"), "--heat must be above 0.0, got nan"),
         ("heat", float("inf"), "--heat must be finite and above 0.0, got inf"),
         ("offset", float("-inf"), "--offset must be finite, got -inf"),
         ("rests", (1.0, 24.0), "--rests must be above 0.0 and below 24.0, got 24.0"),
-        ("proofs", (1, -2), "--proofs must be at least 0, got -2"),
         ("flour", "ry", "unknown --flour 'ry': did you mean 'rye'? (one of rye, wheat, spelt)"),
         ("flour", "", "unknown --flour '': (one of rye, wheat, spelt)"),
         # what no results folder may hold
@@ -113,11 +107,9 @@ def test_an_illegal_value_is_refused_with_its_range(name: str, value: Any, messa
 
 
 def test_each_field_is_an_option_of_its_type_and_what_is_not_given_leaves_no_trace() -> None:
-    argv = (
-        "--batch-size 8 --salt 0.5 --no-steam --flour wheat --oven left --rests 1 2.5 --proofs 3 --offset -4"
-    )
+    argv = "--batch-size 8 --salt 0.5 --no-steam --flour wheat --rests 1 2.5 --proofs 3 --offset -4"
     given = parse(argv.split())
-    expected = {"batch_size": 8, "salt": 0.5, "steam": False, "flour": "wheat", "oven": "left"}
+    expected = {"batch_size": 8, "salt": 0.5, "steam": False, "flour": "wheat"}
     assert given == expected | {"rests": (1.0, 2.5), "proofs": (3,), "offset": -4}
     assert isinstance(given["rests"][0], float) and replace(Cooking(), **given).offset == -4
     assert parse([]) == {} and parse(["--steam"]) == {"steam": True}
@@ -128,17 +120,12 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
         parse(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert left.value.code == 0 and "Not shown." not in shown
-    for part in (
-        *("loaves, 100% of the oven (default: 32)", "hours of each rest (default: not set)"),
-        *("minutes of each proof (default: 1 2)", "--steam, --no-steam", "rye|wheat|spelt"),
-    ):
+    texts = "loaves, 100% of the oven (default: 32)", "each rest (default: not set)", "rye|wheat|spelt"
+    for part in (*texts, "minutes of each proof (default: 1 2)", "--steam, --no-steam"):
         assert part in shown
-
-
-def test_an_interpreter_without_docstrings_has_a_help_all_the_same() -> None:
     texts = {"description": "Bakes.\n\nWell.", "epilog": "examples:\n    bake.py"}
     assert described("Bakes.\n\n    bake.py\n\nWell.") == texts
-    Parser(**described(None)).format_help()
+    Parser(**described(None)).format_help()  # an optimised interpreter has no docstring
 
 
 def test_home_is_meant_by_a_tilde_however_a_path_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,13 +156,10 @@ def test_a_path_that_cannot_be_reached_is_one_line_with_its_option(
 
 @pytest.mark.parametrize(
     ("mistyped", "meant"),
-    [
-        *[(typed, "--batch-size") for typed in ("--batchsize", "--batch_size", "--batch-size-", "--batch")],
-        *[("--flower", "--flour"), ("--no-stem", "--no-steam")],
-    ],
+    [("--batch_size", "--batch-size"), ("--batch", "--batch-size"), ("--no-stem", "--no-steam")],
 )
 def test_a_mistyped_option_names_the_nearest(mistyped: str, meant: str, refused: Refused) -> None:
-    for argv in ((mistyped,), (mistyped, "3"), (f"{mistyped}=3",), ("--salt", "0.2", mistyped)):
+    for argv in ((mistyped, "3"), (f"{mistyped}=3",), ("--salt", "0.2", mistyped)):
         said = refused(parse, *argv)
         assert said.startswith(f"bake.py: error: unrecognized arguments: {mistyped}")
         assert f"did you mean '{meant}'? see --help" in said
@@ -187,10 +171,7 @@ def test_a_mistyped_option_names_the_nearest(mistyped: str, meant: str, refused:
         (("--batch-size", "many"), "--batch-size: invalid int value: 'many'"),
         (("--batch-size", "9" * 5000), "--batch-size: invalid int value"),
         (("--salt", "a\nb"), "--salt: invalid float value"),
-        (("--batch-size",), "--batch-size: expected one argument"),
-        (("--rests",), "--rests: expected at least one argument"),
         (("--rests", "1", "x"), "--rests: invalid float value: 'x'"),
-        (("stray",), "unrecognized arguments: stray"),
         (("--two\nlines",), "unrecognized arguments: --two"),
     ],
 )
@@ -198,14 +179,10 @@ def test_a_malformed_command_line_is_one_line(argv: tuple[str, ...], part: str, 
     assert part in refused(parse, *argv)
 
 
-def test_an_input_error_is_one_line_and_exit_code_2(refused: Refused) -> None:
-    for message, line in (("the oven is cold; heat it",) * 2, ("no file 'a\nb'", "no file 'a b'"), ("", "")):
-        assert refused(ended_by(InputError(message))) == f"bake.py: error: {line}"
-
-
-def test_an_interrupt_is_exit_code_130_and_our_own_errors_are_not_taken_for_the_users(
-    capsys: pytest.CaptureFixture[str],
+def test_an_input_error_is_one_line_an_interrupt_130_and_our_own_errors_are_not_taken_for_the_users(
+    refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert refused(ended_by(InputError("no file 'a\nb'"))) == "bake.py: error: no file 'a b'"
     assert ended_by(KeyboardInterrupt())([]) == 130
     assert capsys.readouterr().err == "bake.py: interrupted\n"
     with pytest.raises(ValueError, match="ours"):
@@ -222,17 +199,15 @@ def body():
     return 3
 sys.exit(exit_code("bake.py", body))
 """
-SHELLS = ("{} 2>&-", "{} >&-", "{} <&- >&- 2>&-", "{} | true", "{} 2>&1 | true", "{} >/dev/full")
 
 
 @pytest.mark.parametrize(
-    ("shell", "encoding"),
-    [*[(shell, "utf-8") for shell in SHELLS], ("{} >/dev/null", "ascii"), ("{} >/dev/null", "cp1252")],
+    "shell", ["{} 2>&-", "{} >&-", "{} <&- >&- 2>&-", "{} | true", "{} 2>&1 | true", "{} >/dev/full"]
 )
-def test_who_reads_changes_neither_work_nor_exit_code(shell: str, encoding: str, tmp_path: Path) -> None:
+def test_who_reads_changes_neither_work_nor_exit_code(shell: str, tmp_path: Path) -> None:
     (tmp_path / "bake.py").write_text(PROGRAM)
     program = f'{{ "{sys.executable}" "{tmp_path}/bake.py" "{tmp_path}/work"; echo $? > "{tmp_path}/code"; }}'
-    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "PYTHONIOENCODING": encoding}
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "PYTHONIOENCODING": "ascii"}
     command = ["bash", "-c", shell.format(program)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (tmp_path / "work").read_text() == "worked"
@@ -244,10 +219,7 @@ def test_who_reads_changes_neither_work_nor_exit_code(shell: str, encoding: str,
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [
-        *[(typed, "multi_timescale") for typed in ("multi-timescale", "timescale")],
-        *[("Conventional", "conventional"), ("xyz", ""), ("", "")],
-    ],
+    [("timescale", "multi_timescale"), ("Conventional", "conventional"), ("xyz", ""), ("", "")],
 )
 def test_a_known_name_is_returned_and_to_an_unknown_one_only_a_close_one_is_proposed(
     name: str, meant: str

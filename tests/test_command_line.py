@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from command_line import (
     Parser,
     add_settings,
     check_settings,
-    choose,
     described,
     exit_code,
     given_path,
@@ -70,18 +69,6 @@ def ended_by(error: BaseException) -> Callable[[list[str]], int]:
 
 
 @pytest.mark.parametrize(
-    "values",
-    [
-        {"batch_size": 1, "salt": 0.0, "heat": 1e-9, "rests": (0.5, 23.9), "proofs": (), "steam": False},
-        {"batch_size": 64, "salt": 0.999, "heat": 1e9, "flour": "spelt", "proofs": (0,), "offset": -(10**17)},
-    ],
-)
-def test_legal_values_are_taken_and_of_a_field_without_limits_all(values: dict[str, Any]) -> None:
-    assert asdict(Cooking(**values)) == asdict(Cooking()) | values
-    assert make_dataclass("Noted", [("note", float, -1e300)], bases=(Cooking,), frozen=True)().note == -1e300
-
-
-@pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("batch_size", 0, "--batch-size must be at least 1 and at most 64, got 0"),
@@ -93,6 +80,7 @@ def test_legal_values_are_taken_and_of_a_field_without_limits_all(values: dict[s
         ("offset", float("-inf"), "--offset must be finite, got -inf"),
         ("rests", (1.0, 24.0), "--rests must be above 0.0 and below 24.0, got 24.0"),
         ("flour", "ry", "unknown --flour 'ry': did you mean 'rye'? (one of rye, wheat, spelt)"),
+        ("flour", "Wheat", "unknown --flour 'Wheat': did you mean 'wheat'? (one of rye, wheat, spelt)"),
         ("flour", "", "unknown --flour '': (one of rye, wheat, spelt)"),
         # what no results folder may hold
         ("batch_size", 10**400, f"--batch-size must be at least 1 and at most 64, got {10**400}"),
@@ -107,12 +95,13 @@ def test_an_illegal_value_is_refused_with_its_range(name: str, value: Any, messa
 
 
 def test_each_field_is_an_option_of_its_type_and_what_is_not_given_leaves_no_trace() -> None:
-    argv = "--batch-size 8 --salt 0.5 --no-steam --flour wheat --rests 1 2.5 --proofs 3 --offset -4"
+    argv = "--batch-size 1 --salt 0 --heat 1e-9 --no-steam --flour rye --rests 1 23.9 --proofs 0 --offset -4"
     given = parse(argv.split())
-    expected = {"batch_size": 8, "salt": 0.5, "steam": False, "flour": "wheat"}
-    assert given == expected | {"rests": (1.0, 2.5), "proofs": (3,), "offset": -4}
-    assert isinstance(given["rests"][0], float) and replace(Cooking(), **given).offset == -4
+    expected = {"batch_size": 1, "salt": 0.0, "heat": 1e-9, "steam": False, "flour": "rye"}
+    assert given == expected | {"rests": (1.0, 23.9), "proofs": (0,), "offset": -4}
+    assert isinstance(given["rests"][0], float) and asdict(Cooking(**given)) == given
     assert parse([]) == {} and parse(["--steam"]) == {"steam": True}
+    assert make_dataclass("Free", [("note", float, -1e300)], bases=(Cooking,), frozen=True)().note == -1e300
 
 
 def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,8 +112,8 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
     texts = "loaves, 100% of the oven (default: 32)", "each rest (default: not set)", "rye|wheat|spelt"
     for part in (*texts, "minutes of each proof (default: 1 2)", "--steam, --no-steam"):
         assert part in shown
-    texts = {"description": "Bakes.\n\nWell.", "epilog": "examples:\n    bake.py"}
-    assert described("Bakes.\n\n    bake.py\n\nWell.") == texts
+    parts = {"description": "Bakes.\n\nWell.", "epilog": "examples:\n    bake.py"}
+    assert described("Bakes.\n\n    bake.py\n\nWell.") == parts
     Parser(**described(None)).format_help()  # an optimised interpreter has no docstring
 
 
@@ -136,33 +125,13 @@ def test_home_is_meant_by_a_tilde_however_a_path_is_given(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("path", "why"),
-    [
-        ("~nobody-of-that-name/x", "Could not determine home directory."),
-        ("x" * 300, "File name too long"),
-        ("loop/x", "Too many levels of symbolic links"),
-    ],
+    [("~no-such-user/x", "Could not determine home directory."), ("x" * 300, "File name too long")],
 )
-def test_a_path_that_cannot_be_reached_is_one_line_with_its_option(
-    path: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("loop").symlink_to("loop")
+def test_a_path_that_cannot_be_reached_is_told_with_its_option(path: str, why: str, refused: Refused) -> None:
     line = f"'{path}' cannot be reached: {why}"
     assert refused(paths, "--oven", path) == f"bake.py: error: argument --oven: {line}"
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=f"^--tin {line}$"):
         given_path(path, "--tin")
-    assert str(error.value) == f"--tin {line}"
-
-
-@pytest.mark.parametrize(
-    ("mistyped", "meant"),
-    [("--batch_size", "--batch-size"), ("--batch", "--batch-size"), ("--no-stem", "--no-steam")],
-)
-def test_a_mistyped_option_names_the_nearest(mistyped: str, meant: str, refused: Refused) -> None:
-    for argv in ((mistyped, "3"), (f"{mistyped}=3",), ("--salt", "0.2", mistyped)):
-        said = refused(parse, *argv)
-        assert said.startswith(f"bake.py: error: unrecognized arguments: {mistyped}")
-        assert f"did you mean '{meant}'? see --help" in said
 
 
 @pytest.mark.parametrize(
@@ -173,9 +142,14 @@ def test_a_mistyped_option_names_the_nearest(mistyped: str, meant: str, refused:
         (("--salt", "a\nb"), "--salt: invalid float value"),
         (("--rests", "1", "x"), "--rests: invalid float value: 'x'"),
         (("--two\nlines",), "unrecognized arguments: --two"),
+        (("--batch_size", "3"), "arguments: --batch_size 3 (did you mean '--batch-size'? see --help)"),
+        (("--salt", "0.2", "--batch=3"), "arguments: --batch=3 (did you mean '--batch-size'? see --help)"),
+        (("--no-stem",), "(did you mean '--no-steam'? see --help)"),
     ],
 )
-def test_a_malformed_command_line_is_one_line(argv: tuple[str, ...], part: str, refused: Refused) -> None:
+def test_a_malformed_command_line_is_one_line_that_names_the_nearest_option(
+    argv: tuple[str, ...], part: str, refused: Refused
+) -> None:
     assert part in refused(parse, *argv)
 
 
@@ -215,18 +189,3 @@ def test_who_reads_changes_neither_work_nor_exit_code(shell: str, tmp_path: Path
         assert (tmp_path / "code").read_text() == "3\n"
     assert "Traceback" not in ran.stderr and "BrokenPipe" not in ran.stderr
     assert ("not all could be printed: No space left on device" in ran.stderr) == ("full" in shell)
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [("timescale", "multi_timescale"), ("Conventional", "conventional"), ("xyz", ""), ("", "")],
-)
-def test_a_known_name_is_returned_and_to_an_unknown_one_only_a_close_one_is_proposed(
-    name: str, meant: str
-) -> None:
-    models = ["conventional", "multi_timescale"]
-    assert choose("conventional", iter(models), "model") == "conventional"
-    hint = f"did you mean '{meant}'? " if meant else ""
-    with pytest.raises(InputError) as refused:
-        choose(name, iter(models), "model")
-    assert str(refused.value) == f"unknown model '{name}': {hint}(one of {', '.join(models)})"

@@ -47,20 +47,17 @@ def test_gpus_are_taken_in_turn_unless_one_was_chosen_and_by_as_many_cells_as_fi
         assert cells_on_a_device(cpus, gpus, largest=16, cells=planned) == most
 
 
-@pytest.mark.parametrize(
-    ("argv", "workers", "threads"),
-    [
-        *[("", 6, 1), ("--threads 3", 6, 3), ("--workers 1", 1, 6), ("--workers 2", 2, 3)],
-        *[("--workers 7", 7, 1), ("--workers 4 --threads 2", 4, 2), ("--ray --cpus-per-cell 2.5", 1, 2)],
-    ],
-)
 def test_a_cpu_gives_each_cell_a_core_and_threads_are_shared_out_among_workers(
-    argv: str, workers: int, threads: int, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     torch.set_num_threads(6)
-    resources = chosen_resources(make_parser().parse_args([*SMOKE, *argv.split()]))
-    assert (resources.workers, resources.threads) == (workers, threads)
+    for argv, workers, threads in (
+        *(("", 6, 1), ("--threads 3", 6, 3), ("--workers 1", 1, 6), ("--workers 2", 2, 3)),
+        *(("--workers 7", 7, 1), ("--workers 4 --threads 2", 4, 2), ("--ray --cpus-per-cell 2.5", 1, 2)),
+    ):
+        resources = chosen_resources(make_parser().parse_args([*SMOKE, *argv.split()]))
+        assert (resources.workers, resources.threads) == (workers, threads), argv
 
 
 # Who is killed or stopped

@@ -128,7 +128,7 @@ def test_the_best_is_that_of_the_tasks_own_metric() -> None:
 
 
 def untrained(parent: Path, *models: str) -> Path:
-    return make_results(parent, tasks=("listops",), models=models, seeds=(0,), epochs=1, patterns=False)
+    return make_results(parent, models=models, seeds=(0,), epochs=1, patterns=False)
 
 
 @pytest.mark.usefixtures("texts_alone")
@@ -143,24 +143,17 @@ def test_the_report_shows_the_grid_and_warns_of_a_best_at_its_end(tmp_path: Path
     assert "| 30.0 % | 40.0 % | – | 0.003 (an end of the grid) |" in text  # noqa: RUF001
     [warning] = [line for line in text.splitlines() if "lies at an end of the grid" in line]
     assert "Discounted, one timescale 0.003" in warning and "Conventional" not in warning
+    # A choice that is made stays.
+    record_choice(root, plan_of(*HERE, *GRID), Cell("listops", MODELS[0], 0), [])
+    assert read_tuning(root, "listops", MODELS[0]) == Tuning("accuracy", TUNING_SEEDS, grid, 0.003)
 
 
 @pytest.mark.usefixtures("texts_alone")
-@pytest.mark.parametrize(
-    "damage", ["[]", "{", '{"trials": [], "metric": "accuracy", "seeds": [1], "chosen": 0.1}']
-)
-def test_a_damaged_choice_is_named_and_loses_no_analysis(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_choice_is_named_and_loses_no_analysis(tmp_path: Path) -> None:
     root = untrained(tmp_path, MODELS[0])
-    tuning_file(root, "listops", MODELS[0]).write_text(damage)
-    with pytest.raises(InputError, match=r"learning_rate.json is no outcome of a tuning; remove it"):
-        read_tuning(root, "listops", MODELS[0])
+    for damage in ("[]", "{", '{"trials": [], "metric": "accuracy", "seeds": [1], "chosen": 0.1}'):
+        tuning_file(root, "listops", MODELS[0]).write_text(damage)
+        with pytest.raises(InputError, match=r"learning_rate.json is no outcome of a tuning; remove it"):
+            read_tuning(root, "listops", MODELS[0])
     analyze(root)
     assert "**Learning rates unknown.**" in report_of(root)
-
-
-def test_a_choice_that_is_made_stays(tmp_path: Path) -> None:
-    tuning = Tuning("accuracy", TUNING_SEEDS, (Trial(0.1, "done", 0.5, 1.0),), 0.1)
-    root = untrained(tmp_path, MODELS[0])
-    write_tuning(root, "listops", MODELS[0], tuning)
-    record_choice(root, plan_of(*HERE, *GRID), Cell("listops", MODELS[0], 0), [])
-    assert read_tuning(root, "listops", MODELS[0]) == tuning

@@ -31,7 +31,6 @@ class Warm(nn.MultiheadAttention):
         self.settings = temperature, offset, mode, name
 '''
 FORCE = "gravitational,normalization=force"
-SETTINGS = ModelSettings(embed_dim=8, num_heads=2)
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +41,8 @@ def user_model(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.delitem(sys.modules, "warm_model", raising=False)
 
 
-def counts_of(*models: str, options: tuple[str, ...] = ()) -> dict[str, int]:
-    plan, tasks = load_tasks(plan_of(*HERE, *options, "--models", *models))
+def counts_of(*argv: str) -> dict[str, int]:
+    plan, tasks = load_tasks(plan_of(*HERE, "--models", *argv))
     return {model: count for (_, model), count in parameter_counts(plan, tasks).items()}
 
 
@@ -72,15 +71,13 @@ def test_a_name_is_a_model_and_the_settings_of_its_constructor_in_their_types(
     assert {key: type(value) for key, value in found.items()} == {k: type(v) for k, v in own.items()}
 
 
-def built(name: str) -> Any:
-    return Model.parse(name).attention(SETTINGS)()
-
-
 def test_every_model_is_built_with_the_encoders_sizes_and_its_own_settings() -> None:
+    def built(name: str) -> Any:
+        return Model.parse(name).attention(ModelSettings(embed_dim=8, num_heads=2))()
+
     for name in MODELS:
         module = built(name)
         assert (module.embed_dim, module.num_heads, module.dropout) == (8, 2, 0.0)
-    assert set(COMPARED) < set(MODELS)
     assert built("gravitational,softening=1.5").field.softening == 1.5
     gammas = built("multi_timescale,gammas=0.6:0.9").learned_scalars()["gamma"]
     assert gammas[:, 0].tolist() == pytest.approx([0.6, 0.9])  # they set the number of timescales
@@ -90,26 +87,17 @@ def test_every_model_is_built_with_the_encoders_sizes_and_its_own_settings() -> 
 
 
 def test_a_settings_help_is_its_line_of_the_docstring_up_to_the_first_full_stop() -> None:
-    settings = mechanism_settings(MODELS["gravitational"])
-    assert settings["distance_power"].help.startswith("p, above 0; default 2")
     for name in COMPARED:
-        for setting in mechanism_settings(MODELS[name]).values():
-            assert setting.help, (name, setting)
+        assert all(setting.help for setting in mechanism_settings(MODELS[name]).values()), name
     warm = mechanism_settings(Model.parse("warm_model:Warm,temperature=1").factory)
     assert (warm["offset"].help, warm["mode"].help, warm["name"].help) == ("of the softmax", "how", "")
 
 
-def test_a_variant_is_its_model_with_other_settings() -> None:
-    assert Model.parse(FORCE).factory is MODELS["gravitational"]
-    counts = counts_of("gravitational", FORCE)
-    assert counts["gravitational"] > counts[FORCE]  # in force form there is neither G nor the query's mass
-
-
-def test_match_parameters_brings_all_models_to_the_size_of_the_largest() -> None:
+def test_match_parameters_brings_all_models_to_the_size_of_the_largest_variant() -> None:
     five = "multi_timescale,num_timescales=5"
-    counts = counts_of("conventional", five, options=("--match-parameters",))
-    assert counts["conventional"] == pytest.approx(counts[five], rel=0.01)
-    assert counts[five] > counts_of("multi_timescale")["multi_timescale"]
+    plain, matched = (counts_of("multi_timescale", five, *more) for more in ((), ("--match-parameters",)))
+    assert matched["multi_timescale"] == pytest.approx(matched[five], rel=0.01)
+    assert matched[five] == plain[five] > plain["multi_timescale"]
 
 
 # What is refused

@@ -13,7 +13,7 @@ from run_cases import HERE, Refused, cells, plan_of, records, resume, run, state
 import run_experiment
 from command_line import LARGEST_WHOLE
 from data_pipeline import TASKS, DataUnavailableError, TaskData, load_task
-from experiment import run_plan
+from experiment import run_plan, tensorboard_log
 from experiment.cells import LEASE
 from experiment.models import COMPARED, MODELS
 from experiment.plan_files import read_plan
@@ -54,18 +54,34 @@ def test_the_smoke_preset_writes_every_file_of_every_model_and_compares_them(smo
 
 
 def test_configs_tell_what_was_run_on_what(smoke: Path) -> None:
-    config, data = read_json(smoke / "config.json"), PRESETS["smoke"].data["listops"]
-    assert (config["schema_version"], config["preset"], config["seeds"]) == (1, "smoke", [0])
-    assert config["settings"]["training"]["max_epochs"] == 2
-    assert config["settings"]["data"]["listops"].items() >= data.items()
-    info, environment = config["task_info"]["listops"], read_json(smoke / "environment.json")
-    assert (info["num_classes"], info["chance"], info["test_size"]) == (10, 0.1, data["test_size"])
-    assert config["unavailable"] == {} and 0.1 <= info["majority"] < 1
+    assert read_plan(smoke) == plan_of(*HERE)
+    info = read_json(smoke / "config.json")["task_info"]["listops"]
+    assert (info["num_classes"], info["chance"], info["test_size"]) == (10, 0.1, 32)
+    assert 0.1 <= info["majority"] < 1
+    environment = read_json(smoke / "environment.json")
     assert (environment["torch"], environment["device"]) == (torch.__version__, "cpu")
     cell = records(smoke)[1]
     assert cell.config["model_class"] == "gravitational_attention.GravitationalAttention"
     assert cell.config["attention_arguments"]["softening"] == 0.1 and cell.result is not None
     assert cell.config["parameters"] == cell.result["parameters"] > cell.result["attention_parameters"] > 0
+
+
+@pytest.mark.usefixtures("compared")
+@pytest.mark.filterwarnings("ignore")  # of TensorBoard's own imports
+def test_tensorboard_is_shown_the_numbers_of_every_epoch(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [cell] = records(run(tmp_path, "--models", "gravitational_multi_timescale", "--tensorboard"))
+    events = EventAccumulator(str(cell.folder / tensorboard_log.FOLDER))
+    events.Reload()
+    shown = {
+        (event.step, tag): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)
+    }
+    of_epochs = [(row["epoch"], tensorboard_log.scalars(row)) for row in cell.metrics]
+    written = {(epoch, tag): value for epoch, values in of_epochs for tag, value in values if tag != "epoch"}
+    assert shown == pytest.approx(written, rel=1e-6)
+    assert len(of_epochs) == 2 and (2, "learned/layer0/gamma/0/0") in shown and (1, "val_accuracy") in shown
 
 
 @pytest.mark.usefixtures("compared")

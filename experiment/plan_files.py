@@ -13,7 +13,6 @@ import argparse
 import shlex
 import shutil
 import time
-import types
 import typing
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
@@ -214,8 +213,6 @@ def _settings(kind: type, values: dict[str, Any]) -> Any:
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    if isinstance(hint, types.UnionType):
-        return any(_has_type(value, entry) for entry in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         entry = typing.get_args(hint)[0]
         return isinstance(value, list) and all(_has_type(part, entry) for part in value)

@@ -10,25 +10,16 @@ from unittest.mock import Mock
 
 import filelock
 import pytest
+from run_cases import FAR, quick_leases, write_lease
 
 from experiment import cells
 from experiment.cells import LEASE, LeasedError, LeaseLostError, freed, leased
 from results_folder import Cell, WriteError
 
-FAR = "gpu7"
-
 
 @pytest.fixture(autouse=True)
-def quick_leases(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("LEASE", 1.0), ("HEARTBEAT", 0.05), ("LOOK_AGAIN", 0.05)):
-        monkeypatch.setattr(cells, f"{name}_SECONDS", seconds)
-
-
-def write_lease(folder: Path, pid: int, host: str = FAR) -> None:
-    """The lease of a process that renews it no more."""
-    lines = ["filelock/2", f"pid={pid}", f"host={host}", "mode=lease", "token=abc"]
-    lines += [f"duration={cells.LEASE_SECONDS!r}", ""]
-    (folder / LEASE).write_text("\n".join(lines))
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick_leases(monkeypatch)
 
 
 def refusal(folder: Path) -> LeasedError:
@@ -46,7 +37,7 @@ def test_a_lease_that_is_held_is_refused_with_its_holders_host_and_process(tmp_p
 
 
 def test_another_hosts_lease_is_respected_until_it_was_not_renewed_for_long(tmp_path: Path) -> None:
-    write_lease(tmp_path, 11)
+    write_lease(tmp_path)
     refused = refusal(tmp_path)
     assert f"process 11 on {FAR} works on it" in str(refused) and refused.far
     with leased(tmp_path, wait=5.0):
@@ -71,7 +62,7 @@ def test_a_process_whose_lease_was_taken_over_finds_out_and_does_not_remove_the_
 ) -> None:
     with leased(tmp_path) as check:
         (tmp_path / LEASE).unlink()
-        write_lease(tmp_path, 11)
+        write_lease(tmp_path)
         with pytest.raises(LeaseLostError, match="not ours any more"):
             end = time.monotonic() + 10
             while time.monotonic() < end:
@@ -96,7 +87,7 @@ def test_cells_of_other_machines_are_freed_when_released_or_not_renewed(
     dead, released, alive = (Cell("listops", name, 0) for name in ("dead", "released", "alive"))
     for cell in (dead, released, alive):
         cell.folder(tmp_path).mkdir(parents=True)
-        write_lease(cell.folder(tmp_path), 11)
+        write_lease(cell.folder(tmp_path))
 
     def renew() -> None:
         os.utime(alive.folder(tmp_path) / LEASE)

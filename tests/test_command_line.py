@@ -141,7 +141,7 @@ def test_a_path_that_cannot_be_reached_is_told_with_its_option(path: str, why: s
         (("--batch-size", "9" * 5000), "--batch-size: invalid int value"),
         (("--salt", "a\nb"), "--salt: invalid float value"),
         (("--rests", "1", "x"), "--rests: invalid float value: 'x'"),
-        (("--two\nlines",), "unrecognized arguments: --two"),
+        (("--two\nlines",), "unrecognized arguments: --two lines (see --help)"),
         (("--batch_size", "3"), "arguments: --batch_size 3 (did you mean '--batch-size'? see --help)"),
         (("--salt", "0.2", "--batch=3"), "arguments: --batch=3 (did you mean '--batch-size'? see --help)"),
         (("--no-stem",), "(did you mean '--no-steam'? see --help)"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cell_cases import metrics_of, outcome
 from results_fixture import make_results, report_of
-from run_cases import HERE, Refused, plan_of, resume, run, run_undisturbed
+from run_cases import HERE, Refused, plan_of, quick_leases, resume, run, run_undisturbed, write_lease
 
 import run_experiment
 from analyze_results import analyze
@@ -60,7 +60,7 @@ def test_each_model_tries_all_rates_with_a_seed_of_their_own_and_results_take_th
 
 
 def test_a_cell_of_an_array_runs_the_trials_that_it_needs_and_a_resumed_run_ends_in_the_same_bits(
-    tuned: Path, tmp_path: Path
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = run(tmp_path, *GRID, "--prepare")
     resume(root, "--cell-index", "1")
@@ -69,7 +69,9 @@ def test_a_cell_of_an_array_runs_the_trials_that_it_needs_and_a_resumed_run_ends
         assert read_cell(root, cell).state == ("done" if cell in own else "pending")
     for cell in others:
         shutil.copytree(cell.folder(tuned), cell.folder(root), dirs_exist_ok=True)
-    write_status(others[0].folder(root), "interrupted", "stopped")
+    write_status(others[0].folder(root), "running")
+    quick_leases(monkeypatch)
+    write_lease(others[0].folder(root))  # another machine's, whose result is waited for until it is gone
     assert resume(root) == 0
     for model in MODELS:
         assert read_tuning(root, "listops", model) == read_tuning(tuned, "listops", model)

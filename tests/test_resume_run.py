@@ -9,14 +9,11 @@ from typing import Any
 import pytest
 from cell_cases import outcome
 from results_fixture import put, rewrite
-from run_cases import HERE, Refused, cells, resume, run, run_undisturbed, states
-from test_cells import write_lease
+from run_cases import HERE, Refused, cells, quick_leases, resume, run, run_undisturbed, states, write_lease
 
 import run_experiment
 from experiment import cells as cells_module
 from experiment.cells import LEASE, LeaseLostError
-from experiment.plan_files import refuse_changes
-from experiment.run_plan import make_plan
 from results_folder import Cell, read_json, write_status
 
 ANALYZE_RUN = run_experiment.analyze_run
@@ -134,16 +131,15 @@ def test_a_cell_of_another_machine_is_left_to_it_until_its_lease_runs_out(
     first, second, *_ = cells(copy)
     for folder in (first, second):
         write_status(folder, "running")
-    write_lease(first, 11)
+    write_lease(first)
     with monkeypatch.context() as patch:
         patch.setattr(run_experiment, "freed", lambda *_: iter(()))  # no patience
         assert resume(copy) == 75
     assert states(copy) == ["running", "done", "done", "done"] and compared == []
     left = "left to another process: listops/conventional/seed0 (process 11 on gpu7"
     assert left in capsys.readouterr().out
-    for name, seconds in (("LEASE", 0.5), ("HEARTBEAT", 0.1), ("LOOK_AGAIN", 0.05)):
-        monkeypatch.setattr(cells_module, f"{name}_SECONDS", seconds)
-    write_lease(first, 11)
+    quick_leases(monkeypatch)
+    write_lease(first)
     assert resume(copy) == 0 and not (first / LEASE).exists()
     assert "seed0: taken over from a process that has ended" in capsys.readouterr().out
 
@@ -171,7 +167,7 @@ def test_a_cell_whose_lease_is_lost_is_left_as_it_is(
 def test_of_two_processes_that_find_all_done_one_compares(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_lease(copy, 11)
+    write_lease(copy)
     assert ANALYZE_RUN(copy) and not (copy / "analysis").exists()
     assert "analysis: left to another process (process 11 on gpu7" in capsys.readouterr().out
 
@@ -186,14 +182,6 @@ def test_changed_settings_are_refused_with_each_difference(finished: Path, refus
     for name, there, here in map(str.split, differences.split(", ")):
         assert f"--{name} is {there} there and {here} here" in said
     assert "--seeds is 0 1 there and 0 here" in said
-
-
-def test_an_option_of_one_task_that_means_nothing_to_another_may_be_given_again() -> None:
-    argv = [*HERE, "--tasks", "hold", "listops", "--min-length", "6", "--tokenizer", "word"]
-    arguments = run_experiment.make_parser().parse_args(argv)
-    plan = make_plan(arguments)
-    assert (plan.data_settings["hold"].tokenizer, plan.data_settings["listops"].tokenizer) == ("byte", "word")
-    refuse_changes(Path("run"), plan, arguments)
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,12 @@ def test_a_preset_has_settings_and_seeds_of_a_task_which_options_overrule_and_a_
 def test_every_setting_that_is_accepted_is_read_back_from_a_folder(options: str, tmp_path: Path) -> None:
     root = run(tmp_path, *options.split(), "--prepare")
     assert read_plan(root) == plan_of(*HERE, *options.split())
+    assert resume(root, *options.split(), "--prepare") == 0  # and is no change when it is given again
+
+
+def test_an_option_that_means_nothing_to_a_task_is_not_its() -> None:
+    data = plan_of(*HERE, "--tasks", "hold", "listops", "--tokenizer", "word").data_settings
+    assert (data["hold"].tokenizer, data["listops"].tokenizer) == ("byte", "word")
 
 
 # What is shown

@@ -96,20 +96,22 @@ def check_settings(settings: Any) -> None:
 def _check_number(number: int | float, limits: typing.Mapping[str, Any], name: str) -> None:
     given = {key: limit for key in LIMITS if (limit := limits[key]) is not None}
     finite = isinstance(number, int) or math.isfinite(number)  # an int may be too large for a float
+    allowed = too_large(number)
     if not finite or not all(LIMITS[key][1](number, limit) for key, limit in given.items()):
         allowed = " and ".join(f"{LIMITS[key][0]} {limit}" for key, limit in given.items()) or "finite"
         if number in (math.inf, -math.inf) and given:
             allowed = f"finite and {allowed}"
+    if allowed:
         raise InputError(f"{name} must be {allowed}, got {number}")
-    refuse_too_large(number, name)
 
 
-def refuse_too_large(value: object, name: str) -> None:
-    """InputError for a number that no results folder may hold; other values pass."""
+def too_large(value: object) -> str:
+    """Of a number that no results folder may hold, what it may be; empty for all else."""
     if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
-        raise InputError(f"{name} must be at most {LARGEST_WHOLE}, got {value}")
+        return f"at most {LARGEST_WHOLE}"
     if isinstance(value, float) and math.isfinite(value) and abs(value) > LARGEST_NUMBER:
-        raise InputError(f"{name} must be at most {LARGEST_NUMBER:g}, got {value}")
+        return f"at most {LARGEST_NUMBER:g}"
+    return ""
 
 
 def check_package(name: str) -> None:

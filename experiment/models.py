@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from command_line import InputError, choose, first_line, nearest, option_name, refuse_too_large
+from command_line import InputError, choose, first_line, nearest, option_name, too_large
 from conventional_attention import ConventionalAttention
 from gravitational_attention import GravitationalAttention
 from gravitational_multi_timescale_attention import GravitationalMultiTimescaleAttention
@@ -232,10 +232,8 @@ def _value(text: str, hint: Any) -> Any:
         raise ValueError("a whole number" if hint is int else "a number") from error
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("a finite number")
-    try:
-        refuse_too_large(value, "it")
-    except InputError as error:
-        raise ValueError(str(error).removeprefix("it must be ").partition(", got")[0]) from error
+    if allowed := too_large(value):
+        raise ValueError(allowed)
     return value
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from command_line import InputError, choose, given_settings, refuse_too_large
+from command_line import InputError, choose, given_settings, too_large
 from data_pipeline import MEANINGLESS, TASKS, DataSettings, DataUnavailableError, TaskData, load_task
 from experiment.models import COMPARED, Model, build, matched_settings
 from results_folder import Cell, file_name
@@ -200,7 +200,8 @@ def make_plan(arguments: argparse.Namespace) -> RunPlan:
         choose(task, TASKS, "task")
     if min(seeds) < 0:
         raise InputError(f"--seeds must be at least 0, got {min(seeds)}")
-    refuse_too_large(max(seeds), "--seeds")
+    if allowed := too_large(max(seeds)):
+        raise InputError(f"--seeds must be {allowed}, got {max(seeds)}")
     for seed in TUNING_SEEDS:
         if seed in seeds:
             raise InputError(f"--seeds must not name {seed}: it is kept for choosing learning rates")

@@ -115,6 +115,7 @@ def test_match_parameters_brings_all_models_to_the_size_of_the_largest_variant()
         ("gravitational,softening=much", "softening must be a number, got 'much'"),
         ("gravitational,softening=-1", "softening must be above 0 and finite, got -1.0"),
         ("gravitational,softening=nan", "softening must be a finite number, got 'nan'"),
+        ("gravitational,softening=1e300", r"softening must be at most 1e\+40, got '1e300'"),
         ("gravitational,normalization=forc", "one of softmax, force: did you mean 'force'"),
         ("multi_timescale,num_timescales=2.5", "num_timescales must be a whole number, got '2.5'"),
         ("multi_timescale,learn_gammas=yes", "learn_gammas must be true or false, got 'yes'"),

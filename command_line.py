@@ -25,7 +25,9 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import importlib.util
 import math
+import operator
 import os
 import re
 import sys
@@ -39,6 +41,12 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 # What a results folder may hold, and so what may be asked for.
 LARGEST_WHOLE = 10**18 - 1  # an int64 holds it
 LARGEST_NUMBER = 1e40  # no float32 is as large
+LIMITS = {  # of a setting's value: in words, and what it is to be
+    "minimum": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "maximum": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
 def usable_cores() -> int:
@@ -81,38 +89,35 @@ def check_settings(settings: Any) -> None:
         if limits["choices"]:
             choose(value, limits["choices"], option_name(field.name))
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and not _within(number, limits):
-                allowed = legal_range(limits)
-                if number in (math.inf, -math.inf) and allowed != "finite":
-                    allowed = f"finite and {allowed}"
-                raise InputError(f"{option_name(field.name)} must be {allowed}, got {number}")
-            refuse_too_large(number, option_name(field.name))
+            if isinstance(number, int | float):
+                _check_number(number, limits, option_name(field.name))
 
 
-def refuse_too_large(value: object, name: str) -> None:
-    """InputError for a number that no results folder may hold; other values pass."""
+def _check_number(number: int | float, limits: typing.Mapping[str, Any], name: str) -> None:
+    given = {key: limit for key in LIMITS if (limit := limits[key]) is not None}
+    finite = isinstance(number, int) or math.isfinite(number)  # an int may be too large for a float
+    allowed = too_large(number)
+    if not finite or not all(LIMITS[key][1](number, limit) for key, limit in given.items()):
+        allowed = " and ".join(f"{LIMITS[key][0]} {limit}" for key, limit in given.items()) or "finite"
+        if number in (math.inf, -math.inf) and given:
+            allowed = f"finite and {allowed}"
+    if allowed:
+        raise InputError(f"{name} must be {allowed}, got {number}")
+
+
+def too_large(value: object) -> str:
+    """Of a number that no results folder may hold, what it may be; empty for all else."""
     if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
-        raise InputError(f"{name} must be at most {LARGEST_WHOLE}, got {value}")
+        return f"at most {LARGEST_WHOLE}"
     if isinstance(value, float) and math.isfinite(value) and abs(value) > LARGEST_NUMBER:
-        raise InputError(f"{name} must be at most {LARGEST_NUMBER:g}, got {value}")
+        return f"at most {LARGEST_NUMBER:g}"
+    return ""
 
 
-def _within(number: float, limits: typing.Mapping[str, Any]) -> bool:
-    return (
-        (isinstance(number, int) or math.isfinite(number))  # an int may be too large for a float
-        and (limits["minimum"] is None or number >= limits["minimum"])
-        and (limits["above"] is None or number > limits["above"])
-        and (limits["maximum"] is None or number <= limits["maximum"])
-        and (limits["below"] is None or number < limits["below"])
-    )
-
-
-def legal_range(limits: typing.Mapping[str, Any]) -> str:
-    words = {"minimum": "at least", "above": "above", "maximum": "at most", "below": "below"}
-    return (
-        " and ".join(f"{word} {limits[key]}" for key, word in words.items() if limits[key] is not None)
-        or "finite"
-    )
+def check_package(name: str) -> None:
+    """InputError where the package that the option of its name needs is not installed."""
+    if importlib.util.find_spec(name) is None:
+        raise InputError(f"--{name} needs the package {name}: pip install -r requirements-{name}.txt")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -205,14 +210,14 @@ def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
     hints = typing.get_type_hints(settings)
     for field in dataclasses.fields(settings):
         text = field.metadata["help"].replace("%", "%%")
-        shown = "not set" if field.default is None else _shown(field.default)
-        kwargs: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
-        kwargs["help"] = f"{text} (default: {shown})"
-        kwargs |= _argument_kind(hints[field.name], field)
-        group.add_argument(option_name(field.name), **kwargs)
+        default = "not set" if field.default is None else shown(field.default)
+        kind = _argument_kind(hints[field.name], field)
+        help = f"{text} (default: {default})"
+        group.add_argument(option_name(field.name), default=argparse.SUPPRESS, help=help, **kind)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A setting's value as it is given on the command line."""
     return " ".join(str(entry) for entry in value) if isinstance(value, tuple) else str(value)
 
 
@@ -222,22 +227,18 @@ def _argument_kind(hint: Any, field: dataclasses.Field[Any]) -> dict[str, Any]:
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
-    metavar = "|".join(field.metadata["choices"]) if field.metadata["choices"] else None
+    several = field.metadata["several"]
     if typing.get_origin(hint) is tuple:
-        entry = typing.get_args(hint)[0]
-        return {"type": entry, "nargs": "+", "metavar": entry.__name__.upper()}
-    more = {"nargs": "+"} if field.metadata["several"] else {}
-    return {"type": hint, "metavar": metavar or hint.__name__.upper()} | more
+        hint, several = typing.get_args(hint)[0], True
+    metavar = "|".join(field.metadata["choices"] or ()) or hint.__name__.upper()
+    return {"type": hint, "metavar": metavar} | ({"nargs": "+"} if several else {})
 
 
 def given_settings(namespace: argparse.Namespace, settings: type) -> dict[str, Any]:
     """The fields of a settings dataclass that were given on the command line."""
-    given = {
-        field.name: getattr(namespace, field.name)
-        for field in dataclasses.fields(settings)
-        if hasattr(namespace, field.name)
-    }
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = vars(namespace)
+    names = [field.name for field in dataclasses.fields(settings) if field.name in given]
+    return {name: tuple(given[name]) if isinstance(given[name], list) else given[name] for name in names}
 
 
 class KeptStream:
@@ -293,18 +294,6 @@ def exit_code(prog: str, body: Callable[[], int]) -> int:
     before = sys.stdout, sys.stderr
     keep_streams()
     try:
-        return _exit_code(prog, body)
-    finally:
-        sys.stdout.flush()
-        if isinstance(sys.stdout, KeptStream) and sys.stdout.lost:
-            print(f"{prog}: not all could be printed: {sys.stdout.lost.strerror}", file=sys.stderr)
-        sys.stderr.flush()
-        if None not in before:
-            sys.stdout, sys.stderr = before
-
-
-def _exit_code(prog: str, body: Callable[[], int]) -> int:
-    try:
         return body()
     except InputError as error:
         print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
@@ -312,3 +301,10 @@ def _exit_code(prog: str, body: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    finally:
+        sys.stdout.flush()
+        if isinstance(sys.stdout, KeptStream) and sys.stdout.lost:
+            print(f"{prog}: not all could be printed: {sys.stdout.lost.strerror}", file=sys.stderr)
+        sys.stderr.flush()
+        if None not in before:
+            sys.stdout, sys.stderr = before

@@ -27,6 +27,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,13 +39,14 @@ from command_line import (
     InputError,
     Parser,
     add_settings,
+    check_package,
     described,
     exit_code,
     one_line,
     option_name,
     usable_cores,
 )
-from data_pipeline import DataSettings, TaskData
+from data_pipeline import DataSettings
 from experiment.cells import GIVEN_UP, LEFT_FAR, SETTLED, CellJob, LeasedError, freed, leased, verified_cell
 from experiment.executors import Executor, Resources, connect_to_ray, make_executor
 from experiment.models import COMPARED, SYNTAX
@@ -64,7 +66,6 @@ from experiment.run_overview import dry_run, failure_table, listing, results_tab
 from experiment.run_plan import PRESETS, RunPlan, check_output_folder, find_device, load_tasks, make_plan
 from experiment.run_progress import RunProgress, make_progress
 from experiment.stop_request import EXIT_RUN_AGAIN, StoppedError, StopRequest
-from experiment.tensorboard_log import check_tensorboard
 from experiment.tuning import record_choice
 from reporting.learning_rates import read_tuning
 from results_folder import Cell, create_results_folder, write_status
@@ -147,13 +148,12 @@ def chosen_resources(arguments: argparse.Namespace) -> Resources:
     """What the options say of workers, threads and Ray; InputError where they contradict each other."""
     on_gpu = find_device(arguments.device).type == "cuda"
     many = arguments.ray is not None or arguments.workers not in ("auto", "1")
-    for name in ("cell_index", "prepare") if many else ():
-        given = getattr(arguments, name)
-        if given is not None and given is not False:  # an index of 0 is given
-            way = "--workers" if arguments.ray is None else "--ray"
-            raise InputError(f"{way} is for many cells, so it cannot go with {option_name(name)}")
+    if many and (arguments.prepare or arguments.cell_index is not None):
+        way = "--workers" if arguments.ray is None else "--ray"
+        other = "--prepare" if arguments.cell_index is None else "--cell-index"
+        raise InputError(f"{way} is for many cells, so it cannot go with {other}")
     for name, value in (("--workers", arguments.workers), ("--threads", arguments.threads)):
-        number = str(value).isdigit() and 1 <= int(value) <= MOST_WORKERS
+        number = str(value).isdecimal() and 1 <= int(value) <= MOST_WORKERS
         if value not in (None, "auto") and not number:
             raise InputError(f"{name} must be 1 to {MOST_WORKERS}, got {value}")
     if arguments.ray is None:
@@ -181,9 +181,7 @@ def chosen_resources(arguments: argparse.Namespace) -> Resources:
 # The results folder
 
 
-def prepared(
-    arguments: argparse.Namespace, argv: list[str], workers: int
-) -> tuple[Path, RunPlan, dict[str, TaskData]]:
+def prepared(arguments: argparse.Namespace, argv: list[str], workers: int) -> tuple[Path, RunPlan]:
     """A new results folder with its plan. Raises InputError before anything is written."""
     plan = make_plan(arguments)
     check_output_folder(arguments.output_dir)
@@ -195,11 +193,11 @@ def prepared(
     check_space(arguments.output_dir, plan, tasks, chosen_cells(plan, arguments))
     root = create_results_folder(arguments.output_dir)
     write_plan(root, plan, tasks, argv, workers)
-    return root, plan, tasks
+    return root, plan
 
 
-def resumed(arguments: argparse.Namespace) -> tuple[Path, RunPlan, dict[str, TaskData]]:
-    """A results folder that is there, its plan and its data. Raises InputError where they do not fit."""
+def resumed(arguments: argparse.Namespace) -> tuple[Path, RunPlan]:
+    """A results folder that is there, and its plan. Raises InputError where they or the data do not fit."""
     root: Path = arguments.resume
     plan = read_plan(root)
     refuse_changes(root, plan, arguments)
@@ -220,7 +218,7 @@ def resumed(arguments: argparse.Namespace) -> tuple[Path, RunPlan, dict[str, Tas
         for cell in open_cells:
             if verified_cell(root, cell).state in GIVEN_UP:
                 write_status(cell.folder(root), "pending", "to be tried again")
-    return root, plan, tasks
+    return root, plan
 
 
 def chosen_cells(plan: RunPlan, arguments: argparse.Namespace) -> list[Cell]:
@@ -241,40 +239,33 @@ def chosen_cells(plan: RunPlan, arguments: argparse.Namespace) -> list[Cell]:
 def run_cells(root: Path, plan: RunPlan, chosen: Iterable[Cell], executor: Executor, fail_fast: bool) -> None:
     """Every model on every task with every seed: each a cell in its folder, unless it is settled. Before
     them, where there are several learning rates, the trials of each, until all that a result needs are
-    over."""
+    over: those that other processes work on are waited for, and taken over where they end."""
+
+    def run_open(cells: Iterable[Cell]) -> None:
+        for cell in cells:
+            executor.left.pop(cell, None)
+            if is_open(root, cell) and not (fail_fast and executor.gave_up):
+                executor.run(cell)
+        executor.join()
+
     if plan.learning_rates:
-        run_trials(root, [cell for cell in plan.trials if cell in chosen], executor, fail_fast)
+        run_open(cell for cell in plan.trials if cell in chosen)
+        run_open(freed(root, list(executor.left), executor.stop.check, to_the_end=True))
         for cell in [cell for cell in plan.cells if cell in chosen]:
             records = [verified_cell(root, one) for one in plan.trials_for(cell)]
             if all(record.state in SETTLED for record in records):
                 record_choice(root, plan, cell, records)
             else:  # a trial was stopped: --resume goes on with it
                 chosen = [one for one in chosen if one != cell]
-    for seed in plan.seeds:  # outermost: a run that is cut off is still a comparison
-        for task in plan.tasks:
-            for model in plan.models:
-                cell = Cell(task, model.name, seed)
-                if cell in chosen and is_open(root, cell) and not (fail_fast and executor.gave_up):
-                    executor.run(cell)
-    executor.join()
+    run_open(
+        cell
+        for seed in plan.seeds  # outermost: a run that is cut off is still a comparison
+        for task in plan.tasks
+        for model in plan.models
+        if (cell := Cell(task, model.name, seed)) in chosen
+    )
     far = [cell for cell, ended in executor.left.items() if ended.state == LEFT_FAR]
-    for cell in freed(root, far, executor.stop.check):
-        if is_open(root, cell) and not (fail_fast and executor.gave_up):
-            executor.run(cell)
-    executor.join()
-
-
-def run_trials(root: Path, trials: list[Cell], executor: Executor, fail_fast: bool) -> None:
-    """The trials, those that others work on included: they are waited for, and taken over where they end."""
-    for cell in trials:
-        if is_open(root, cell) and not (fail_fast and executor.gave_up):
-            executor.run(cell)
-    executor.join()
-    for cell in freed(root, list(executor.left), executor.stop.check, to_the_end=True):
-        executor.left.pop(cell, None)
-        if is_open(root, cell) and not (fail_fast and executor.gave_up):
-            executor.run(cell)
-    executor.join()
+    run_open(freed(root, far, executor.stop.check))
 
 
 def is_open(root: Path, cell: Cell) -> bool:
@@ -318,23 +309,15 @@ def run_and_compare(
     side_by_side = min(resources.workers, max(1, len(to_run))) if resources.ray is None else 1
     epochs = {cell: plan.training_settings_of(cell.task).max_epochs for cell in to_run}
     progress = make_progress(epochs, side_by_side)
-    template = CellJob(
-        root,
-        Cell("", "", 0),
-        str(plan.device),
-        given_places(arguments),
-        side_by_side,
-        tensorboard=arguments.tensorboard,
-    )
+    template = CellJob(root, Cell("", "", 0), str(plan.device), given_places(arguments), side_by_side)
+    template = replace(template, tensorboard=arguments.tensorboard)
     go_on = f"python {PROG} --resume {shlex.quote(str(root))}"
     executor = make_executor(resources, template, progress, stop, len(to_run))
     try:
         with stop.signals_heard(), executor:
             run_cells(root, plan, chosen, executor, arguments.fail_fast)
-    except StoppedError as stopped:
-        return told_of_stop(str(stopped), go_on, root, progress, stop)
-    except KeyboardInterrupt:
-        return told_of_stop("interrupted", go_on, root, progress, stop)
+    except (StoppedError, KeyboardInterrupt) as stopped:
+        return told_of_stop(str(stopped) or "interrupted", go_on, root, progress, stop)
     records = [verified_cell(root, cell) for cell in plan.cells]
     settled = all(record.state in SETTLED for record in records)
     tried = [verified_cell(root, cell) for cell in plan.trials]
@@ -376,7 +359,7 @@ def run(argv: list[str]) -> int:
     if arguments.retry_failed and arguments.resume is None:
         raise InputError("--retry-failed needs --resume with the results folder whose cells failed")
     if arguments.tensorboard:
-        check_tensorboard()
+        check_package("tensorboard")
     resources = chosen_resources(arguments)
     torch.set_num_threads(resources.threads)
     if arguments.list or arguments.dry_run:
@@ -389,9 +372,9 @@ def run(argv: list[str]) -> int:
     if resources.ray is not None:
         connect_to_ray(resources)
     if arguments.resume is None:
-        root, plan, _ = prepared(arguments, argv, resources.workers)
+        root, plan = prepared(arguments, argv, resources.workers)
     else:
-        root, plan, _ = resumed(arguments)
+        root, plan = resumed(arguments)
     count = sum(is_open(root, cell) for cell in chosen_cells(plan, arguments))
     print(
         f"results: {root} ({count} of {len(plan.trials) + len(plan.cells)} cells to run, preset "
@@ -403,17 +386,15 @@ def run(argv: list[str]) -> int:
     return EXIT_DONE if arguments.prepare else run_and_compare(root, plan, arguments, resources, stop)
 
 
-def attempt(argv: list[str]) -> int:
-    try:
-        return run(argv)
-    except OSError as error:
-        print(f"{PROG}: error: the results cannot be written: {one_line(error)}", file=sys.stderr)
-        return EXIT_FAILED
-
-
 def main(argv: list[str] | None = None) -> int:
-    given = sys.argv[1:] if argv is None else argv
-    return exit_code(PROG, lambda: attempt(given))
+    def attempt() -> int:
+        try:
+            return run(sys.argv[1:] if argv is None else argv)
+        except OSError as error:
+            print(f"{PROG}: error: the results cannot be written: {one_line(error)}", file=sys.stderr)
+            return EXIT_FAILED
+
+    return exit_code(PROG, attempt)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 
 import filelock
 
-from command_line import InputError
+from command_line import InputError, first_line
 from experiment.plan_files import check_data, placed, read_plan
 from experiment.run_plan import RunPlan, load_once, settings_by_cell
 from experiment.stop_request import StoppedError
 from experiment.tensorboard_log import TensorboardProgress
 from experiment.tuning import training_of
+from reporting.metrics import number
 from reporting.run_results import metric_of
 from results_folder import (
     SCHEMA_VERSION,
@@ -185,11 +186,8 @@ def noted(folder: Path, train: Callable[[], dict[str, Any]]) -> tuple[str, str]:
     try:
         write_json(folder / "result.json", as_json(train()))
         state, reason = "done", ""
-    except StoppedError as stopped:
-        write_status(folder, "interrupted", str(stopped))
-        raise
-    except KeyboardInterrupt:
-        write_status(folder, "interrupted", "interrupted by the user or the system")
+    except (StoppedError, KeyboardInterrupt) as stopped:
+        write_status(folder, "interrupted", str(stopped) or "interrupted by the user or the system")
         raise
     except (WriteError, LeaseLostError):
         raise
@@ -219,9 +217,8 @@ def _train(job: CellJob, folder: Path, progress: Progress, check: Callable[[], N
     settings = settings_by_cell(plan, {job.cell.task: task})[job.cell.task, job.cell.model]
     attention = plan.model_of(job.cell).attention(settings)
     training = chosen, job.cell.seed, folder, plan.device
-    if not job.tensorboard:
-        return train_and_evaluate(attention, task, settings, *training, progress, check)
-    with TensorboardProgress(progress, folder) as told:
+    watch = TensorboardProgress(progress, folder) if job.tensorboard else contextlib.nullcontext(progress)
+    with watch as told:
         return train_and_evaluate(attention, task, settings, *training, told, check)
 
 
@@ -232,11 +229,9 @@ def _plan_of(root: Path) -> RunPlan:
 
 def _described(error: BaseException) -> str:
     """One line: kind, message and where it was raised."""
-    message = str(error).strip().splitlines()
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"({Path(place.filename).name}:{place.lineno} in {place.name})"
-    first = _encodable(message[0])[:LONGEST_MESSAGE] if message else "no message"
-    return f"{type(error).__name__}: {first} {where}"
+    return f"{_encodable(first_line(error))[:LONGEST_MESSAGE]} {where}"
 
 
 def _encodable(text: str) -> str:
@@ -273,14 +268,10 @@ def _why_not_done(record: CellRecord) -> str:
     if metric.read(result, "test_{}_best") is None:
         return f"result.json has no test_{metric.source}_best"
     for name in ("test_accuracy_best", "test_accuracy_last"):
-        if not _is_share(result.get(name)):
+        share = number(result.get(name))
+        if share is None or not 0 <= share <= 1:
             return f"result.json has no {name}"
     epochs = result.get("epochs_run")
     if epochs != len(record.metrics) or epochs == 0:
         return f"result.json tells of {epochs} epochs, metrics.jsonl of {len(record.metrics)}"
     return ""
-
-
-def _is_share(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and 0 <= value <= 1

@@ -10,7 +10,6 @@ the cell begins again from its last checkpoint, until it has cost MOST_DEATHS pr
 
 import concurrent.futures
 import contextlib
-import importlib.util
 import logging
 import multiprocessing
 import os
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 
-from command_line import InputError, first_line, given_path, keep_streams
+from command_line import InputError, check_package, first_line, given_path, keep_streams
 from experiment.cells import (
     GIVEN_UP,
     HEARTBEAT_SECONDS,
@@ -319,8 +318,7 @@ def cells_on_a_device(cpus: float, gpus: float, largest: float, cells: int) -> i
 
 def connect_to_ray(resources: Resources) -> None:
     """InputError where there is no cluster, or no machine of it can run a cell."""
-    if importlib.util.find_spec("ray") is None:
-        raise InputError("--ray needs the package ray: pip install -r requirements-ray.txt")
+    check_package("ray")
     import ray
 
     address = resources.ray or "local"
@@ -335,13 +333,13 @@ def connect_to_ray(resources: Resources) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # epochs of several cells look alike to it
     paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
-    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    dashboard = False if address == "local" else None  # None: as the cluster has it
     try:
         ray.init(
             address=address,
+            include_dashboard=dashboard,
             logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": paths}},
-            **options,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(f"--ray {address}: {str(error).splitlines()[0]}") from error

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from command_line import InputError, choose, first_line, nearest, option_name, refuse_too_large
+from command_line import InputError, choose, first_line, nearest, option_name, too_large
 from conventional_attention import ConventionalAttention
 from gravitational_attention import GravitationalAttention
 from gravitational_multi_timescale_attention import GravitationalMultiTimescaleAttention
@@ -67,7 +67,6 @@ MATCHED_WITHIN = 0.01  # of the parameters of the largest model
 class MechanismSetting(NamedTuple):
     """An argument of a mechanism's constructor that is its own. help: empty where nothing says it."""
 
-    name: str
     hint: Any
     default: Any
     help: str
@@ -109,12 +108,7 @@ class Model:
     def attention(self, settings: ModelSettings) -> functools.partial[nn.Module]:
         """The factory of one layer's attention. Attention weights are not dropped: the settings' dropout is
         the encoder's."""
-        offered = {
-            "embed_dim": settings.embed_dim,
-            "num_heads": settings.num_heads,
-            "dropout": 0.0,
-            "batch_first": True,
-        }
+        offered = {"dropout": 0.0, "batch_first": True} | {name: getattr(settings, name) for name in ENCODERS}
         taken = inspect.signature(self.factory).parameters
         shared = {key: value for key, value in offered.items() if key in taken}
         return functools.partial(self.factory, **shared, **self.arguments)
@@ -124,10 +118,6 @@ class Model:
         """The full name of the class behind the model."""
         target, _ = _unwrapped(self.factory)
         return f"{target.__module__}.{target.__qualname__}"
-
-    def same_as(self, other: "Model") -> bool:
-        """Whether two names are one model with the same settings."""
-        return (self.factory, self.arguments) == (other.factory, other.arguments)
 
     def check(self, settings: ModelSettings) -> None:
         """Build the attention and attend over three tokens; InputError where that does not work."""
@@ -183,7 +173,7 @@ def mechanism_settings(factory: Callable[..., nn.Module]) -> dict[str, Mechanism
             name: hint for name, hint in found.items() if not isinstance(hint, str) and hint is not EMPTY
         }
     return {
-        name: MechanismSetting(name, hints.get(name), parameter.default, _documented(target, name))
+        name: MechanismSetting(hints.get(name), parameter.default, _documented(target, name))
         for name, parameter in parameters.items()
         if name not in (*INTERFACE, *fixed)
         and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
@@ -242,10 +232,8 @@ def _value(text: str, hint: Any) -> Any:
         raise ValueError("a whole number" if hint is int else "a number") from error
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("a finite number")
-    try:
-        refuse_too_large(value, "it")
-    except InputError as error:
-        raise ValueError(str(error).removeprefix("it must be ").partition(", got")[0]) from error
+    if allowed := too_large(value):
+        raise ValueError(allowed)
     return value
 
 

@@ -1,9 +1,9 @@
 """A plan as the files of a results folder: written before the first cell, read back by whoever resumes.
 
-    write_plan(root, plan, tasks, argv)
+    write_plan(root, plan, tasks, argv, workers)
     plan = read_plan(root)                       # InputError where it is no folder of ours
     refuse_changes(root, plan, arguments)        # InputError where the command line asks for something else
-    check_data(root, plan, tasks)                # InputError where the data are not those of the folder
+    check_data(root, tasks)                      # InputError where the data are not those of the folder
 
 What is read back holds for the whole folder. Places may differ, the folders of data and cache and a GPU's
 number, since a folder may be worked on by several machines.
@@ -13,7 +13,6 @@ import argparse
 import shlex
 import shutil
 import time
-import types
 import typing
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
@@ -22,16 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from command_line import InputError, given_settings, option_name
+from command_line import InputError, given_settings, option_name, shown
 from data_pipeline import MEANINGLESS, TASKS, DataSettings, TaskData
 from experiment.models import Model
 from experiment.run_plan import (
     RunPlan,
+    existing_part,
     find_device,
     parameter_counts,
     settings_by_cell,
     training_and_rates,
 )
+from reporting.run_results import task_facts
 from results_folder import (
     SCHEMA_VERSION,
     Cell,
@@ -62,8 +63,7 @@ def check_space(folder: Path, plan: RunPlan, tasks: dict[str, TaskData], cells: 
     needed = SPARE_BYTES + sum(
         4 * CHECKPOINT_COPIES * counts[cell.task, cell.model] + OTHER_BYTES for cell in cells
     )
-    here = folder.absolute()
-    free = shutil.disk_usage(next(place for place in (here, *here.parents) if place.exists())).free
+    free = shutil.disk_usage(existing_part(folder)).free
     if free < needed:
         raise InputError(
             f"too little space in {folder}: the cells need about {needed / 1e6:,.0f} MB, and "
@@ -192,7 +192,7 @@ def training_values(plan: RunPlan, settings: TrainingSettings) -> dict[str, Any]
 
 
 def _training(values: dict[str, Any]) -> tuple[TrainingSettings, tuple[float, ...]]:
-    """The inverse of `training_values`."""
+    """The inverse of `training_values`: the settings, and the rates where there are several."""
     rates = values.get("learning_rate")
     if not isinstance(rates, list):
         return _settings(TrainingSettings, values), ()
@@ -213,8 +213,6 @@ def _settings(kind: type, values: dict[str, Any]) -> Any:
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    if isinstance(hint, types.UnionType):
-        return any(_has_type(value, entry) for entry in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         entry = typing.get_args(hint)[0]
         return isinstance(value, list) and all(_has_type(part, entry) for part in value)
@@ -235,12 +233,12 @@ def given_places(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def refuse_changes(root: Path, plan: RunPlan, arguments: argparse.Namespace) -> None:
     """InputError with every difference between the folder's settings and those given."""
-    found: list[tuple[str, Any, Any]] = []
+    found: list[tuple[str, Any, Any]] = []  # option, its value in the folder, the one given
     known = {"models": tuple(model.name for model in plan.models), "tasks": plan.tasks, "seeds": plan.seeds}
     for option, there in known.items():
         if (given := getattr(arguments, option)) is not None:
-            here = [entry for entry in given if entry not in plan.unavailable]
-            found.append((f"--{option}", there, tuple(here)))
+            here = tuple(entry for entry in given if entry not in plan.unavailable)
+            found.append((f"--{option}", there, here))
     if arguments.preset != "auto":
         found.append(("--preset", plan.preset, arguments.preset))
     if arguments.device != "auto":
@@ -257,7 +255,7 @@ def refuse_changes(root: Path, plan: RunPlan, arguments: argparse.Namespace) -> 
             if name not in (*PLACES, *MEANINGLESS.get(task, ())):
                 found.append((option_name(name), getattr(plan.data_settings[task], name), value))
     differences = [
-        f"{option} is {_shown(there)} there and {_shown(here)} here"
+        f"{option} is {shown(there)} there and {shown(here)} here"
         for option, there, here in dict.fromkeys(found)
         if there != here
     ]
@@ -268,18 +266,11 @@ def refuse_changes(root: Path, plan: RunPlan, arguments: argparse.Namespace) -> 
         )
 
 
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def check_data(root: Path, tasks: dict[str, TaskData]) -> None:
     """InputError where a task's data are not those that the folder's cells were trained on."""
-    info = read_results(root).config.get("task_info")
+    results = read_results(root)
     for name, task in tasks.items():
-        facts = info.get(name) if isinstance(info, dict) else None
-        provenance = facts.get("provenance") if isinstance(facts, dict) else None
-        there = provenance.get("sha256") if isinstance(provenance, dict) else None
-        here = task.provenance.get("sha256")
+        there, here = task_facts(results, name).provenance.get("sha256"), task.provenance.get("sha256")
         if there != here:
             raise InputError(
                 f"the data of {name} are not those that {root} was made with: sha256 {str(there)[:12]}... "
@@ -290,9 +281,5 @@ def check_data(root: Path, tasks: dict[str, TaskData]) -> None:
 def environment_changes(root: Path, plan: RunPlan) -> str:
     """How this place differs from the one the folder was made in; empty where it does not."""
     there, here = read_results(root).environment, describe_environment(plan.device)
-    changed = [
-        f"{name} {there.get(name)} -> {here[name]}"
-        for name in SAME_ENVIRONMENT
-        if there.get(name) != here[name]
-    ]
-    return ", ".join(changed)
+    changed = [name for name in SAME_ENVIRONMENT if there.get(name) != here[name]]
+    return ", ".join(f"{name} {there.get(name)} -> {here[name]}" for name in changed)

@@ -36,8 +36,8 @@ def listing(plan: RunPlan, root: Path | None) -> str:
     for name, factory in MODELS.items():
         count = count_parameters(Model.parse(name).attention(plan.model_settings)())
         lines.append(f"{'*' if name in COMPARED else ' ':>2}{name:32}{count:>9,}")
-        for setting in mechanism_settings(factory).values():
-            lines.append(f"      {f'{setting.name}={_shown(setting.default)}':28}{setting.help}".rstrip())
+        for own, setting in mechanism_settings(factory).items():
+            lines.append(f"      {f'{own}={_shown(setting.default)}':28}{setting.help}".rstrip())
     lines += [f"  {'package.module:Class':32}any class with the interface of nn.MultiheadAttention"]
     lines += [f"  {SYNTAX:32}a model with settings, as gravitational,softening=0.01"]
     lines += ["tasks:"]

@@ -5,16 +5,17 @@ plan, tasks = load_tasks(plan)            # the tasks whose data can be had
 """
 
 import argparse
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from command_line import InputError, choose, given_settings, refuse_too_large
+from command_line import InputError, choose, given_settings, too_large
 from data_pipeline import MEANINGLESS, TASKS, DataSettings, DataUnavailableError, TaskData, load_task
 from experiment.models import COMPARED, Model, build, matched_settings
 from results_folder import Cell, file_name
@@ -25,6 +26,7 @@ DEVICE_TYPES = ("cpu", "cuda", "mps")
 # With which learning rates are tried: no result may use them. One is too few where learning is sudden.
 TUNING_SEEDS = (1_000_000, 1_000_001)
 LONGEST_NAME = 200  # bytes: file systems take 255 for a folder's name
+Settings = TypeVar("Settings", ModelSettings, TrainingSettings)
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,15 @@ class RunPlan:
         return tuple(self.by_task.get(task, {}).get("seeds", self.seeds))
 
     def model_settings_of(self, task: str) -> ModelSettings:
-        return replace(self.model_settings, **self._own(task, ModelSettings))
+        return self._of(task, self.model_settings)
 
     def training_settings_of(self, task: str) -> TrainingSettings:
-        return replace(self.training_settings, **self._own(task, TrainingSettings))
+        return self._of(task, self.training_settings)
 
-    def _own(self, task: str, kind: Any) -> dict[str, Any]:
-        names = {one.name for one in fields(kind)}
-        return {name: value for name, value in self.by_task.get(task, {}).items() if name in names}
+    def _of(self, task: str, settings: Settings) -> Settings:
+        names = {one.name for one in fields(settings)}
+        own = {name: value for name, value in self.by_task.get(task, {}).items() if name in names}
+        return replace(settings, **own)
 
     @property
     def trials(self) -> list[Cell]:
@@ -184,44 +187,43 @@ def make_plan(arguments: argparse.Namespace) -> RunPlan:
     preset = PRESETS[preset_name]
     models = tuple(map(Model.parse, _each_once(arguments.models or preset.models, "--models")))
     tasks = _each_once(arguments.tasks or preset.tasks, "--tasks")
-    given = given_settings(arguments, ModelSettings) | given_settings(arguments, TrainingSettings)
-    given |= {"seeds": arguments.seeds} if arguments.seeds else {}
+    seeds = _each_once(arguments.seeds or preset.seeds, "--seeds")
+    kinds = ModelSettings, TrainingSettings, DataSettings
+    of_model, of_training, of_data = (given_settings(arguments, kind) for kind in kinds)
+    overruled = {*of_model, *of_training, *(["seeds"] if arguments.seeds else [])}
     by_task = {
-        task: {name: value for name, value in preset.by_task[task].items() if name not in given}
+        task: {name: value for name, value in preset.by_task[task].items() if name not in overruled}
         for task in tasks
         if task in preset.by_task
     }
-    seeds = _each_once(arguments.seeds or preset.seeds, "--seeds")
     for task in tasks:
         choose(task, TASKS, "task")
     if min(seeds) < 0:
         raise InputError(f"--seeds must be at least 0, got {min(seeds)}")
-    refuse_too_large(max(seeds), "--seeds")
+    if allowed := too_large(max(seeds)):
+        raise InputError(f"--seeds must be {allowed}, got {max(seeds)}")
     for seed in TUNING_SEEDS:
         if seed in seeds:
             raise InputError(f"--seeds must not name {seed}: it is kept for choosing learning rates")
-    training, rates = training_and_rates(preset.training | given_settings(arguments, TrainingSettings))
+    training, rates = training_and_rates(preset.training | of_training)
     plan = RunPlan(
         preset=preset_name,
         models=models,
         tasks=tasks,
         seeds=seeds,
-        model_settings=ModelSettings(**preset.model | given_settings(arguments, ModelSettings)),
+        model_settings=ModelSettings(**preset.model | of_model),
         training_settings=training,
-        data_settings={
-            task: _data_settings(preset, task, given_settings(arguments, DataSettings)) for task in tasks
-        },
+        data_settings={task: _data_settings(task, preset.data.get(task, {}) | of_data) for task in tasks},
         device=device,
         learning_rates=rates,
         by_task=by_task,
     )
-    for number, model in enumerate(models):
+    for model in models:
         model.check(plan.model_settings)
-        for other in models[:number]:
-            if model.same_as(other):
-                raise InputError(
-                    f"--models names one model twice: {other.name} and {model.name} have equal settings"
-                )
+    for one, other in itertools.combinations(models, 2):
+        if (one.factory, one.arguments) == (other.factory, other.arguments):
+            names = f"{one.name} and {other.name}"
+            raise InputError(f"--models names one model twice: {names} have equal settings")
     return plan
 
 
@@ -248,12 +250,10 @@ def _each_once(entries: Sequence[Any], option: str) -> tuple[Any, ...]:
     return tuple(entries)
 
 
-def _data_settings(preset: Preset, task: str, given: dict[str, Any]) -> DataSettings:
+def _data_settings(task: str, values: dict[str, Any]) -> DataSettings:
     """A task's data settings; an option that means nothing to the task is left out."""
-    values = preset.data.get(task, {}) | given
-    return DataSettings(
-        **{name: value for name, value in values.items() if name not in MEANINGLESS.get(task, ())}
-    )
+    meaningless = MEANINGLESS.get(task, ())
+    return DataSettings(**{name: value for name, value in values.items() if name not in meaningless})
 
 
 def find_device(name: str) -> torch.device:
@@ -270,9 +270,14 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def existing_part(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
 def check_output_folder(parent: Path) -> None:
     """InputError where no folder can be made in `parent`; makes nothing."""
-    existing = next(folder for folder in (parent.absolute(), *parent.absolute().parents) if folder.exists())
+    existing = existing_part(parent)
     if not existing.is_dir():
         raise InputError(f"cannot write to {parent}: {existing} is no folder; choose another --output-dir")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -6,23 +6,13 @@
 Needs the package tensorboard (requirements-tensorboard.txt), which nothing else does.
 """
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from command_line import InputError
 from training.training_progress import Progress
 
 FOLDER = "tensorboard"
-
-
-def check_tensorboard() -> None:
-    """InputError where the package is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise InputError(
-            "--tensorboard needs the package tensorboard: pip install -r requirements-tensorboard.txt"
-        )
 
 
 def scalars(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

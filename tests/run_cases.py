@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 
 import run_experiment
+from experiment import cells as lease_times
+from experiment.run_plan import RunPlan, make_plan
 from results_folder import CellRecord, read_results
 
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
 ONE_PROCESS = ["--workers", "1", "--threads", "1"]
 HERE = [*SMOKE, *ONE_PROCESS]  # in this process
+FAR = "gpu7"  # another machine
 Refused = Callable[..., str]  # what the fixture `refused` is
 PATIENCE = 120.0  # seconds, for what another process does
 # A run without the comparison, whose figures take longer than the cells.
@@ -23,6 +26,10 @@ SCRIPT = (
     "run_experiment.analyze_run = lambda root: True\n"
     "sys.exit(run_experiment.main(sys.argv[1:]))\n"
 )
+
+
+def plan_of(*argv: str) -> RunPlan:
+    return make_plan(run_experiment.make_parser().parse_args(argv))
 
 
 def run(parent: Path, *argv: str, code: int = 0) -> Path:
@@ -72,6 +79,19 @@ def states(root: Path) -> list[str]:
 
 def cells(root: Path) -> list[Path]:
     return [record.folder for record in records(root)]
+
+
+def quick_leases(patch: pytest.MonkeyPatch) -> None:
+    """Leases run out after a second, and are looked at often."""
+    for name, seconds in (("LEASE", 1.0), ("HEARTBEAT", 0.05), ("LOOK_AGAIN", 0.05)):
+        patch.setattr(lease_times, f"{name}_SECONDS", seconds)
+
+
+def write_lease(folder: Path, pid: int = 11, host: str = FAR) -> None:
+    """The lease of a process that renews it no more."""
+    lines = ["filelock/2", f"pid={pid}", f"host={host}", "mode=lease", "token=abc"]
+    lines += [f"duration={lease_times.LEASE_SECONDS!r}", ""]
+    (folder / lease_times.LEASE).write_text("\n".join(lines))
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from command_line import (
     Parser,
     add_settings,
     check_settings,
-    choose,
     described,
     exit_code,
     given_path,
@@ -39,7 +38,6 @@ class Cooking:
     flour: str = setting("rye", "kind of flour", choices=("rye", "wheat", "spelt"))
     rests: tuple[float, ...] | None = setting(None, "hours of each rest", above=0.0, below=24.0)
     proofs: tuple[int, ...] = setting((1, 2), "minutes of each proof", minimum=0)
-    oven: str | None = setting(None, "which oven")
     offset: int = setting(0, "any whole number")
 
     def __post_init__(self) -> None:
@@ -71,34 +69,18 @@ def ended_by(error: BaseException) -> Callable[[list[str]], int]:
 
 
 @pytest.mark.parametrize(
-    "values",
-    [
-        {"batch_size": 1, "salt": 0.0, "heat": 1e-9, "rests": (0.5, 23.9), "proofs": (), "steam": False},
-        {"batch_size": 64, "salt": 0.999, "heat": 1e9, "flour": "spelt", "proofs": (0,), "offset": -(10**17)},
-    ],
-)
-def test_legal_values_are_taken(values: dict[str, Any]) -> None:
-    assert asdict(Cooking(**values)) == asdict(Cooking()) | values
-
-
-def test_a_field_without_limits_is_anything() -> None:
-    assert make_dataclass("Noted", [("note", float, -1e300)], bases=(Cooking,), frozen=True)().note == -1e300
-
-
-@pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("batch_size", 0, "--batch-size must be at least 1 and at most 64, got 0"),
         ("batch_size", 65, "--batch-size must be at least 1 and at most 64, got 65"),
         ("salt", 1.0, "--salt must be at least 0.0 and below 1.0, got 1.0"),
-        ("salt", -1e-9, "--salt must be at least 0.0 and below 1.0, got -1e-09"),
         ("heat", 0.0, "--heat must be above 0.0, got 0.0"),
         ("heat", float("nan"), "--heat must be above 0.0, got nan"),
         ("heat", float("inf"), "--heat must be finite and above 0.0, got inf"),
         ("offset", float("-inf"), "--offset must be finite, got -inf"),
         ("rests", (1.0, 24.0), "--rests must be above 0.0 and below 24.0, got 24.0"),
-        ("proofs", (1, -2), "--proofs must be at least 0, got -2"),
         ("flour", "ry", "unknown --flour 'ry': did you mean 'rye'? (one of rye, wheat, spelt)"),
+        ("flour", "Wheat", "unknown --flour 'Wheat': did you mean 'wheat'? (one of rye, wheat, spelt)"),
         ("flour", "", "unknown --flour '': (one of rye, wheat, spelt)"),
         # what no results folder may hold
         ("batch_size", 10**400, f"--batch-size must be at least 1 and at most 64, got {10**400}"),
@@ -113,14 +95,13 @@ def test_an_illegal_value_is_refused_with_its_range(name: str, value: Any, messa
 
 
 def test_each_field_is_an_option_of_its_type_and_what_is_not_given_leaves_no_trace() -> None:
-    argv = (
-        "--batch-size 8 --salt 0.5 --no-steam --flour wheat --oven left --rests 1 2.5 --proofs 3 --offset -4"
-    )
+    argv = "--batch-size 1 --salt 0 --heat 1e-9 --no-steam --flour rye --rests 1 23.9 --proofs 0 --offset -4"
     given = parse(argv.split())
-    expected = {"batch_size": 8, "salt": 0.5, "steam": False, "flour": "wheat", "oven": "left"}
-    assert given == expected | {"rests": (1.0, 2.5), "proofs": (3,), "offset": -4}
-    assert isinstance(given["rests"][0], float) and replace(Cooking(), **given).offset == -4
+    expected = {"batch_size": 1, "salt": 0.0, "heat": 1e-9, "steam": False, "flour": "rye"}
+    assert given == expected | {"rests": (1.0, 23.9), "proofs": (0,), "offset": -4}
+    assert isinstance(given["rests"][0], float) and asdict(Cooking(**given)) == given
     assert parse([]) == {} and parse(["--steam"]) == {"steam": True}
+    assert make_dataclass("Free", [("note", float, -1e300)], bases=(Cooking,), frozen=True)().note == -1e300
 
 
 def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,17 +109,12 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
         parse(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert left.value.code == 0 and "Not shown." not in shown
-    for part in (
-        *("loaves, 100% of the oven (default: 32)", "hours of each rest (default: not set)"),
-        *("minutes of each proof (default: 1 2)", "--steam, --no-steam", "rye|wheat|spelt"),
-    ):
+    texts = "loaves, 100% of the oven (default: 32)", "each rest (default: not set)", "rye|wheat|spelt"
+    for part in (*texts, "minutes of each proof (default: 1 2)", "--steam, --no-steam"):
         assert part in shown
-
-
-def test_an_interpreter_without_docstrings_has_a_help_all_the_same() -> None:
-    texts = {"description": "Bakes.\n\nWell.", "epilog": "examples:\n    bake.py"}
-    assert described("Bakes.\n\n    bake.py\n\nWell.") == texts
-    Parser(**described(None)).format_help()
+    parts = {"description": "Bakes.\n\nWell.", "epilog": "examples:\n    bake.py"}
+    assert described("Bakes.\n\n    bake.py\n\nWell.") == parts
+    Parser(**described(None)).format_help()  # an optimised interpreter has no docstring
 
 
 def test_home_is_meant_by_a_tilde_however_a_path_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,36 +125,13 @@ def test_home_is_meant_by_a_tilde_however_a_path_is_given(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("path", "why"),
-    [
-        ("~nobody-of-that-name/x", "Could not determine home directory."),
-        ("x" * 300, "File name too long"),
-        ("loop/x", "Too many levels of symbolic links"),
-    ],
+    [("~no-such-user/x", "Could not determine home directory."), ("x" * 300, "File name too long")],
 )
-def test_a_path_that_cannot_be_reached_is_one_line_with_its_option(
-    path: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("loop").symlink_to("loop")
+def test_a_path_that_cannot_be_reached_is_told_with_its_option(path: str, why: str, refused: Refused) -> None:
     line = f"'{path}' cannot be reached: {why}"
     assert refused(paths, "--oven", path) == f"bake.py: error: argument --oven: {line}"
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=f"^--tin {line}$"):
         given_path(path, "--tin")
-    assert str(error.value) == f"--tin {line}"
-
-
-@pytest.mark.parametrize(
-    ("mistyped", "meant"),
-    [
-        *[(typed, "--batch-size") for typed in ("--batchsize", "--batch_size", "--batch-size-", "--batch")],
-        *[("--flower", "--flour"), ("--no-stem", "--no-steam")],
-    ],
-)
-def test_a_mistyped_option_names_the_nearest(mistyped: str, meant: str, refused: Refused) -> None:
-    for argv in ((mistyped,), (mistyped, "3"), (f"{mistyped}=3",), ("--salt", "0.2", mistyped)):
-        said = refused(parse, *argv)
-        assert said.startswith(f"bake.py: error: unrecognized arguments: {mistyped}")
-        assert f"did you mean '{meant}'? see --help" in said
 
 
 @pytest.mark.parametrize(
@@ -187,25 +140,23 @@ def test_a_mistyped_option_names_the_nearest(mistyped: str, meant: str, refused:
         (("--batch-size", "many"), "--batch-size: invalid int value: 'many'"),
         (("--batch-size", "9" * 5000), "--batch-size: invalid int value"),
         (("--salt", "a\nb"), "--salt: invalid float value"),
-        (("--batch-size",), "--batch-size: expected one argument"),
-        (("--rests",), "--rests: expected at least one argument"),
         (("--rests", "1", "x"), "--rests: invalid float value: 'x'"),
-        (("stray",), "unrecognized arguments: stray"),
-        (("--two\nlines",), "unrecognized arguments: --two"),
+        (("--two\nlines",), "unrecognized arguments: --two lines (see --help)"),
+        (("--batch_size", "3"), "arguments: --batch_size 3 (did you mean '--batch-size'? see --help)"),
+        (("--salt", "0.2", "--batch=3"), "arguments: --batch=3 (did you mean '--batch-size'? see --help)"),
+        (("--no-stem",), "(did you mean '--no-steam'? see --help)"),
     ],
 )
-def test_a_malformed_command_line_is_one_line(argv: tuple[str, ...], part: str, refused: Refused) -> None:
+def test_a_malformed_command_line_is_one_line_that_names_the_nearest_option(
+    argv: tuple[str, ...], part: str, refused: Refused
+) -> None:
     assert part in refused(parse, *argv)
 
 
-def test_an_input_error_is_one_line_and_exit_code_2(refused: Refused) -> None:
-    for message, line in (("the oven is cold; heat it",) * 2, ("no file 'a\nb'", "no file 'a b'"), ("", "")):
-        assert refused(ended_by(InputError(message))) == f"bake.py: error: {line}"
-
-
-def test_an_interrupt_is_exit_code_130_and_our_own_errors_are_not_taken_for_the_users(
-    capsys: pytest.CaptureFixture[str],
+def test_an_input_error_is_one_line_an_interrupt_130_and_our_own_errors_are_not_taken_for_the_users(
+    refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert refused(ended_by(InputError("no file 'a\nb'"))) == "bake.py: error: no file 'a b'"
     assert ended_by(KeyboardInterrupt())([]) == 130
     assert capsys.readouterr().err == "bake.py: interrupted\n"
     with pytest.raises(ValueError, match="ours"):
@@ -222,17 +173,15 @@ def body():
     return 3
 sys.exit(exit_code("bake.py", body))
 """
-SHELLS = ("{} 2>&-", "{} >&-", "{} <&- >&- 2>&-", "{} | true", "{} 2>&1 | true", "{} >/dev/full")
 
 
 @pytest.mark.parametrize(
-    ("shell", "encoding"),
-    [*[(shell, "utf-8") for shell in SHELLS], ("{} >/dev/null", "ascii"), ("{} >/dev/null", "cp1252")],
+    "shell", ["{} 2>&-", "{} >&-", "{} <&- >&- 2>&-", "{} | true", "{} 2>&1 | true", "{} >/dev/full"]
 )
-def test_who_reads_changes_neither_work_nor_exit_code(shell: str, encoding: str, tmp_path: Path) -> None:
+def test_who_reads_changes_neither_work_nor_exit_code(shell: str, tmp_path: Path) -> None:
     (tmp_path / "bake.py").write_text(PROGRAM)
     program = f'{{ "{sys.executable}" "{tmp_path}/bake.py" "{tmp_path}/work"; echo $? > "{tmp_path}/code"; }}'
-    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "PYTHONIOENCODING": encoding}
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "PYTHONIOENCODING": "ascii"}
     command = ["bash", "-c", shell.format(program)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (tmp_path / "work").read_text() == "worked"
@@ -240,21 +189,3 @@ def test_who_reads_changes_neither_work_nor_exit_code(shell: str, encoding: str,
         assert (tmp_path / "code").read_text() == "3\n"
     assert "Traceback" not in ran.stderr and "BrokenPipe" not in ran.stderr
     assert ("not all could be printed: No space left on device" in ran.stderr) == ("full" in shell)
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        *[(typed, "multi_timescale") for typed in ("multi-timescale", "timescale")],
-        *[("Conventional", "conventional"), ("xyz", ""), ("", "")],
-    ],
-)
-def test_a_known_name_is_returned_and_to_an_unknown_one_only_a_close_one_is_proposed(
-    name: str, meant: str
-) -> None:
-    models = ["conventional", "multi_timescale"]
-    assert choose("conventional", iter(models), "model") == "conventional"
-    hint = f"did you mean '{meant}'? " if meant else ""
-    with pytest.raises(InputError) as refused:
-        choose(name, iter(models), "model")
-    assert str(refused.value) == f"unknown model '{name}': {hint}(one of {', '.join(models)})"

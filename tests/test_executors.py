@@ -39,35 +39,25 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What a run takes
 
 
-def test_gpus_are_taken_in_turn_unless_one_was_chosen() -> None:
+def test_gpus_are_taken_in_turn_unless_one_was_chosen_and_by_as_many_cells_as_fit() -> None:
     assert devices_in_turn("cuda", 3, 2) == ["cuda:0", "cuda:1", "cuda:0"]
     assert devices_in_turn("cuda:1", 2, 2) == ["cuda:1", "cuda:1"]
     assert devices_in_turn("cpu", 2, 0) == ["cpu", "cpu"]
+    for cpus, gpus, planned, most in ((1, 0, 24, 16), (1, 0, 3, 3), (4, 1, 24, 1), (1, 0.1, 24, 10)):
+        assert cells_on_a_device(cpus, gpus, largest=16, cells=planned) == most
 
 
-@pytest.mark.parametrize(
-    ("argv", "workers", "threads"),
-    [
-        *[("", 6, 1), ("--threads 3", 6, 3), ("--workers 1", 1, 6), ("--workers 2", 2, 3)],
-        *[("--workers 7", 7, 1), ("--workers 4 --threads 2", 4, 2), ("--ray --cpus-per-cell 2.5", 1, 2)],
-    ],
-)
 def test_a_cpu_gives_each_cell_a_core_and_threads_are_shared_out_among_workers(
-    argv: str, workers: int, threads: int, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     torch.set_num_threads(6)
-    resources = chosen_resources(make_parser().parse_args([*SMOKE, *argv.split()]))
-    assert (resources.workers, resources.threads) == (workers, threads)
-
-
-@pytest.mark.parametrize(
-    ("cpus", "gpus", "cells", "most"), [(1, 0, 24, 16), (1, 0, 3, 3), (4, 1, 24, 1), (1, 0.1, 24, 10)]
-)
-def test_how_many_cells_share_a_device_of_a_cluster_is_what_fits_on_it(
-    cpus: float, gpus: float, cells: int, most: int
-) -> None:
-    assert cells_on_a_device(cpus, gpus, largest=16, cells=cells) == most
+    for argv, workers, threads in (
+        *(("", 6, 1), ("--threads 3", 6, 3), ("--workers 1", 1, 6), ("--workers 2", 2, 3)),
+        *(("--workers 7", 7, 1), ("--workers 4 --threads 2", 4, 2), ("--ray --cpus-per-cell 2.5", 1, 2)),
+    ):
+        resources = chosen_resources(make_parser().parse_args([*SMOKE, *argv.split()]))
+        assert (resources.workers, resources.threads) == (workers, threads), argv
 
 
 # Who is killed or stopped
@@ -116,7 +106,7 @@ def test_tasks_of_ray_make_the_files_that_one_process_makes_although_one_of_them
 def test_a_worker_that_is_killed_is_replaced_and_a_signal_stops_them_all_until_the_run_resumes(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("SLEEP", "0.4")
+    monkeypatch.setenv("SLEEP", "0.2")
     parent = tmp_path / "my runs"  # a name that a command must quote
 
     def kill_and_stop() -> None:

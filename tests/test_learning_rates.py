@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from cell_cases import metrics_of, outcome
 from results_fixture import make_results, report_of
-from run_cases import HERE, Refused, resume, run, run_undisturbed
+from run_cases import HERE, Refused, plan_of, quick_leases, resume, run, run_undisturbed, write_lease
 
 import run_experiment
 from analyze_results import analyze
 from command_line import InputError
-from experiment.run_plan import PRESETS, TUNING_SEEDS, RunPlan, make_plan
+from experiment.run_plan import PRESETS, TUNING_SEEDS
 from experiment.tuning import record_choice
 from reporting.learning_rates import Trial, Tuning, best_of, read_tuning, trial_of, tuning_file, write_tuning
 from reporting.metrics import METRICS, PERCENT
@@ -29,10 +29,6 @@ pytestmark = pytest.mark.usefixtures("compared")
 
 def trials(model: str) -> list[Cell]:
     return [Cell("listops", model, seed, rate) for rate in RATES for seed in TUNING_SEEDS]
-
-
-def plan_of(*argv: str) -> RunPlan:
-    return make_plan(run_experiment.make_parser().parse_args([*HERE, *argv]))
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +59,19 @@ def test_each_model_tries_all_rates_with_a_seed_of_their_own_and_results_take_th
             assert record.config["training_settings"]["learning_rate"] == tuning.chosen
 
 
-def test_a_resumed_run_chooses_the_same_and_ends_in_the_same_bits(tuned: Path, tmp_path: Path) -> None:
+def test_a_cell_of_an_array_runs_the_trials_that_it_needs_and_a_resumed_run_ends_in_the_same_bits(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = run(tmp_path, *GRID, "--prepare")
-    done, stopped = trials("conventional"), trials("discounted")[0]
-    for cell in (*done, stopped):
+    resume(root, "--cell-index", "1")
+    own, others = [*trials("discounted"), Cell("listops", "discounted", 0)], trials("conventional")
+    for cell in (*own, *others, Cell("listops", "conventional", 0)):
+        assert read_cell(root, cell).state == ("done" if cell in own else "pending")
+    for cell in others:
         shutil.copytree(cell.folder(tuned), cell.folder(root), dirs_exist_ok=True)
-    write_status(stopped.folder(root), "interrupted", "stopped")
+    write_status(others[0].folder(root), "running")
+    quick_leases(monkeypatch)
+    write_lease(others[0].folder(root))  # another machine's, whose result is waited for until it is gone
     assert resume(root) == 0
     for model in MODELS:
         assert read_tuning(root, "listops", model) == read_tuning(tuned, "listops", model)
@@ -76,18 +79,10 @@ def test_a_resumed_run_chooses_the_same_and_ends_in_the_same_bits(tuned: Path, t
         assert outcome(cell.folder(root)) == outcome(cell.folder(tuned))
 
 
-def test_one_cell_of_an_array_runs_the_trials_that_it_needs_and_no_others(tmp_path: Path) -> None:
-    root = run(tmp_path, *GRID, "--prepare")
-    resume(root, "--cell-index", "1")
-    own = [*trials("discounted"), Cell("listops", "discounted", 0)]
-    for cell in (*own, *trials("conventional"), Cell("listops", "conventional", 0)):
-        assert read_cell(root, cell).state == ("done" if cell in own else "pending")
-
-
 def test_a_rate_that_diverges_is_no_candidate_and_without_any_the_results_fail(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rates = ["--models", "conventional", "--learning-rate", "1e30"]
+    rates = ["--models", "conventional", "--max-epochs", "1", "--learning-rate", "1e30"]
     root = run(tmp_path / "one", *rates, "0.01", "--fail-fast")
     tuning = read_tuning(root, "listops", "conventional")
     assert tuning is not None and (tuning.chosen, tuning.trials[1].state) == (0.01, "diverged")
@@ -106,17 +101,16 @@ def test_another_grid_is_refused_on_resuming(tuned: Path, refused: Refused) -> N
 
 def test_a_preset_may_have_a_grid_and_one_rate_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS["smoke"].training, "learning_rate", (0.01, 0.001))
-    plan = plan_of()
+    plan = plan_of(*HERE)
     assert plan.learning_rates == RATES and len(plan.trials) == 2 * 4 * len(TUNING_SEEDS)
-    plan = plan_of("--learning-rate", "0.003")
+    plan = plan_of(*HERE, "--learning-rate", "0.003")
     assert plan.learning_rates == () and plan.trials == [] and plan.training_settings.learning_rate == 0.003
 
 
-def record(rows: list[dict[str, Any]], state: str = "done") -> CellRecord:
-    return CellRecord(Cell("t", "m", TUNING_SEEDS[0], 0.1), Path(), state, metrics=rows)
-
-
 def test_the_best_is_that_of_the_tasks_own_metric() -> None:
+    def record(rows: list[dict[str, Any]], state: str = "done") -> CellRecord:
+        return CellRecord(Cell("t", "m", TUNING_SEEDS[0], 0.1), Path(), state, metrics=rows)
+
     rows = [{"val_accuracy": 0.9, "val_loss": 2.0}, {"val_accuracy": 0.5, "val_loss": 1.0}]
     bits = METRICS["bits_per_byte"]
     assert trial_of([record(rows)], 0.1, PERCENT) == Trial(0.1, "done", 0.9, 2.0)
@@ -126,9 +120,7 @@ def test_the_best_is_that_of_the_tasks_own_metric() -> None:
     assert trial_of([record([]), record(rows)], 0.1, bits) == Trial(0.1, "failed")
     low, high = Trial(0.001, "done", 2.0, 1.4), Trial(0.01, "done", 3.0, 2.1)
     assert (best_of([low, high], PERCENT), best_of([low, high], bits)) == (0.01, 0.001)
-
-
-def test_of_equal_values_the_lower_loss_counts_and_then_the_lower_rate() -> None:
+    # Of equal values the lower loss counts, and then the lower rate.
     equal = [Trial(0.001, "done", 1.0, 0.2), Trial(0.003, "done", 1.0, 0.1), Trial(0.01, "done", 1.0, 0.1)]
     assert best_of(equal, PERCENT) == 0.003
     assert best_of([Trial(0.1, "failed")], PERCENT) is None
@@ -138,7 +130,7 @@ def test_of_equal_values_the_lower_loss_counts_and_then_the_lower_rate() -> None
 
 
 def untrained(parent: Path, *models: str) -> Path:
-    return make_results(parent, tasks=("listops",), models=models, seeds=(0,), epochs=1, patterns=False)
+    return make_results(parent, models=models, seeds=(0,), epochs=1, patterns=False)
 
 
 @pytest.mark.usefixtures("texts_alone")
@@ -153,24 +145,17 @@ def test_the_report_shows_the_grid_and_warns_of_a_best_at_its_end(tmp_path: Path
     assert "| 30.0 % | 40.0 % | – | 0.003 (an end of the grid) |" in text  # noqa: RUF001
     [warning] = [line for line in text.splitlines() if "lies at an end of the grid" in line]
     assert "Discounted, one timescale 0.003" in warning and "Conventional" not in warning
+    # A choice that is made stays.
+    record_choice(root, plan_of(*HERE, *GRID), Cell("listops", MODELS[0], 0), [])
+    assert read_tuning(root, "listops", MODELS[0]) == Tuning("accuracy", TUNING_SEEDS, grid, 0.003)
 
 
 @pytest.mark.usefixtures("texts_alone")
-@pytest.mark.parametrize(
-    "damage", ["[]", "{", '{"trials": [], "metric": "accuracy", "seeds": [1], "chosen": 0.1}']
-)
-def test_a_damaged_choice_is_named_and_loses_no_analysis(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_choice_is_named_and_loses_no_analysis(tmp_path: Path) -> None:
     root = untrained(tmp_path, MODELS[0])
-    tuning_file(root, "listops", MODELS[0]).write_text(damage)
-    with pytest.raises(InputError, match=r"learning_rate.json is no outcome of a tuning; remove it"):
-        read_tuning(root, "listops", MODELS[0])
+    for damage in ("[]", "{", '{"trials": [], "metric": "accuracy", "seeds": [1], "chosen": 0.1}'):
+        tuning_file(root, "listops", MODELS[0]).write_text(damage)
+        with pytest.raises(InputError, match=r"learning_rate.json is no outcome of a tuning; remove it"):
+            read_tuning(root, "listops", MODELS[0])
     analyze(root)
     assert "**Learning rates unknown.**" in report_of(root)
-
-
-def test_a_choice_that_is_made_stays(tmp_path: Path) -> None:
-    tuning = Tuning("accuracy", TUNING_SEEDS, (Trial(0.1, "done", 0.5, 1.0),), 0.1)
-    root = untrained(tmp_path, MODELS[0])
-    write_tuning(root, "listops", MODELS[0], tuning)
-    record_choice(root, plan_of(*GRID), Cell("listops", MODELS[0], 0), [])
-    assert read_tuning(root, "listops", MODELS[0]) == tuning

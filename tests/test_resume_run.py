@@ -8,15 +8,12 @@ from typing import Any
 
 import pytest
 from cell_cases import outcome
-from results_fixture import rewrite
-from run_cases import HERE, Refused, cells, resume, run, run_undisturbed, states
-from test_cells import write_lease
+from results_fixture import put, rewrite
+from run_cases import HERE, Refused, cells, quick_leases, resume, run, run_undisturbed, states, write_lease
 
 import run_experiment
 from experiment import cells as cells_module
 from experiment.cells import LEASE, LeaseLostError
-from experiment.plan_files import refuse_changes
-from experiment.run_plan import make_plan
 from results_folder import Cell, read_json, write_status
 
 ANALYZE_RUN = run_experiment.analyze_run
@@ -78,14 +75,20 @@ def test_a_cell_that_only_seems_done_is_run_again_to_the_same_bits_and_the_other
     assert [mtimes(folder) for folder in others] == before
 
 
-def test_a_time_limit_ends_with_75_and_resume_with_the_same_settings_and_another_place_finishes(
+def test_a_time_limit_ends_with_75_and_the_folder_is_finished_cell_by_cell_and_the_last_one_compares(
     tmp_path: Path, finished: Path, compared: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = run(tmp_path, *CELLS, "--max-minutes", "1e-5", code=75)
     assert states(root)[1:] == ["pending"] * 3 and states(root)[0] in ("pending", "interrupted")
     said = capsys.readouterr().err
     assert "the time limit of 1e-05 minutes was reached; no epoch was finished" in said
-    assert f"--resume {root}" in said and compared == []
+    assert f"--resume {root}" in said
+    for index in "203":
+        assert resume(root, "--cell-index", index) == 0 and compared == []
+    assert resume(root, "--list") == 0
+    shown = capsys.readouterr().out
+    assert "1  listops/discounted/seed0  pending" in shown and "2  listops/conventional/seed1  done" in shown
+    # The rest, with the same settings once more, and another place.
     again = [*CELLS, "--embed-dim", "16", "--max-length", "40", "--cache-dir", str(tmp_path)]
     assert run_experiment.main([*HERE, *again, "--resume", str(root)]) == 0 and compared == [root]
     assert [outcome(folder) for folder in cells(root)] == [outcome(folder) for folder in cells(finished)]
@@ -113,20 +116,6 @@ def test_failed_cells_are_told_and_run_again_only_when_that_is_asked_for_and_fai
 # One folder, many processes
 
 
-def test_a_prepared_folder_is_finished_cell_by_cell_by_number_and_the_last_one_compares(
-    tmp_path: Path, finished: Path, compared: list[Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = run(tmp_path, *CELLS, "--prepare")
-    assert states(root) == ["pending"] * 4
-    for index in "2031":
-        assert compared == []
-        assert resume(root, "--cell-index", index) == 0
-    assert compared == [root]
-    assert resume(root, "--list") == 0
-    assert "     2  listops/conventional/seed1  done" in capsys.readouterr().out
-    assert [outcome(folder) for folder in cells(root)] == [outcome(folder) for folder in cells(finished)]
-
-
 def test_a_cell_by_number_without_a_folder_makes_one_with_the_whole_plan(
     tmp_path: Path, refused: Refused
 ) -> None:
@@ -142,16 +131,15 @@ def test_a_cell_of_another_machine_is_left_to_it_until_its_lease_runs_out(
     first, second, *_ = cells(copy)
     for folder in (first, second):
         write_status(folder, "running")
-    write_lease(first, 11)
+    write_lease(first)
     with monkeypatch.context() as patch:
         patch.setattr(run_experiment, "freed", lambda *_: iter(()))  # no patience
         assert resume(copy) == 75
     assert states(copy) == ["running", "done", "done", "done"] and compared == []
     left = "left to another process: listops/conventional/seed0 (process 11 on gpu7"
     assert left in capsys.readouterr().out
-    for name, seconds in (("LEASE", 0.5), ("HEARTBEAT", 0.1), ("LOOK_AGAIN", 0.05)):
-        monkeypatch.setattr(cells_module, f"{name}_SECONDS", seconds)
-    write_lease(first, 11)
+    quick_leases(monkeypatch)
+    write_lease(first)
     assert resume(copy) == 0 and not (first / LEASE).exists()
     assert "seed0: taken over from a process that has ended" in capsys.readouterr().out
 
@@ -179,7 +167,7 @@ def test_a_cell_whose_lease_is_lost_is_left_as_it_is(
 def test_of_two_processes_that_find_all_done_one_compares(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_lease(copy, 11)
+    write_lease(copy)
     assert ANALYZE_RUN(copy) and not (copy / "analysis").exists()
     assert "analysis: left to another process (process 11 on gpu7" in capsys.readouterr().out
 
@@ -190,29 +178,10 @@ def test_of_two_processes_that_find_all_done_one_compares(
 def test_changed_settings_are_refused_with_each_difference(finished: Path, refused: Refused) -> None:
     argv = "--embed-dim 32 --dropout 0 --batch-size 5 --max-length 77 --seeds 0 --preset full"
     said = refused(run_experiment.main, "--resume", finished, *argv.split())
-    for name, there, here in (
-        *(("embed-dim", 16, 32), ("dropout", 0.1, 0.0), ("batch-size", 16, 5), ("max-length", 40, 77)),
-        *(("seeds", "0 1", 0), ("preset", "smoke", "full")),
-    ):
+    differences = "embed-dim 16 32, dropout 0.1 0.0, batch-size 16 5, max-length 40 77, preset smoke full"
+    for name, there, here in map(str.split, differences.split(", ")):
         assert f"--{name} is {there} there and {here} here" in said
-
-
-def test_an_option_of_one_task_that_means_nothing_to_another_may_be_given_again() -> None:
-    argv = [*HERE, "--tasks", "hold", "listops", "--min-length", "6", "--tokenizer", "word"]
-    arguments = run_experiment.make_parser().parse_args(argv)
-    plan = make_plan(arguments)
-    assert (plan.data_settings["hold"].tokenizer, plan.data_settings["listops"].tokenizer) == ("byte", "word")
-    refuse_changes(Path("run"), plan, arguments)
-
-
-def change(root: Path, place: str, value: Any) -> None:
-    """Change what a run's config.json has at a place, as `settings/model/embed_dim`."""
-    config, (*path, last) = read_json(root / "config.json"), place.split("/")
-    part: Any = config
-    for name in path:
-        part = part[name]
-    part[last] = value
-    rewrite(root / "config.json", **config)
+    assert "--seeds is 0 1 there and 0 here" in said
 
 
 @pytest.mark.parametrize(
@@ -225,23 +194,23 @@ def change(root: Path, place: str, value: Any) -> None:
         ("models", ["conventional"], "its cells are not those"),
         ("models", ["conventional", "newtonian"], "unknown model 'newtonian'"),
         ("task_info", {}, "the data of listops are not those"),
-        ("settings/model/embed_dim", "16", "embed_dim is '16'"),
-        ("settings/model/embed_dim", True, "embed_dim is True"),
-        ("settings/model/colour", 1, "unknown setting 'colour'"),
-        ("settings/model/dropout", 2, "--dropout must be at least 0 and below 1"),
+        ("settings model embed_dim", "16", "embed_dim is '16'"),
+        ("settings model embed_dim", True, "embed_dim is True"),
+        ("settings model colour", 1, "unknown setting 'colour'"),
+        ("settings model dropout", 2, "--dropout must be at least 0 and below 1"),
     ],
 )
 def test_a_folder_of_another_kind_is_refused_in_one_line(
     place: str, value: Any, message: str, copy: Path, refused: Refused
 ) -> None:
-    change(copy, place, value)
+    put(copy / "config.json", place, value)
     assert message in refused(run_experiment.main, "--resume", copy)
 
 
 def test_a_folder_made_before_a_setting_existed_has_its_default(copy: Path) -> None:
     training = read_json(copy / "config.json")["settings"]["training"]
     assert training.pop("divergence_steps") == 3
-    change(copy, "settings/training", training)
+    put(copy / "config.json", "settings training", training)
     assert resume(copy) == 0
 
 

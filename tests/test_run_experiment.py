@@ -2,44 +2,35 @@
 
 import math
 import sys
-import tempfile
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from results_fixture import report_of, rewrite
-from run_cases import HERE, Refused, cells, records, resume, run, states
+from run_cases import HERE, Refused, cells, plan_of, records, resume, run, states
 
 import run_experiment
-from command_line import LARGEST_NUMBER, LARGEST_WHOLE
-from data_pipeline import TASKS, DataSettings, DataUnavailableError, TaskData, load_task
-from experiment import run_plan
+from command_line import LARGEST_WHOLE
+from data_pipeline import TASKS, DataUnavailableError, TaskData, load_task
+from experiment import run_plan, tensorboard_log
 from experiment.cells import LEASE
 from experiment.models import COMPARED, MODELS
 from experiment.plan_files import read_plan
 from experiment.run_overview import results_table
-from experiment.run_plan import PRESETS, RunPlan, make_plan
+from experiment.run_plan import PRESETS
 from experiment.run_progress import RunProgress, TerminalProgress, duration, make_progress
-from results_folder import Cell, CellRecord, as_json, read_json, read_results, write_json
+from results_folder import Cell, CellRecord, read_json, read_results
 from train_and_evaluate import ModelSettings, TrainingSettings
 
-EPOCH = {"epoch": 1, "train_seconds": 7.0, "eval_seconds": 1.0} | dict.fromkeys(
-    ("train_loss", "train_accuracy", "val_loss", "val_accuracy"), 0.5
-)
+VALUES = dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy"), 0.5)
+EPOCH = {"epoch": 1, "train_seconds": 7.0, "eval_seconds": 1.0} | VALUES
 
 
 @pytest.fixture(autouse=True)
 def data_anew() -> None:
     """What a test loads, or fails to, is not what an earlier one did."""
     run_plan.load_once.cache_clear()
-
-
-def plan_of(*argv: str) -> RunPlan:
-    return make_plan(run_experiment.make_parser().parse_args(argv))
 
 
 # A whole run
@@ -63,13 +54,11 @@ def test_the_smoke_preset_writes_every_file_of_every_model_and_compares_them(smo
 
 
 def test_configs_tell_what_was_run_on_what(smoke: Path) -> None:
-    config, data = read_json(smoke / "config.json"), PRESETS["smoke"].data["listops"]
-    assert (config["schema_version"], config["preset"], config["seeds"]) == (1, "smoke", [0])
-    assert config["settings"]["training"]["max_epochs"] == 2
-    assert config["settings"]["data"]["listops"].items() >= data.items()
-    info, environment = config["task_info"]["listops"], read_json(smoke / "environment.json")
-    assert (info["num_classes"], info["chance"], info["test_size"]) == (10, 0.1, data["test_size"])
-    assert config["unavailable"] == {} and 0.1 <= info["majority"] < 1
+    assert read_plan(smoke) == plan_of(*HERE)
+    info = read_json(smoke / "config.json")["task_info"]["listops"]
+    assert (info["num_classes"], info["chance"], info["test_size"]) == (10, 0.1, 32)
+    assert 0.1 <= info["majority"] < 1
+    environment = read_json(smoke / "environment.json")
     assert (environment["torch"], environment["device"]) == (torch.__version__, "cpu")
     cell = records(smoke)[1]
     assert cell.config["model_class"] == "gravitational_attention.GravitationalAttention"
@@ -78,14 +67,29 @@ def test_configs_tell_what_was_run_on_what(smoke: Path) -> None:
 
 
 @pytest.mark.usefixtures("compared")
-def test_an_interrupted_run_notes_where_it_was_and_ends_with_its_code(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.filterwarnings("ignore")  # of TensorBoard's own imports
+def test_tensorboard_is_shown_the_numbers_of_every_epoch(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [cell] = records(run(tmp_path, "--models", "gravitational_multi_timescale", "--tensorboard"))
+    events = EventAccumulator(str(cell.folder / tensorboard_log.FOLDER))
+    events.Reload()
+    shown = {
+        (event.step, tag): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)
+    }
+    of_epochs = [(row["epoch"], tensorboard_log.scalars(row)) for row in cell.metrics]
+    written = {(epoch, tag): value for epoch, values in of_epochs for tag, value in values if tag != "epoch"}
+    assert shown == pytest.approx(written, rel=1e-6)
+    assert len(of_epochs) == 2 and (2, "learned/layer0/gamma/0/0") in shown and (1, "val_accuracy") in shown
+
+
+@pytest.mark.usefixtures("compared")
+def test_an_interrupted_run_notes_where_it_was_and_ends_with_its_code(tmp_path: Path) -> None:
     models = ["conventional", "user_models:Terminated", "gravitational"]
-    root = run(tmp_path / "my runs", "--models", *models, code=143)
+    root = run(tmp_path, "--models", *models, "--max-epochs", "1", code=143)
     assert states(root) == ["done", "interrupted", "pending"] and not list(root.rglob(LEASE))
     assert records(root)[1].reason == "stopped by SIGTERM"
-    assert f"analyze_results.py '{root}'" in capsys.readouterr().err
 
 
 def test_a_failed_analysis_is_told_and_loses_nothing(
@@ -129,8 +133,8 @@ def test_a_task_that_is_unavailable_is_left_out_and_said_everywhere_and_each_oth
     loaded: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks = ["--tasks", "imdb", "listops"]
-    root = run(tmp_path, *tasks, "--models", "conventional", "--seeds", "0", "1", code=1)
-    assert states(root) == ["done", "done"] and loaded == ["imdb", "listops"]
+    root = run(tmp_path, *tasks, "--models", "conventional", "--max-epochs", "1", code=1)
+    assert states(root) == ["done"] and loaded == ["imdb", "listops"]
     out = capsys.readouterr().out
     assert out.startswith("imdb is left out, its data are unavailable: IMDb is missing: curl")
     assert "left out: imdb: IMDb is missing" in out
@@ -142,14 +146,13 @@ def test_a_task_that_is_unavailable_is_left_out_and_said_everywhere_and_each_oth
 # The plan
 
 
-def test_without_a_gpu_the_default_is_quick_and_with_one_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_default_is_quick_and_with_one_full_which_is_the_seed_configuration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert plan_of("--device", "cpu").preset == "quick"
     monkeypatch.setattr(run_plan, "find_device", lambda name: torch.device("cuda"))
-    assert plan_of().preset == "full"
-
-
-def test_full_is_the_seed_configuration() -> None:
-    plan = plan_of("--preset", "full", "--device", "cpu")
+    plan = plan_of()
+    assert plan.preset == "full"
     sizes: dict[str, Any] = {"embed_dim": 128, "num_heads": 4, "num_layers": 2, "feed_forward_dim": 512}
     rates: dict[str, Any] = {"learning_rate": 1e-4, "weight_decay": 1e-5, "gradient_clip": 1.0}
     assert plan.model_settings == ModelSettings(**sizes)
@@ -165,9 +168,9 @@ def test_a_preset_has_settings_and_seeds_of_a_task_which_options_overrule_and_a_
     monkeypatch.setitem(PRESETS["smoke"].by_task, "hold", own)
     argv = ["--models", "conventional", "--tasks", "hold", "listops", "--max-length", "12"]
     plan = plan_of(*HERE, *argv, "--num-layers", "3", "--seeds", "0", "4")
-    assert plan.model_settings_of("hold").num_layers == plan.model_settings_of("listops").num_layers == 3
-    assert plan.training_settings_of("hold").max_epochs == 1 < plan.training_settings_of("listops").max_epochs
-    assert plan.seeds_of("hold") == plan.seeds_of("listops") == (0, 4)
+    assert {plan.model_settings_of(task).num_layers for task in plan.tasks} == {3}
+    assert [plan.training_settings_of(task).max_epochs for task in plan.tasks] == [1, 2]
+    assert {plan.seeds_of(task) for task in plan.tasks} == {(0, 4)}
     data = plan.data_settings["listops"]
     assert (data.max_length, data.train_size) == (12, PRESETS["smoke"].data["listops"]["train_size"])
     root = run(tmp_path, *argv)
@@ -182,68 +185,50 @@ def test_a_preset_has_settings_and_seeds_of_a_task_which_options_overrule_and_a_
     assert "unknown settings ['layers'] of hold" in refused(run_experiment.main, "--resume", root)
 
 
-def values_of(kind: type) -> st.SearchStrategy[dict[str, Any]]:
-    """Of settings: a legal value for each, up to the largest."""
-    hints, found = get_type_hints(kind), {}
-    for one in fields(kind):
-        limits, hint = one.metadata, str(hints[one.name])
-        least, most = limits["minimum"] or limits["above"] or 0, limits["maximum"] or limits["below"]
-        if limits["choices"]:
-            values: st.SearchStrategy[Any] = st.sampled_from(limits["choices"])
-        elif "bool" in hint:
-            values = st.booleans()
-        elif "int" in hint:
-            values = st.integers(least, LARGEST_WHOLE)
-        elif "float" in hint:
-            ends: dict[str, Any] = {
-                "exclude_min": limits["above"] is not None,
-                "exclude_max": limits["below"] is not None,
-            }
-            values = st.floats(least, most or LARGEST_NUMBER, **ends)
-        else:
-            values = st.text(st.characters(codec="utf-8"), max_size=9)
-        found[one.name] = st.none() | values if "None" in hint else values
-    return st.fixed_dictionaries(found)
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--dropout 0 --weight-decay 1e40 --gradient-clip 1 --precision bf16 --compile --cache-dir .",
+        f"--learning-rate 1 1e-30 --max-epochs {LARGEST_WHOLE} --match-parameters --tokenizer word",
+        "--tasks hold listops --min-length 5 --max-length 9 --val-size 8 --data-seed 7 --no-compile",
+    ],
+)
+def test_every_setting_that_is_accepted_is_read_back_from_a_folder(options: str, tmp_path: Path) -> None:
+    root = run(tmp_path, *options.split(), "--prepare")
+    assert read_plan(root) == plan_of(*HERE, *options.split())
+    assert resume(root, *options.split(), "--prepare") == 0  # and is no change when it is given again
 
 
-@given(model=values_of(ModelSettings), training=values_of(TrainingSettings), data=values_of(DataSettings))
-@settings(max_examples=50, deadline=None)
-def test_every_setting_that_is_accepted_is_read_back_from_a_folder(
-    smoke: Path, model: dict[str, Any], training: dict[str, Any], data: dict[str, Any]
-) -> None:
-    accepted = ModelSettings(**model), TrainingSettings(**training), DataSettings(**data)
-    config = read_json(smoke / "config.json")
-    parts: dict[str, Any] = {"model": asdict(accepted[0]), "training": asdict(accepted[1]), "by_task": {}}
-    parts |= {"data": {"listops": asdict(accepted[2])}, "device": "cpu"}
-    with tempfile.TemporaryDirectory() as root:
-        write_json(Path(root) / "config.json", as_json(config | {"settings": parts}))
-        plan = read_plan(Path(root))
-    found = plan.model_settings, plan.training_settings, plan.data_settings["listops"]
-    assert found == accepted
+def test_an_option_that_means_nothing_to_a_task_is_not_its() -> None:
+    data = plan_of(*HERE, "--tasks", "hold", "listops", "--tokenizer", "word").data_settings
+    assert (data["hold"].tokenizer, data["listops"].tokenizer) == ("byte", "word")
 
 
 # What is shown
 
 
-def test_a_dry_run_shows_measured_times_and_what_cannot_take_a_step_and_writes_nothing(
+def test_a_dry_run_shows_measured_times_in_columns_and_what_cannot_take_a_step_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_experiment.main([*HERE, "--dry-run", "--models", "conventional", "user_models:Broken"]) == 1
+    long = "gravitational_multi_timescale,normalization=force,softening=1.0,learn_gammas=false"
+    models = ["conventional", long, "user_models:Broken"]
+    assert run_experiment.main([*HERE, "--dry-run", "--models", *models]) == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("listops/")]
-    assert lines[0].startswith("listops/conventional ") and " ms" in lines[0]
-    assert lines[1].endswith("fails: RuntimeError: too long for me") and not list(tmp_path.iterdir())
+    assert [line.split()[0] for line in lines] == [f"listops/{model}" for model in models]
+    assert " ms" in lines[0] and len(lines[0]) == len(lines[1])
+    assert lines[2].endswith("fails: RuntimeError: too long for me") and not list(tmp_path.iterdir())
 
 
-def test_the_list_and_the_help_name_every_preset_model_and_task(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_experiment.main(["--list"]) == 0
+def test_the_list_names_every_preset_model_setting_task_and_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    variant = "gravitational,normalization=force"
+    assert run_experiment.main([*HERE, "--list", "--models", variant]) == 0
     shown = capsys.readouterr().out
     for name in (*PRESETS, *MODELS, *TASKS):
         assert f"  {name}" in shown or f"*{name}" in shown
     tasks = shown.partition("\ntasks:\n")[2].partition("\ncells of")[0].splitlines()
     assert len({line[34:] for line in tasks}) == len(TASKS) and not any("partial" in line for line in tasks)
-    shown = run_experiment.make_parser().format_help()
-    for part in ("Run:", "Model:", "Training:", "examples:", "--preset smoke", "(default: 128)"):
+    for part in (f"0  listops/{variant}/seed0", "softening=0.1               Plummer", "learn_gammas=true "):
         assert part in shown
 
 
@@ -254,11 +239,12 @@ def test_on_a_terminal_there_are_bars_with_loss_and_accuracy(
     cell = Cell("listops", "conventional", 0)
     progress = make_progress({cell: 2}, side_by_side=1)
     assert isinstance(progress, TerminalProgress)
-    progress.of(cell).epoch_started(1, 5)
-    progress.of(cell).steps_done(3, 0.5, 0.25)
+    told = progress.of(cell)
+    told.epoch_started(1, 5)
+    told.steps_done(3, 0.5, 0.25)
     bar = str(progress.step_bar)
     assert f"{cell}, epoch 1:  60%" in bar and "loss 0.500, accuracy 25.0%" in bar
-    progress.of(cell).epoch_ended(EPOCH)
+    told.epoch_ended(EPOCH)
     progress.cell_ended(cell, "done", "")
     progress.close()
     streams = capsys.readouterr()

@@ -48,24 +48,45 @@ def holds_data(folder: Path) -> bool:
     return any(True for name in NAMES for _ in folder.glob(name))
 
 
+def find_given(
+    data_dir: Path | None, archive: Archive, find: Callable[[Path], Path | None], what: str
+) -> Path | None:
+    """What `find` finds in --data-dir; None where none is given, or one for another task, which is said.
+
+    what: as the user would call it. Raises InputError for a folder that is not there or holds no data."""
+    if data_dir is None:
+        return None
+    if not data_dir.exists():
+        raise InputError(f"--data-dir {data_dir} does not exist; give the folder that holds {archive.name}")
+    source = find(data_dir)
+    if source is None:
+        lacks = f"--data-dir {data_dir} holds no {what}"
+        if not holds_data(data_dir):
+            raise InputError(f"{lacks}; give the folder that does, or leave it out to have it downloaded")
+        print(f"{lacks}: it is taken from the cache, or downloaded", file=sys.stderr)
+    return source
+
+
 def sha256_of_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download_archive(archive: Archive, folder: Path, *, looked_in: Path | None = None) -> Path:
-    """The official archive in `folder`, downloaded and verified.
+    """The official archive in `folder`, downloaded and verified where it is not there yet.
 
     looked_in: where else it was looked for. Raises DataUnavailableError where it cannot be had; what arrived
     till then is removed."""
-    is_new = not folder.exists()
+    path, is_new = folder / archive.name, not folder.exists()
+    if path.is_file():
+        return path
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)  # torch's download has no limit of its own, and may wait for ever
     try:
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(
             archive.url,
-            str(folder / archive.name),
+            str(path),
             hash_prefix=archive.sha256,
             progress=sys.stderr is not None and sys.stderr.isatty(),
         )
@@ -80,7 +101,7 @@ def download_archive(archive: Archive, folder: Path, *, looked_in: Path | None =
         ) from error
     finally:
         socket.setdefaulttimeout(before)
-    return folder / archive.name
+    return path
 
 
 def read_members(

@@ -8,7 +8,7 @@ on its left by a pair of parentheses; they repeat the brackets' structure and ar
 """
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -54,9 +54,7 @@ def write_files(folder: Path, splits: dict[str, TokenDataset]) -> list[Path]:
                     write_tsv(file, dataset)
             return [file_of(Path(unfinished), split).replace(file_of(folder, split)) for split in splits]
     except OSError as error:
-        raise InputError(
-            f"cannot write to {folder}: {error.strerror}; choose another --output-dir"
-        ) from error
+        raise _cannot_write(folder, error) from error
 
 
 def check_writable(folder: Path) -> None:
@@ -66,21 +64,27 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise InputError(
-            f"cannot write to {folder}: {error.strerror}; choose another --output-dir"
-        ) from error
+        raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(folder: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write to {folder}: {error.strerror}; choose another --output-dir")
 
 
 def write_tsv(file: IO[bytes], dataset: TokenDataset) -> None:
     """Write a header and a line for each expression."""
     file.write(HEADER + b"\n")
-    for start in range(0, len(dataset), EXPRESSIONS_AT_ONCE):
-        part = dataset.take(np.arange(start, min(start + EXPRESSIONS_AT_ONCE, len(dataset))))
+    for part in _parts(dataset):
         pieces = np.array(_pieces(int(count_arguments(part.tokens).max(initial=1))), object)
         texts = pieces[_piece_of_each_token(part)].tolist()
         bounds = part.offsets.tolist()
         for begin, end, label in zip(bounds[:-1], bounds[1:], part.labels.tolist(), strict=True):
             file.write(b"".join(texts[begin:end])[:-1] + b"\t%d\n" % label)
+
+
+def _parts(dataset: TokenDataset) -> Iterator[TokenDataset]:
+    for start in range(0, len(dataset), EXPRESSIONS_AT_ONCE):
+        yield dataset.take(np.arange(start, min(start + EXPRESSIONS_AT_ONCE, len(dataset))))
 
 
 def _pieces(most_arguments: int) -> list[bytes]:
@@ -175,15 +179,13 @@ def _read_lines(path: Path, lines: Iterable[bytes]) -> TokenDataset:
     dataset = TokenDataset(
         np.frombuffer(b"".join(parts), np.uint8), offsets_of(lengths), np.array(labels, np.int64)
     )
-    for start in range(0, len(dataset), EXPRESSIONS_AT_ONCE):
-        part = dataset.take(np.arange(start, min(start + EXPRESSIONS_AT_ONCE, len(dataset))))
-        values = values_of(part.tokens)
-        wrong = np.flatnonzero(values != part.labels)
-        if len(wrong):
-            raise InputError(
-                f"{path}, line {start + wrong[0] + 2}: the expression's value is {values[wrong[0]]}, "
-                f"and the file says {part.labels[wrong[0]]}"
-            )
+    values = np.concatenate([values_of(part.tokens) for part in _parts(dataset)])
+    wrong = np.flatnonzero(values != dataset.labels)
+    if len(wrong):
+        raise InputError(
+            f"{path}, line {wrong[0] + 2}: the expression's value is {values[wrong[0]]}, "
+            f"and the file says {dataset.labels[wrong[0]]}"
+        )
     return dataset
 
 

@@ -115,9 +115,9 @@ def read_members(
         with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as archive:
             files = tqdm(archive, desc=path.name, unit=" files", disable=None, leave=False)
             for number, member in enumerate(files, 1):
-                _check_member(path, top, number, member)
-                archive.members = []  # type: ignore[attr-defined] # else all of them are kept
                 place = PurePosixPath(member.name)
+                _check_member(path, top, number, member, place)
+                archive.members = []  # type: ignore[attr-defined] # else all of them are kept
                 if not member.isreg() or not is_wanted(place):
                     continue
                 content = archive.extractfile(member)
@@ -133,14 +133,14 @@ def read_members(
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _check_member(path: Path, top: str, number: int, member: tarfile.TarInfo) -> None:
+def _check_member(path: Path, top: str, number: int, member: tarfile.TarInfo, place: PurePosixPath) -> None:
     """InputError for a member that is not harmless, and for a senseless amount: what is passed over costs
     time too."""
     if number > MOST_MEMBERS:
         raise InputError(f"{path} has more than {MOST_MEMBERS:,} members: refused")
     if member.offset_data + member.size > LARGEST_UNPACKED:
         raise InputError(f"{path} unpacks to more than {LARGEST_UNPACKED:,} bytes: refused")
-    parts = PurePosixPath(member.name).parts
+    parts = place.parts
     inside = not parts or (parts[0] == top and ".." not in parts)  # no parts: the folder "./" itself
     if not inside or not (member.isreg() or member.isdir()):
         kind = "a link or a device" if inside else f"a path outside {top}/"

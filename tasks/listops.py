@@ -34,7 +34,6 @@ from tasks.token_dataset import TokenDataset, concatenate, offsets_of
 SYMBOLS = ("<pad>", "<unk>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
 UNK_ID, DIGIT_0, FIRST_OPERATOR, CLOSE = 1, 2, 12, 16
 MIN, MAX, MED, SM = range(4)
-NUM_CLASSES = 10
 
 OPERATOR_BYTES = 64  # a byte below this makes an operator: 64 / 256 = LRA's 0.25
 TREES_AT_ONCE = 8192

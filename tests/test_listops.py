@@ -1,11 +1,8 @@
 """ListOps: right values, LRA's distribution, the same bytes everywhere, files that can be trusted."""
 
 import hashlib
-from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
-from statistics import median
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -16,7 +13,7 @@ from command_line import InputError
 from data_pipeline import DataSettings, load_task, main
 from tasks import listops
 from tasks.listops import SYMBOLS, ListOpsSettings, generate_splits
-from tasks.listops_tsv import count_arguments, read_tsv
+from tasks.listops_tsv import count_arguments, read_tsv, value_of
 from tasks.token_dataset import TokenDataset
 
 DEFAULT, SHORT = ListOpsSettings(), ListOpsSettings(min_length=10, max_length=80)
@@ -28,29 +25,6 @@ LRA_LABELS = (17.5, 8.9, 7.9, 7.6, 8.9, 8.7, 7.7, 7.1, 8.7, 17.1)
 LRA_EACH = 73.9, 36.8  # digit, operator
 SAMPLES = 4000  # of ours
 OF_TWO = (1 / LRA_SAMPLES + 1 / SAMPLES) ** 0.5  # the standard error of two samples' difference
-
-OPERATORS: dict[int, Any] = {  # by token id, of a list of digits
-    12: min,
-    13: max,
-    14: lambda digits: int(median(digits)),
-    15: lambda digits: sum(digits) % 10,
-}
-
-
-def value_of(tokens: Iterable[int]) -> int:
-    """The value of an expression, by a stack over its token ids; nothing of the generator is used."""
-    stack: list[tuple[int, list[int]]] = [(0, [])]  # open operators, each with its arguments so far
-    for token in tokens:
-        if token in OPERATORS:
-            stack.append((token, []))
-            continue
-        value = token - 2
-        if token == 16:
-            operator, arguments = stack.pop()
-            value = OPERATORS[operator](arguments)
-        stack[-1][1].append(value)
-    [(_, [value])] = stack
-    return value
 
 
 def text_of(tokens: list[int]) -> str:
@@ -84,6 +58,18 @@ def assert_labels_are_values(dataset: TokenDataset) -> None:
 @pytest.fixture(scope="module")
 def sample() -> TokenDataset:
     return make(DEFAULT, SAMPLES, seed=3)["train"]
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        *(("7", 7), ("[MIN 4 2 9 ]", 2), ("[MAX 4 2 9 ]", 9), ("[SM 9 9 5 ]", 3)),
+        *(("[MED 9 2 4 ]", 4), ("[MED 9 2 5 0 ]", 3), ("[MED 3 ]", 3)),  # the floor of 3.5
+        ("[SM 1 [MAX 2 [MIN 9 3 ] ] [MED 5 5 ] 6 ]", 5),
+    ],
+)
+def test_the_value_of_an_expression(expression: str, value: int) -> None:
+    assert value_of(bytes(map(SYMBOLS.index, expression.split()))) == value
 
 
 def test_labels_are_the_values_also_where_operators_have_23_arguments(sample: TokenDataset) -> None:

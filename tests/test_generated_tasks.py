@@ -226,7 +226,8 @@ def test_a_set_has_no_order(name: str, model: str) -> None:
     ("name", "length", "legal"),
     [
         *(("recall", 22, "3 from 3 to 96"), ("recall", 99, "3 from 3 to 96")),
-        *(("latest", 2, "1 from 3 to 65,536"), ("lookup", 514, "2 from 2 to 512")),
+        *(("latest", 2, "1 from 3 to 65,536"), ("nearest", 771, "3 from 3 to 768")),
+        ("lookup", 5, "2 from 2 to 512"),
     ],
 )
 def test_a_length_that_a_task_has_not_is_refused(name: str, length: int, legal: str) -> None:

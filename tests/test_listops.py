@@ -167,6 +167,7 @@ BAD_LINES = [
     (b"( ( ( [MAX 2 ) 9 ) ] ) \xff\t9", "not UTF-8"),
     (b"( ( ( [MAX 2 ) 9 ) ]\t9", "parentheses"),
     (b"( ( ( [MAX 2 ) 9 ) )\t9", "brackets"),
+    (b"( ( [MAX 2 ) )\t2", "brackets"),
     (b"( [MAX ] )\t9", "brackets do not match, or an operator has no argument"),
     (b"( ( ( [MAX 2 ) 9 ) ] ) 4\t9", "brackets"),
     (b"\t9", "brackets"),

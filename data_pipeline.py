@@ -39,25 +39,15 @@ from command_line import (
     add_settings,
     choose,
     exit_code,
-    given_path,
     given_settings,
     option_name,
 )
 from tasks import cifar_images, imdb, listops, listops_tsv, pathfinder
 from tasks.archives import DataUnavailableError, download_archive, holds_data
-from tasks.array_cache import Arrays, cached_arrays
 from tasks.byte_windows import bytes_task
 from tasks.generated_tasks import GENERATED, load_generated
 from tasks.task_data import DataSettings, TaskData
-from tasks.text_tokenizers import (
-    WORD_VERSION,
-    ByteTokenizer,
-    ListOpsTokenizer,
-    PixelTokenizer,
-    WordTokenizer,
-    count_words,
-    make_vocabulary,
-)
+from tasks.text_tokenizers import BYTE_SYMBOLS, PIXEL_SYMBOLS, cached_words, encode_bytes, make_vocabulary
 from tasks.token_dataset import (
     IGNORED,
     Batch,
@@ -73,13 +63,10 @@ __all__ = [
     "MEANINGLESS",
     "TASKS",
     "Batch",
-    "ByteTokenizer",
     "DataSettings",
     "DataUnavailableError",
-    "ListOpsTokenizer",
     "TaskData",
     "TokenDataset",
-    "WordTokenizer",
     "evaluation_batches",
     "load_task",
     "training_batches",
@@ -97,6 +84,7 @@ MEANINGLESS = {  # settings that a task has no use for
     **dict.fromkeys(GENERATED, NO_WORDS),
 }
 CLASS_NAMES = ("negative", "positive")
+Positions = dict[str, NDArray[np.int64]]  # of each split
 
 PROG = "data_pipeline.py"
 EXAMPLES = """examples:
@@ -119,18 +107,13 @@ def load_imdb(settings: DataSettings) -> TaskData:
     """Film reviews of IMDb, 0 negative, 1 positive. Raises DataUnavailableError where they cannot be had."""
     reviews, texts, chosen = _split_reviews(settings)
     length = settings.max_length or TEXT_LENGTH
-    tokenizer: ByteTokenizer | WordTokenizer
     if settings.tokenizer == "byte":
-        tokenizer = ByteTokenizer()
-        cut = {split: texts.take(index, length) for split, index in chosen.items()}
-        splits = {
-            split: replace(part, tokens=tokenizer.encode_bytes(part.tokens)) for split, part in cut.items()
-        }
+        symbols = BYTE_SYMBOLS
+        splits = _encoded({split: texts.take(index, length) for split, index in chosen.items()})
     else:
-        key = f"imdb-words-{reviews.sha256[:32]}-v{WORD_VERSION}"
-        counted, lexicon = _cached_words(texts, settings.cache_folder, key)
+        counted, lexicon = cached_words(texts, settings.cache_folder, reviews.sha256)
         cut = {split: counted.take(index, length) for split, index in chosen.items()}
-        tokenizer, table = make_vocabulary(cut["train"], lexicon, settings.word_vocabulary)
+        symbols, table = make_vocabulary(cut["train"], lexicon, settings.word_vocabulary)
         splits = {split: replace(part, tokens=table[part.tokens]) for split, part in cut.items()}
     about = {
         "source": reviews.source,
@@ -141,7 +124,7 @@ def load_imdb(settings: DataSettings) -> TaskData:
         "identical": count_identical({split: texts.take(index) for split, index in chosen.items()}),
     }
     title = f"IMDb, {settings.tokenizer}s" + (" (LRA Text)" if settings.tokenizer == "byte" else "")
-    return _task("imdb", title, CLASS_NAMES, splits, tokenizer, settings, about)
+    return _task("imdb", title, CLASS_NAMES, splits, symbols, settings, about)
 
 
 def load_bytes(settings: DataSettings) -> TaskData:
@@ -157,12 +140,9 @@ def load_bytes(settings: DataSettings) -> TaskData:
     return bytes_task(found, settings, about)
 
 
-def _split_reviews(
-    settings: DataSettings,
-) -> tuple[imdb.Reviews, TokenDataset, dict[str, NDArray[np.int64]]]:
+def _split_reviews(settings: DataSettings) -> tuple[imdb.Reviews, TokenDataset, Positions]:
     """IMDb's reviews, all of them as bytes, and the positions of each split among these."""
-    folder = given_path(settings.data_dir, "--data-dir") if settings.data_dir else None
-    reviews = imdb.load_reviews(folder, settings.cache_folder)
+    reviews = imdb.load_reviews(settings.data_folder, settings.cache_folder)
     validation, rest = imdb.separate_copies(reviews.train, _validation(reviews.train, settings))
     texts = concatenate([reviews.train, reviews.test])
     return reviews, texts, _chosen(texts, rest, validation, settings)
@@ -175,38 +155,28 @@ def _validation(train: TokenDataset, settings: DataSettings) -> NDArray[np.int64
 
 def _chosen(
     examples: TokenDataset, train: NDArray[np.int64], val: NDArray[np.int64], settings: DataSettings
-) -> dict[str, NDArray[np.int64]]:
+) -> Positions:
     """Positions of each split's subset: among the training examples and, behind them, the test set."""
     test = np.arange(len(train) + len(val), len(examples))
-    sizes = (settings.train_size, settings.val_size, settings.test_size)
-    return {
-        name: _subset(examples, pool, size, settings.data_seed, name)
-        for (name, pool), size in zip({"train": train, "val": val, "test": test}.items(), sizes, strict=True)
-    }
+    pools = {"train": train, "val": val, "test": test}
+    return {split: _subset(examples, pool, split, settings) for split, pool in pools.items()}
 
 
 def _subset(
-    split: TokenDataset, pool: NDArray[np.int64], size: int | None, seed: int, name: str
+    examples: TokenDataset, pool: NDArray[np.int64], split: str, settings: DataSettings
 ) -> NDArray[np.int64]:
-    """Positions in the split: all of the pool, or a stratified choice of `size`."""
+    """All positions of a pool, or a stratified choice of as many as --{split}-size says."""
+    size = settings.given_sizes[split]
     if size is None:
         return pool
     if size > len(pool):
-        raise InputError(f"--{name}-size {size} is more than the {len(pool)} examples there are")
-    return pool[stratified_choice(split.labels[pool], size, seed, "subset", name)]
+        raise InputError(f"--{split}-size {size} is more than the {len(pool)} examples there are")
+    return pool[stratified_choice(examples.labels[pool], size, settings.data_seed, "subset", split)]
 
 
-def _cached_words(texts: TokenDataset, cache: Path, key: str) -> tuple[TokenDataset, tuple[str, ...]]:
-    """`count_words`, which takes some seconds for all of IMDb, kept in the cache."""
-
-    def make() -> Arrays:
-        counted, lexicon = count_words(texts)
-        listed = np.frombuffer("\n".join(lexicon).encode(), np.uint8)
-        return {"ids": counted.tokens, "offsets": counted.offsets, "lexicon": listed}
-
-    kept = cached_arrays(cache, key, make)
-    lexicon = tuple(kept["lexicon"].tobytes().decode().split("\n"))
-    return TokenDataset(kept["ids"], kept["offsets"], texts.labels), lexicon
+def _encoded(splits: dict[str, TokenDataset]) -> dict[str, TokenDataset]:
+    """Of bytes or grey values their token ids."""
+    return {split: replace(part, tokens=encode_bytes(part.tokens)) for split, part in splits.items()}
 
 
 def load_listops(settings: DataSettings) -> TaskData:
@@ -218,13 +188,11 @@ def load_listops(settings: DataSettings) -> TaskData:
         min_length=defaults.min_length if settings.min_length is None else settings.min_length,
         max_length=settings.max_length or defaults.max_length,
     )
-    files = _listops_files(given_path(settings.data_dir, "--data-dir")) if settings.data_dir else None
+    files = _listops_files(settings.data_folder) if settings.data_folder else None
     if files:
         source = {"source": ", ".join(path.name for path in files.values())}
         splits = {}
-        for (name, path), size in zip(
-            files.items(), (settings.train_size, settings.val_size, settings.test_size), strict=True
-        ):
+        for split, path in files.items():
             read = listops_tsv.read_tsv(path)
             fitting = np.flatnonzero(lengths.fits(read.lengths))
             if not len(fitting):
@@ -232,12 +200,10 @@ def load_listops(settings: DataSettings) -> TaskData:
                     f"{path} has no expression of more than {lengths.min_length} and less than "
                     f"{lengths.max_length} tokens; change --min-length and --max-length, or --data-dir"
                 )
-            splits[name] = read.take(_subset(read, fitting, size, settings.data_seed, name))
+            splits[split] = read.take(_subset(read, fitting, split, settings))
     else:
         source = {"source": "listops.py"}
-        splits = listops.generate_splits(
-            lengths, settings.sizes(LISTOPS_SIZES), settings.data_seed, show_progress=True
-        )
+        splits = listops.generate_splits(lengths, settings.sizes(LISTOPS_SIZES), settings.data_seed)
     identical = count_identical(splits)
     for which, count in identical.items():
         if count:
@@ -249,10 +215,9 @@ def load_listops(settings: DataSettings) -> TaskData:
         "longer_than": lengths.min_length,
         "shorter_than": lengths.max_length,
     }
-    digits = tuple("0123456789")
     ours = f"ListOps, {lengths.min_length + 1} to {lengths.max_length - 1} tokens"
     title = "ListOps (LRA)" if lengths == defaults else ours
-    return _task("listops", title, digits, splits, ListOpsTokenizer(), settings, about)
+    return _task("listops", title, tuple("0123456789"), splits, listops.SYMBOLS, settings, about)
 
 
 def _listops_files(folder: Path) -> dict[str, Path] | None:
@@ -272,15 +237,13 @@ def load_pathfinder(settings: DataSettings) -> TaskData:
     sizes = settings.sizes(PATHFINDER_SIZES)
     splits = pathfinder.cached_splits(settings.cache_folder, sizes, settings.data_seed)
     about = {"source": "pathfinder.py", "sha256": _sha256(*splits.values()), "tokenizer": "grey pixels"}
-    return _image_task(
-        "pathfinder", "Pathfinder, 32 x 32 pixels", pathfinder.CLASS_NAMES, splits, settings, about
-    )
+    title, names = "Pathfinder, 32 x 32 pixels", pathfinder.CLASS_NAMES
+    return _task("pathfinder", title, names, _encoded(splits), PIXEL_SYMBOLS, settings, about)
 
 
 def load_image(settings: DataSettings) -> TaskData:
     """CIFAR-10 in grey. Raises DataUnavailableError where it cannot be had."""
-    folder = given_path(settings.data_dir, "--data-dir") if settings.data_dir else None
-    images = cifar_images.load_images(folder, settings.cache_folder)
+    images = cifar_images.load_images(settings.data_folder, settings.cache_folder)
     validation = _validation(images.train, settings)
     rest = np.setdiff1d(np.arange(len(images.train)), validation)
     examples = concatenate([images.train, images.test])
@@ -292,22 +255,8 @@ def load_image(settings: DataSettings) -> TaskData:
         "tokenizer": "grey pixels",
         "identical": count_identical(splits),
     }
-    title = "CIFAR-10 in grey (LRA Image)"
-    return _image_task("image", title, cifar_images.CLASS_NAMES, splits, settings, about)
-
-
-def _image_task(
-    name: str,
-    title: str,
-    class_names: tuple[str, ...],
-    splits: dict[str, TokenDataset],
-    settings: DataSettings,
-    about: dict[str, Any],
-) -> TaskData:
-    """A task of grey values, which get their token ids."""
-    tokenizer = PixelTokenizer()
-    coded = {split: replace(part, tokens=tokenizer.encode(part.tokens)) for split, part in splits.items()}
-    return _task(name, title, class_names, coded, tokenizer, settings, about)
+    title, names = "CIFAR-10 in grey (LRA Image)", cifar_images.CLASS_NAMES
+    return _task("image", title, names, _encoded(splits), PIXEL_SYMBOLS, settings, about)
 
 
 def _sha256(*splits: TokenDataset) -> str:
@@ -324,14 +273,14 @@ def _task(
     title: str,
     class_names: tuple[str, ...],
     splits: dict[str, TokenDataset],
-    tokenizer: ByteTokenizer | WordTokenizer | ListOpsTokenizer | PixelTokenizer,
+    symbols: tuple[str, ...],
     settings: DataSettings,
     about: dict[str, Any],
 ) -> TaskData:
     provenance = {
         "task": name,
         **about,
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": len(symbols),
         "data_seed": settings.data_seed,
         "sizes": {split: len(part) for split, part in splits.items()},
         "lengths": {
@@ -346,13 +295,13 @@ def _task(
     return TaskData(
         name=name,
         title=title,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=len(symbols),
         num_classes=len(class_names),
         class_names=class_names,
         train=splits["train"],
         val=splits["val"],
         test=splits["test"],
-        symbols=tokenizer.symbol,
+        symbols=symbols.__getitem__,
         provenance=provenance,
     )
 
@@ -412,14 +361,12 @@ def write_listops(arguments: argparse.Namespace) -> int:
         least = 0 if name == "seed" else 1
         if value < least:
             raise InputError(f"--{name} must be at least {least}, got {value}")
-    names = [field.name for field in dataclasses.fields(listops.ListOpsSettings)]
-    settings = listops.ListOpsSettings(**{name: getattr(arguments, name) for name in names})
+    settings = listops.ListOpsSettings(**given_settings(arguments, listops.ListOpsSettings))
     listops_tsv.check_writable(arguments.output_dir)
-    splits = listops.generate_splits(settings, sizes, arguments.seed, show_progress=True)
-    for path, split in zip(
-        listops_tsv.write_files(arguments.output_dir, splits), splits.values(), strict=True
-    ):
-        print(f"{path}: {len(split)} expressions")
+    splits = listops.generate_splits(settings, sizes, arguments.seed)
+    paths = listops_tsv.write_files(arguments.output_dir, splits)
+    for path, size in zip(paths, sizes.values(), strict=True):
+        print(f"{path}: {size} expressions")
     return EXIT_DONE
 
 

@@ -48,24 +48,45 @@ def holds_data(folder: Path) -> bool:
     return any(True for name in NAMES for _ in folder.glob(name))
 
 
+def find_given(
+    data_dir: Path | None, archive: Archive, find: Callable[[Path], Path | None], what: str
+) -> Path | None:
+    """What `find` finds in --data-dir; None where none is given, or one for another task, which is said.
+
+    what: as the user would call it. Raises InputError for a folder that is not there or holds no data."""
+    if data_dir is None:
+        return None
+    if not data_dir.exists():
+        raise InputError(f"--data-dir {data_dir} does not exist; give the folder that holds {archive.name}")
+    source = find(data_dir)
+    if source is None:
+        lacks = f"--data-dir {data_dir} holds no {what}"
+        if not holds_data(data_dir):
+            raise InputError(f"{lacks}; give the folder that does, or leave it out to have it downloaded")
+        print(f"{lacks}: it is taken from the cache, or downloaded", file=sys.stderr)
+    return source
+
+
 def sha256_of_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download_archive(archive: Archive, folder: Path, *, looked_in: Path | None = None) -> Path:
-    """The official archive in `folder`, downloaded and verified.
+    """The official archive in `folder`, downloaded and verified where it is not there yet.
 
     looked_in: where else it was looked for. Raises DataUnavailableError where it cannot be had; what arrived
     till then is removed."""
-    is_new = not folder.exists()
+    path, is_new = folder / archive.name, not folder.exists()
+    if path.is_file():
+        return path
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)  # torch's download has no limit of its own, and may wait for ever
     try:
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(
             archive.url,
-            str(folder / archive.name),
+            str(path),
             hash_prefix=archive.sha256,
             progress=sys.stderr is not None and sys.stderr.isatty(),
         )
@@ -80,7 +101,7 @@ def download_archive(archive: Archive, folder: Path, *, looked_in: Path | None =
         ) from error
     finally:
         socket.setdefaulttimeout(before)
-    return folder / archive.name
+    return path
 
 
 def read_members(
@@ -94,9 +115,9 @@ def read_members(
         with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as archive:
             files = tqdm(archive, desc=path.name, unit=" files", disable=None, leave=False)
             for number, member in enumerate(files, 1):
-                _check_member(path, top, number, member)
-                archive.members = []  # type: ignore[attr-defined] # else all of them are kept
                 place = PurePosixPath(member.name)
+                _check_member(path, top, number, member, place)
+                archive.members = []  # type: ignore[attr-defined] # else all of them are kept
                 if not member.isreg() or not is_wanted(place):
                     continue
                 content = archive.extractfile(member)
@@ -112,14 +133,14 @@ def read_members(
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _check_member(path: Path, top: str, number: int, member: tarfile.TarInfo) -> None:
+def _check_member(path: Path, top: str, number: int, member: tarfile.TarInfo, place: PurePosixPath) -> None:
     """InputError for a member that is not harmless, and for a senseless amount: what is passed over costs
     time too."""
     if number > MOST_MEMBERS:
         raise InputError(f"{path} has more than {MOST_MEMBERS:,} members: refused")
     if member.offset_data + member.size > LARGEST_UNPACKED:
         raise InputError(f"{path} unpacks to more than {LARGEST_UNPACKED:,} bytes: refused")
-    parts = PurePosixPath(member.name).parts
+    parts = place.parts
     inside = not parts or (parts[0] == top and ".." not in parts)  # no parts: the folder "./" itself
     if not inside or not (member.isreg() or member.isdir()):
         kind = "a link or a device" if inside else f"a path outside {top}/"

@@ -40,19 +40,15 @@ def read_cached(folder: Path, name: str) -> Arrays | None:
         return None
 
 
-def write_cached(folder: Path, name: str, arrays: Arrays) -> None:
-    """Write an entry; where that fails, say so on stderr and go on."""
+def cached_arrays(folder: Path, name: str, make: Callable[[], Arrays]) -> Arrays:
+    """The arrays of an entry; made where it is not there yet."""
+    kept = read_cached(folder, name)
+    if kept is not None:
+        return kept
+    arrays = make()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / f"{name}.npz", lambda file: np.savez(file, allow_pickle=False, **arrays))
     except OSError as error:
         print(f"the cache {folder} cannot be written ({error.strerror}): going on without", file=sys.stderr)
-
-
-def cached_arrays(folder: Path, name: str, make: Callable[[], Arrays]) -> Arrays:
-    """The arrays of an entry; `make` is called where it is not there yet."""
-    arrays = read_cached(folder, name)
-    if arrays is None:
-        arrays = make()
-        write_cached(folder, name, arrays)
     return arrays

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from command_line import InputError
-from tasks.drawn_tasks import SPLITS, Draw, Ids, Recipe, drawn_task
+from tasks.drawn_tasks import SPLITS, Draw, Ids, drawn_task
 from tasks.random_draws import RandomDraws
 from tasks.task_data import DataSettings, TaskData, TaskForm
-from tasks.text_tokenizers import ByteTokenizer
+from tasks.text_tokenizers import BYTE_SYMBOLS, encode_bytes
 
 WINDOW = 128  # bytes
 LONGER = (2, 16)  # times a window
@@ -37,19 +37,19 @@ def bytes_task(texts: dict[str, list[bytes]], settings: DataSettings, about: dic
     length, shortest = settings.max_length or WINDOW, min(sizes.values())
     if length >= shortest:
         raise InputError(f"bytes: --max-length must be below a split's {shortest:,} bytes, got {length}")
-    tokenizer = ByteTokenizer()
-    symbols = tuple(map(tokenizer.symbol, range(tokenizer.vocab_size)))
-    recipe = Recipe(
+    return drawn_task(
+        settings,
         name="bytes",
+        title=f"Next byte of IMDb, windows of {length}",
         form=TaskForm("token", causal=True, metric="bits_per_byte"),
-        draw={split: _windows_of(stream) for split, stream in streams.items()},
-        symbols=symbols,
-        class_names=symbols[1:],
+        draw=lambda split: _windows_of(streams[split]),
+        symbols=BYTE_SYMBOLS,
+        class_names=BYTE_SYMBOLS[1:],
         sizes=SIZES,
+        length=length,
+        longer=tuple(times * length for times in LONGER if times * length < shortest),
+        about={**about, "tokenizer": "byte", "bytes": sizes},
     )
-    longer = tuple(times * length for times in LONGER if times * length < shortest)
-    about = {**about, "tokenizer": "byte", "bytes": sizes}
-    return drawn_task(recipe, f"Next byte of IMDb, windows of {length}", length, longer, settings, about)
 
 
 def _windows_of(stream: NDArray[np.uint8]) -> Draw:
@@ -58,6 +58,6 @@ def _windows_of(stream: NDArray[np.uint8]) -> Draw:
     def draw(draws: RandomDraws, count: int, length: int) -> tuple[Ids, Ids]:
         starts = draws.below(len(stream) - length, count)
         windows = stream[starts[:, None] + np.arange(length + 1)]
-        return ByteTokenizer().encode_bytes(windows[:, :-1]), windows[:, 1:].astype(np.int64)
+        return encode_bytes(windows[:, :-1]), windows[:, 1:].astype(np.int64)
 
     return draw

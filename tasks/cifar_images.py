@@ -12,7 +12,6 @@ An example of a file is a byte of its label, then 1,024 bytes each of red, green
 Grey is the luma of ITU-R BT.601, as in PIL's "L": (19595 R + 38470 G + 7471 B) / 65536, rounded.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from command_line import InputError
-from tasks.archives import Archive, download_archive, holds_data, read_members, sha256_of_file
+from tasks.archives import Archive, download_archive, find_given, read_members, sha256_of_file
 from tasks.array_cache import Arrays, cached_arrays, read_cached
 from tasks.token_dataset import TokenDataset, offsets_of
 
@@ -61,31 +60,22 @@ def find_source(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def load_images(data_dir: Path | None, cache_dir: Path, examples_per_file: int = EXAMPLES_PER_FILE) -> Images:
+def load_images(data_dir: Path | None, cache_dir: Path) -> Images:
     """The pictures from `data_dir`, else from the cache, else from the network.
 
     Raises InputError where `data_dir` does not exist or what is found cannot be used, and its subclass
     DataUnavailableError where nothing is found and the download fails."""
-    if data_dir is not None and not data_dir.exists():
-        raise InputError(f"--data-dir {data_dir} does not exist; give the folder that holds {OFFICIAL.name}")
-    source = find_source(data_dir) if data_dir else None
+    source = find_given(data_dir, OFFICIAL, find_source, OFFICIAL.name)
     if source is None:
-        if data_dir is not None:
-            lacks = f"--data-dir {data_dir} holds no {OFFICIAL.name}"
-            if not holds_data(data_dir):
-                raise InputError(f"{lacks}; give the folder that does, or leave it out to have it downloaded")
-            print(f"{lacks}: it is taken from the cache, or downloaded", file=sys.stderr)
         kept = read_cached(cache_dir, _entry(OFFICIAL.sha256))
         if kept is not None:
             return _from_arrays(kept, f"cache of {OFFICIAL.name}", OFFICIAL.sha256)
-        source = cache_dir / OFFICIAL.name
-        if not source.is_file():
-            download_archive(OFFICIAL, cache_dir, looked_in=data_dir)
+        source = download_archive(OFFICIAL, cache_dir, looked_in=data_dir)
     try:
         sha256 = sha256_of_file(source)
     except OSError as error:
         raise InputError(f"{source} cannot be read: {error.strerror}") from error
-    arrays = cached_arrays(cache_dir, _entry(sha256), lambda: read_archive(source, examples_per_file))
+    arrays = cached_arrays(cache_dir, _entry(sha256), lambda: read_archive(source))
     return _from_arrays(arrays, source.name, sha256)
 
 
@@ -93,12 +83,12 @@ def _entry(sha256: str) -> str:
     return f"cifar10-{sha256[:32]}-v{CACHE_VERSION}"
 
 
-def read_archive(path: Path, examples_per_file: int = EXAMPLES_PER_FILE) -> Arrays:
+def read_archive(path: Path) -> Arrays:
     """Grey values (examples, 1024) and labels (examples,) of both splits, in the order of the files.
 
     Raises InputError for a file that is missing, comes twice or has another size, and for labels beyond 9."""
     wanted = {name for names in FILES.values() for name in names}
-    size = examples_per_file * EXAMPLE
+    size = EXAMPLES_PER_FILE * EXAMPLE
     found: dict[str, bytes] = {}
 
     def is_wanted(place: PurePosixPath) -> bool:
@@ -121,8 +111,8 @@ def read_archive(path: Path, examples_per_file: int = EXAMPLES_PER_FILE) -> Arra
         if rows[:, 0].max() >= len(CLASS_NAMES):
             example = int(rows[:, 0].argmax())
             raise InputError(
-                f"{path}: {names[example // examples_per_file]} has the label {rows[example, 0]} at its "
-                f"example {example % examples_per_file + 1}; expected 0 to 9; get {OFFICIAL.name} again"
+                f"{path}: {names[example // EXAMPLES_PER_FILE]} has the label {rows[example, 0]} at its "
+                f"example {example % EXAMPLES_PER_FILE + 1}; expected 0 to 9; get {OFFICIAL.name} again"
             )
         arrays[f"{split}_grey"] = luma(rows[:, 1:].reshape(-1, 3, PIXELS))
         arrays[f"{split}_labels"] = rows[:, 0].astype(np.int64)

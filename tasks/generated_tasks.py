@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from command_line import InputError
-from tasks.drawn_tasks import SPLITS, Draw, Ids, Recipe, drawn_task
+from tasks.drawn_tasks import SPLITS, Draw, Ids, drawn_task
 from tasks.random_draws import RandomDraws
 from tasks.task_data import DataSettings, TaskData, TaskForm
 from tasks.token_dataset import IGNORED
@@ -215,14 +215,16 @@ def load_generated(name: str, settings: DataSettings) -> TaskData:
             f"{name}: --max-length must be a multiple of {task.multiple} from {task.least} to {task.most:,}, "
             f"got {length}"
         )
-    recipe = Recipe(
+    return drawn_task(
+        settings,
         name=name,
+        title=task.title.format(length // task.multiple),
         form=task.form,
-        draw=dict.fromkeys(SPLITS, task.draw),
+        draw=lambda split: task.draw,
         symbols=task.symbols,
         class_names=tuple(map(str, range(task.classes))),
         sizes=dict(zip(SPLITS, task.sizes, strict=True)),
+        length=length,
+        longer=tuple(times * length for times in task.longer if times * length <= task.most),
+        about={"source": "tasks/generated_tasks.py", "tokenizer": "ids"},
     )
-    longer = tuple(times * length for times in task.longer if times * length <= task.most)
-    about = {"source": "tasks/generated_tasks.py", "tokenizer": "ids"}
-    return drawn_task(recipe, task.title.format(length // task.multiple), length, longer, settings, about)

@@ -12,20 +12,19 @@ Labels: 0 negative, 1 positive. Some reviews come twice, also in both halves: `s
 """
 
 import hashlib
+import itertools
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from command_line import InputError
-from tasks.archives import Archive, download_archive, holds_data, read_members, sha256_of_file
+from tasks.archives import Archive, download_archive, find_given, read_members, sha256_of_file
 from tasks.array_cache import Arrays, cached_arrays, read_cached
 from tasks.token_dataset import TokenDataset, offsets_of
 
@@ -42,7 +41,10 @@ REVIEWS_PER_FOLDER = 12_500
 LONGEST_REVIEW = 1 << 20  # bytes; the longest of the real ones has 13,704
 CACHE_VERSION = 1
 
-Texts = dict[tuple[str, str], dict[str, bytes]]
+PLACES = tuple(itertools.product(SPLITS, FOLDERS))
+
+Place = tuple[str, str]  # split and sentiment
+Texts = dict[Place, dict[str, bytes]]
 
 
 @dataclass(frozen=True)
@@ -72,23 +74,13 @@ def load_reviews(data_dir: Path | None, cache_dir: Path) -> Reviews:
 
     Raises InputError where `data_dir` does not exist or what is found cannot be used, and its subclass
     DataUnavailableError where nothing is found and the download fails."""
-    if data_dir is not None and not data_dir.exists():
-        raise InputError(f"--data-dir {data_dir} does not exist; give the folder that holds {OFFICIAL.name}")
-    source = find_source(data_dir) if data_dir else None
+    what = f"IMDb ({OFFICIAL.name}, another aclImdb*.tar.gz or {TREE}/)"
+    source = find_given(data_dir, OFFICIAL, find_source, what)
     if source is None:
-        if data_dir is not None:
-            lacks = (
-                f"--data-dir {data_dir} holds no IMDb ({OFFICIAL.name}, another aclImdb*.tar.gz or {TREE}/)"
-            )
-            if not holds_data(data_dir):
-                raise InputError(f"{lacks}; give the folder that does, or leave it out to have it downloaded")
-            print(f"{lacks}: it is taken from the cache, or downloaded", file=sys.stderr)
         kept = read_cached(cache_dir, _entry(OFFICIAL.sha256))
         if kept is not None:
             return _from_arrays(kept, f"cache of {OFFICIAL.name}")
-        source = cache_dir / OFFICIAL.name
-        if not source.is_file():
-            download_archive(OFFICIAL, cache_dir, looked_in=data_dir)
+        source = download_archive(OFFICIAL, cache_dir, looked_in=data_dir)
     return read_source(source, cache_dir)
 
 
@@ -102,7 +94,7 @@ def read_source(source: Path, cache_dir: Path | None) -> Reviews:
 
     def make() -> Arrays:
         texts = read_archive(source) if is_archive else read_tree(source)
-        check_reviews(texts, source, REVIEWS_PER_FOLDER)
+        check_reviews(texts, source)
         return _to_arrays(texts, key if is_archive else _sha256_of_texts(texts))
 
     return _from_arrays(cached_arrays(cache_dir, _entry(key), make) if cache_dir else make(), source.name)
@@ -114,39 +106,36 @@ def _entry(key: str) -> str:
 
 def read_archive(path: Path) -> Texts:
     """The reviews of an archive by (split, sentiment) and file name."""
-    texts: Texts = {(split, sentiment): {} for split in SPLITS for sentiment in FOLDERS}
-    for place, content in read_members(path, TREE, _is_review_of_a_split, LONGEST_REVIEW):
-        _, split, sentiment, name = place.parts
+    texts: Texts = {place: {} for place in PLACES}
+
+    def is_wanted(member: PurePosixPath) -> bool:
+        parts = member.parts
+        return len(parts) == 4 and parts[1:3] in PLACES and _is_review(parts[3])
+
+    for member, content in read_members(path, TREE, is_wanted, LONGEST_REVIEW):
+        _, split, sentiment, name = member.parts
         if name in texts[split, sentiment]:
-            raise InputError(f"{path}: {str(place)!r} comes twice; refused")
+            raise InputError(f"{path}: {str(member)!r} comes twice; refused")
         texts[split, sentiment][name] = content
     return texts
-
-
-def _is_review_of_a_split(place: PurePosixPath) -> bool:
-    parts = place.parts
-    return len(parts) == 4 and parts[1] in SPLITS and parts[2] in FOLDERS and _is_review(parts[3])
 
 
 def _is_review(name: str) -> bool:
     return name.endswith(".txt") and not name.startswith(".")
 
 
-def _files_of_tree(tree: Path) -> Iterator[tuple[tuple[str, str], Path]]:
-    for split in SPLITS:
-        for sentiment in FOLDERS:
-            folder = tree / split / sentiment
-            if folder.is_dir():
-                for path in sorted(folder.iterdir()):
-                    if _is_review(path.name):
-                        yield (split, sentiment), path
+def _files_of_tree(tree: Path) -> Iterator[tuple[Place, Path]]:
+    for split, sentiment in PLACES:
+        folder = tree / split / sentiment
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if _is_review(path.name):
+                yield (split, sentiment), path
 
 
 def read_tree(tree: Path) -> Texts:
     """The reviews of an unpacked tree by (split, sentiment) and file name."""
-    texts: Texts = {(split, sentiment): {} for split in SPLITS for sentiment in FOLDERS}
-    files = tqdm(_files_of_tree(tree), desc=str(tree), unit=" files", disable=None, leave=False)
-    for folder, path in files:
+    texts: Texts = {place: {} for place in PLACES}
+    for place, path in tqdm(_files_of_tree(tree), desc=str(tree), unit=" files", disable=None, leave=False):
         try:
             with path.open("rb") as file:
                 content = file.read(LONGEST_REVIEW + 1)
@@ -154,24 +143,21 @@ def read_tree(tree: Path) -> Texts:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
         if len(content) > LONGEST_REVIEW:
             raise InputError(f"{path} is no review: longer than {LONGEST_REVIEW} bytes")
-        texts[folder][path.name] = content
+        texts[place][path.name] = content
     return texts
 
 
-def check_reviews(texts: Texts, source: Path, per_folder: int) -> None:
-    """InputError where a folder has not `per_folder` reviews or a review is empty."""
+def check_reviews(texts: Texts, source: Path) -> None:
+    """InputError where a folder has more or fewer reviews than it should, or a review is empty."""
     for (split, sentiment), reviews in texts.items():
-        if len(reviews) != per_folder:
-            raise InputError(
-                f"{source}: {TREE}/{split}/{sentiment} has {len(reviews)} reviews instead of {per_folder}; "
-                f"get {OFFICIAL.name} again"
-            )
+        folder = f"{TREE}/{split}/{sentiment}"
+        if len(reviews) != REVIEWS_PER_FOLDER:
+            wrong = f"{folder} has {len(reviews)} reviews instead of {REVIEWS_PER_FOLDER}"
+            raise InputError(f"{source}: {wrong}; get {OFFICIAL.name} again")
         for name in sorted(reviews):
             if not reviews[name].strip():
-                raise InputError(
-                    f"{source}: the review {TREE}/{split}/{sentiment}/{name} is empty; "
-                    f"get {OFFICIAL.name} again"
-                )
+                wrong = f"the review {folder}/{name} is empty"
+                raise InputError(f"{source}: {wrong}; get {OFFICIAL.name} again")
 
 
 def _sha256_of_texts(texts: Texts) -> str:
@@ -193,7 +179,8 @@ def _state_of_tree(tree: Path) -> str:
 
 
 def _to_arrays(texts: Texts, sha256: str) -> Arrays:
-    arrays: Arrays = {"about": _json_array({"sha256": sha256, "official": sha256 == OFFICIAL.sha256})}
+    about = json.dumps({"sha256": sha256, "official": sha256 == OFFICIAL.sha256})
+    arrays: Arrays = {"about": np.frombuffer(about.encode(), np.uint8)}
     for split in SPLITS:
         reviews = [texts[split, sentiment] for sentiment in FOLDERS]
         contents = [part[name] for part in reviews for name in sorted(part)]
@@ -201,10 +188,6 @@ def _to_arrays(texts: Texts, sha256: str) -> Arrays:
         arrays[f"{split}_offsets"] = offsets_of([len(content) for content in contents])
         arrays[f"{split}_labels"] = np.repeat(np.arange(2), [len(part) for part in reviews])
     return arrays
-
-
-def _json_array(value: dict[str, Any]) -> NDArray[np.uint8]:
-    return np.frombuffer(json.dumps(value, allow_nan=False).encode(), np.uint8)
 
 
 def _from_arrays(arrays: Arrays, source: str) -> Reviews:

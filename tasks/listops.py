@@ -20,7 +20,6 @@ validation, then training, each from its own stream: another --train leaves the 
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +34,6 @@ from tasks.token_dataset import TokenDataset, concatenate, offsets_of
 SYMBOLS = ("<pad>", "<unk>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
 UNK_ID, DIGIT_0, FIRST_OPERATOR, CLOSE = 1, 2, 12, 16
 MIN, MAX, MED, SM = range(4)
-NUM_CLASSES = 10
 
 OPERATOR_BYTES = 64  # a byte below this makes an operator: 64 / 256 = LRA's 0.25
 TREES_AT_ONCE = 8192
@@ -94,21 +92,14 @@ class Level:
     arity: Array
 
 
-def generate_splits(
-    settings: ListOpsSettings, sizes: dict[str, int], seed: int, show_progress: bool = False
-) -> dict[str, TokenDataset]:
+def generate_splits(settings: ListOpsSettings, sizes: dict[str, int], seed: int) -> dict[str, TokenDataset]:
     """Labelled expressions for "train", "val" and "test", as many as `sizes` says, none of them twice.
 
     Tokens are uint8 ids into SYMBOLS. Raises InputError where hardly any tree fits the settings."""
     seen: set[bytes] = set()
     made = {}
     progress: tqdm[Any]
-    with tqdm(
-        total=sum(sizes.values()),
-        desc="ListOps",
-        unit=" expressions",
-        disable=None if show_progress else True,
-    ) as progress:
+    with tqdm(total=sum(sizes.values()), desc="ListOps", unit=" expressions", disable=None) as progress:
         for name in ("test", "val", "train"):
             made[name] = _generate(settings, sizes[name], RandomDraws(seed, "listops", name), seen, progress)
     return {name: made[name] for name in ("train", "val", "test")}
@@ -233,14 +224,14 @@ def apply_operators(
     """(operators,) the value of each operator of its arguments, which lie one after the other."""
     starts = offsets_of(arity)[:-1]
     value = np.empty(len(operators), np.uint8)
-    reductions: list[tuple[int, Callable[[], NDArray[np.integer]]]] = [
-        (MIN, lambda: np.minimum.reduceat(arguments, starts)),
-        (MAX, lambda: np.maximum.reduceat(arguments, starts)),
-        (SM, lambda: np.add.reduceat(arguments, starts, dtype=np.int64) % 10),
-    ]
-    for operator, reduce in reductions:
+    reduced: dict[int, NDArray[np.integer]] = {
+        MIN: np.minimum.reduceat(arguments, starts),
+        MAX: np.maximum.reduceat(arguments, starts),
+        SM: np.add.reduceat(arguments, starts, dtype=np.int64) % 10,
+    }
+    for operator, values in reduced.items():
         chosen = operators == operator
-        value[chosen] = reduce()[chosen]
+        value[chosen] = values[chosen]
     median = np.flatnonzero(operators == MED)
     value[median] = _medians(arguments, starts[median], arity[median])
     return value

@@ -48,10 +48,17 @@ class DataSettings:
     def __post_init__(self) -> None:
         check_settings(self)
 
+    @property
+    def given_sizes(self) -> dict[str, int | None]:
+        return {"train": self.train_size, "val": self.val_size, "test": self.test_size}
+
     def sizes(self, default: dict[str, int]) -> dict[str, int]:
         """The size of each split, as given or else by default."""
-        given = {"train": self.train_size, "val": self.val_size, "test": self.test_size}
-        return {name: default[name] if size is None else size for name, size in given.items()}
+        return {name: default[name] if size is None else size for name, size in self.given_sizes.items()}
+
+    @property
+    def data_folder(self) -> Path | None:
+        return given_path(self.data_dir, "--data-dir") if self.data_dir else None
 
     @property
     def cache_folder(self) -> Path:

@@ -1,62 +1,42 @@
-"""Tokenizers: bytes and words of texts, symbols of ListOps expressions, pixels. Pad is id 0 everywhere.
+"""Token ids of bytes and words, and the printable form of each id. Pad is id 0 everywhere.
 
-    ByteTokenizer().encode("a<br />")            # each byte of the UTF-8 text plus 1; 257 ids
-    WordTokenizer(("the", "film")).encode(...)   # lower-cased words; pad 0, unknown 1, the words from 2
-    ListOpsTokenizer().encode("[MAX 2 9 ]")      # 15 symbols from 2; parentheses are left out
-
-For whole data sets of words, `count_words` reads each text once into ids of a lexicon of all its words; a
-vocabulary of the most frequent words of any part of it, and the ids in it, are then array look-ups.
+encode_bytes(np.frombuffer(b"a<br />", np.uint8))    # each byte plus 1: 257 ids; grey values of pixels too
+counted, lexicon = count_words(texts)                # each text read once, as ids of all words there are
+symbols, table = make_vocabulary(counted.take(training), lexicon, 20_000)
+ids = table[counted.tokens]                          # lower-cased words; pad 0, unknown 1, the words from 2
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from command_line import InputError
-from tasks.listops import SYMBOLS
-from tasks.token_dataset import PAD_ID, TokenDataset, offsets_of
+from tasks.array_cache import Arrays, cached_arrays
+from tasks.token_dataset import TokenDataset, offsets_of
 
 WORD_UNK, FIRST_WORD = 1, 2
 WORD_VERSION = 1  # part of the cache's keys: to be raised when words are told apart differently
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 _MARKUP = re.compile(r"<br\s*/?>", re.IGNORECASE)
 
-Ids = NDArray[Any]
+
+def _symbol_of_byte(byte: int) -> str:
+    if byte == ord(" "):
+        return "␣"
+    return chr(byte) if 32 < byte < 127 else f"\\x{byte:02x}"
 
 
-class ByteTokenizer:
-    """Id = byte + 1 of the UTF-8 text as it is: `decode(encode(text)) == text` for every str."""
+BYTE_SYMBOLS = ("<pad>", *map(_symbol_of_byte, range(256)))
+PIXEL_SYMBOLS = ("<pad>", *map(str, range(256)))
 
-    vocab_size = 257
 
-    def encode(self, text: str) -> Ids:
-        """(L,) uint16."""
-        return self.encode_bytes(np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8))
-
-    def encode_bytes(self, data: NDArray[np.uint8]) -> Ids:
-        return data.astype(np.uint16) + np.uint16(1)
-
-    def decode(self, ids: Ids) -> str:
-        """The text; pads are left out, bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
-        kept = np.asarray(ids)
-        data = (kept[kept != PAD_ID] - 1).astype(np.uint8).tobytes()
-        try:
-            return data.decode("utf-8", "surrogatepass")
-        except UnicodeDecodeError:
-            return data.decode("utf-8", "replace")
-
-    def symbol(self, token: int) -> str:
-        if token == PAD_ID:
-            return "<pad>"
-        if token == ord(" ") + 1:
-            return "␣"
-        byte = token - 1
-        return chr(byte) if 32 < byte < 127 else f"\\x{byte:02x}"
+def encode_bytes(data: NDArray[np.uint8]) -> NDArray[Any]:
+    return data.astype(np.uint16) + np.uint16(1)
 
 
 def split_words(text: str) -> list[str]:
@@ -64,57 +44,17 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(_MARKUP.sub(" ", text).lower())
 
 
-@dataclass(frozen=True)
-class WordTokenizer:
-    """Lower-cased words; `words[i]` has id i + 2."""
+def cached_words(texts: TokenDataset, cache: Path, sha256: str) -> tuple[TokenDataset, tuple[str, ...]]:
+    """`count_words`, which takes some seconds for all of IMDb, kept in the cache. sha256: of the texts."""
 
-    words: tuple[str, ...]
+    def make() -> Arrays:
+        counted, lexicon = count_words(texts)
+        listed = np.frombuffer("\n".join(lexicon).encode(), np.uint8)
+        return {"ids": counted.tokens, "offsets": counted.offsets, "lexicon": listed}
 
-    @property
-    def vocab_size(self) -> int:
-        return FIRST_WORD + len(self.words)
-
-    def encode(self, text: str) -> Ids:
-        """(L,) int32; a text without words is one unknown word."""
-        ids = {word: FIRST_WORD + index for index, word in enumerate(self.words)}
-        found = [ids.get(word, WORD_UNK) for word in split_words(text)]
-        return np.array(found or [WORD_UNK], np.int32)
-
-    def decode(self, ids: Ids) -> str:
-        return " ".join(self.symbol(int(token)) for token in ids if token != PAD_ID)
-
-    def symbol(self, token: int) -> str:
-        return self.words[token - FIRST_WORD] if token >= FIRST_WORD else ("<pad>", "<unk>")[token]
-
-
-class ListOpsTokenizer:
-    """The symbols of ListOps in their fixed order; an unknown one is <unk>."""
-
-    vocab_size = len(SYMBOLS)
-
-    def encode(self, text: str) -> Ids:
-        """(L,) uint8."""
-        ids = {symbol: index for index, symbol in enumerate(SYMBOLS) if index > WORD_UNK}
-        plain = text.replace("(", " ").replace(")", " ")
-        return np.array([ids.get(symbol, WORD_UNK) for symbol in plain.split()], np.uint8)
-
-    def decode(self, ids: Ids) -> str:
-        return " ".join(SYMBOLS[int(token)] for token in ids if token != PAD_ID)
-
-    def symbol(self, token: int) -> str:
-        return SYMBOLS[token]
-
-
-class PixelTokenizer:
-    """Id = grey value 0..255 plus 1."""
-
-    vocab_size = 257
-
-    def encode(self, grey: NDArray[np.uint8]) -> Ids:
-        return grey.astype(np.uint16) + np.uint16(1)
-
-    def symbol(self, token: int) -> str:
-        return "<pad>" if token == PAD_ID else str(token - 1)
+    kept = cached_arrays(cache, f"imdb-words-{sha256[:32]}-v{WORD_VERSION}", make)
+    lexicon = tuple(kept["lexicon"].tobytes().decode().split("\n"))
+    return TokenDataset(kept["ids"], kept["offsets"], texts.labels), lexicon
 
 
 def count_words(texts: TokenDataset) -> tuple[TokenDataset, tuple[str, ...]]:
@@ -140,9 +80,9 @@ def count_words(texts: TokenDataset) -> tuple[TokenDataset, tuple[str, ...]]:
 
 def make_vocabulary(
     train: TokenDataset, lexicon: Sequence[str], size: int
-) -> tuple[WordTokenizer, NDArray[np.int32]]:
-    """The `size` most frequent words of the training texts, ties in alphabetical order, and the table
-    (lexicon,) from ids of the lexicon to ids of the vocabulary."""
+) -> tuple[tuple[str, ...], NDArray[np.int32]]:
+    """Pad, unknown and the `size` most frequent words of the training texts, ties in alphabetical order; and
+    the table (lexicon,) from ids of the lexicon to ids of this vocabulary."""
     if size < 1:
         raise InputError(f"--word-vocabulary must be at least 1, got {size}")
     counts = np.bincount(train.tokens, minlength=len(lexicon))
@@ -151,4 +91,4 @@ def make_vocabulary(
     most_frequent = most_frequent[counts[most_frequent] > 0]
     table = np.full(len(lexicon), WORD_UNK, np.int32)
     table[most_frequent] = np.arange(FIRST_WORD, FIRST_WORD + len(most_frequent), dtype=np.int32)
-    return WordTokenizer(tuple(lexicon[index] for index in most_frequent)), table
+    return ("<pad>", "<unk>", *(lexicon[index] for index in most_frequent)), table

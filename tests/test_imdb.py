@@ -16,8 +16,8 @@ from run_cases import Refused
 from command_line import InputError
 from data_pipeline import DataSettings, load_task, main
 from tasks import cifar_images, imdb
-from tasks.imdb import Reviews, load_reviews, read_source, separate_copies
-from tasks.token_dataset import TokenDataset, offsets_of
+from tasks.imdb import Reviews, load_reviews, separate_copies
+from tasks.token_dataset import TokenDataset, concatenate, offsets_of
 
 FOLDERS = ("train/neg", "train/pos", "test/neg", "test/pos")
 Files = dict[str, bytes]
@@ -25,8 +25,9 @@ Files = dict[str, bytes]
 
 @pytest.fixture(autouse=True)
 def small_and_offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Three reviews a folder, a cache of the test's own, and addresses that nobody answers at."""
+    """Three short reviews a folder, a cache of the test's own, and addresses that nobody answers at."""
     monkeypatch.setattr(imdb, "REVIEWS_PER_FOLDER", 3)
+    monkeypatch.setattr(imdb, "LONGEST_REVIEW", 98)
     for module in (imdb, cifar_images):
         url = f"http://127.0.0.1:9/{module.OFFICIAL.name}"
         monkeypatch.setattr(module, "OFFICIAL", dataclasses.replace(module.OFFICIAL, url=url))
@@ -205,14 +206,8 @@ def test_an_archive_that_is_cut_anywhere_or_has_a_review_twice_is_refused(
     ],
 )
 def test_wrong_counts_and_empty_or_endless_reviews_are_refused_in_archives_and_trees(
-    tmp_path: Path,
-    name: str,
-    content: bytes | None,
-    words: str,
-    refused: Refused,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, name: str, content: bytes | None, words: str, refused: Refused
 ) -> None:
-    monkeypatch.setattr(imdb, "LONGEST_REVIEW", 98)
     files = members() | {f"aclImdb/{name}": content or b""}
     if content is None:
         del files[f"aclImdb/{name}"]
@@ -265,17 +260,19 @@ def test_identical_reviews_stay_on_one_side_of_the_split_and_all_others_as_drawn
     assert drawn.tolist() == [2, 5, 8, 9, 30, 31]
 
 
-def test_the_real_reviews_have_the_known_lengths(
+@pytest.mark.slow
+def test_the_real_reviews_have_the_known_lengths_and_copies(
     real_reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(imdb, "REVIEWS_PER_FOLDER", 12_500)
-    reviews = read_source(real_reviews, tmp_path)
-    known = {"train": (1325.2, 979, 13_704, 0.0291), "test": (1293.9, 963, 12_988, 0.0267)}
+    monkeypatch.setattr(imdb, "LONGEST_REVIEW", 1 << 20)
+    settings = DataSettings(data_dir=str(real_reviews), cache_dir=str(tmp_path), max_length=1 << 20)
+    task = load_task("imdb", settings)
+    training = concatenate([task.train, task.val])
+    known = {training: (1325.2, 979, 13_704, 0.0291), task.test: (1293.9, 963, 12_988, 0.0267)}
     for split, (mean, median, longest, cut) in known.items():
-        lengths = getattr(reviews, split).lengths
-        assert len(lengths) == 25_000 and getattr(reviews, split).labels.sum() == 12_500
-        assert (round(float(lengths.mean()), 1), np.median(lengths), lengths.max()) == (mean, median, longest)
-        assert round(float(np.mean(lengths > 4096)), 4) == cut
-    settings = DataSettings(data_dir=str(real_reviews), cache_dir=str(tmp_path))
-    found = load_task("imdb", settings).provenance["identical"]
+        assert len(split) == 25_000 and split.labels.sum() == 12_500
+        assert round(float(split.lengths.mean()), 1) == mean and np.median(split.lengths) == median
+        assert split.lengths.max() == longest and round(float(np.mean(split.lengths > 4096)), 4) == cut
+    found = task.provenance["identical"]
     assert found["val in train"] == 0 and found["train in test"] + found["val in test"] == 105 + 18

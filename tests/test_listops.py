@@ -1,11 +1,8 @@
 """ListOps: right values, LRA's distribution, the same bytes everywhere, files that can be trusted."""
 
 import hashlib
-from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
-from statistics import median
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -16,39 +13,18 @@ from command_line import InputError
 from data_pipeline import DataSettings, load_task, main
 from tasks import listops
 from tasks.listops import SYMBOLS, ListOpsSettings, generate_splits
-from tasks.listops_tsv import count_arguments, read_tsv
+from tasks.listops_tsv import count_arguments, read_tsv, value_of
 from tasks.token_dataset import TokenDataset
 
 DEFAULT, SHORT = ListOpsSettings(), ListOpsSettings(min_length=10, max_length=80)
 
-# LRA's own generator, 12,000 accepted samples (mean, and standard error or standard deviation of a sample).
+# LRA's own generator, 12,000 accepted samples: means, standard deviation, percentiles and shares in %.
 LRA_SAMPLES, LRA_MEAN_LENGTH, LRA_LENGTH_DEVIATION = 12_000, 1033.1, 393.2
 LRA_PERCENTILES = {1: 508, 5: 536, 10: 575, 25: 699, 50: 952, 75: 1311, 90: 1637, 95: 1793, 99: 1955}
 LRA_LABELS = (17.5, 8.9, 7.9, 7.6, 8.9, 8.7, 7.7, 7.1, 8.7, 17.1)
 LRA_EACH = 73.9, 36.8  # digit, operator
-
-OPERATORS: dict[int, Any] = {  # by token id, of a list of digits
-    12: min,
-    13: max,
-    14: lambda digits: int(median(digits)),
-    15: lambda digits: sum(digits) % 10,
-}
-
-
-def value_of(tokens: Iterable[int]) -> int:
-    """The value of an expression, by a stack over its token ids; nothing of the generator is used."""
-    stack: list[tuple[int, list[int]]] = [(0, [])]  # open operators, each with its arguments so far
-    for token in tokens:
-        if token in OPERATORS:
-            stack.append((token, []))
-            continue
-        value = token - 2
-        if token == 16:
-            operator, arguments = stack.pop()
-            value = OPERATORS[operator](arguments)
-        stack[-1][1].append(value)
-    [(_, [value])] = stack
-    return value
+SAMPLES = 4000  # of ours
+OF_TWO = (1 / LRA_SAMPLES + 1 / SAMPLES) ** 0.5  # the standard error of two samples' difference
 
 
 def text_of(tokens: list[int]) -> str:
@@ -81,27 +57,37 @@ def assert_labels_are_values(dataset: TokenDataset) -> None:
 
 @pytest.fixture(scope="module")
 def sample() -> TokenDataset:
-    return make(DEFAULT, LRA_SAMPLES, seed=3)["train"]
+    return make(DEFAULT, SAMPLES, seed=3)["train"]
 
 
-def test_labels_are_the_values_of_3000_expressions_and_where_operators_have_23_arguments(
-    sample: TokenDataset,
-) -> None:
-    assert_labels_are_values(sample.take(np.arange(3000)))
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        *(("7", 7), ("[MIN 4 2 9 ]", 2), ("[MAX 4 2 9 ]", 9), ("[SM 9 9 5 ]", 3)),
+        *(("[MED 9 2 4 ]", 4), ("[MED 9 2 5 0 ]", 3), ("[MED 3 ]", 3)),  # the floor of 3.5
+        ("[SM 1 [MAX 2 [MIN 9 3 ] ] [MED 5 5 ] 6 ]", 5),
+    ],
+)
+def test_the_value_of_an_expression(expression: str, value: int) -> None:
+    assert value_of(bytes(map(SYMBOLS.index, expression.split()))) == value
+
+
+def test_labels_are_the_values_also_where_operators_have_23_arguments(sample: TokenDataset) -> None:
+    assert_labels_are_values(sample.take(np.arange(1000)))
     wide = make(ListOpsSettings(min_length=20, max_length=400, max_depth=4, max_args=23), 340)["train"]
     assert count_arguments(wide.tokens).max() == 23
     assert_labels_are_values(wide)
 
 
 def errors(shares: np.ndarray) -> np.ndarray:
-    """Three standard errors of the difference of a share in two samples of LRA_SAMPLES."""
-    return 3 * np.sqrt(2 * shares * (1 - shares) / LRA_SAMPLES)
+    """Three standard errors of the difference of a share in two samples."""
+    return 3 * OF_TWO * np.sqrt(shares * (1 - shares))
 
 
 def test_lengths_are_distributed_as_in_lra(sample: TokenDataset) -> None:
     lengths = sample.lengths
     assert lengths.min() > 500 and lengths.max() < 2000
-    error = LRA_LENGTH_DEVIATION * (2 / LRA_SAMPLES) ** 0.5  # of two samples' difference
+    error = LRA_LENGTH_DEVIATION * OF_TWO
     assert abs(lengths.mean() - LRA_MEAN_LENGTH) < 3 * error
     assert abs(lengths.std() - LRA_LENGTH_DEVIATION) < 3 * error / 2**0.5
     shares, expected = np.array(list(LRA_PERCENTILES)) / 100, np.array(list(LRA_PERCENTILES.values()))
@@ -118,7 +104,7 @@ def test_labels_operators_and_digits_are_distributed_as_in_lra_roots_evenly_over
     owner = np.repeat(np.arange(len(sample)), sample.lengths)
     for token in range(2, 16):
         counts = np.bincount(owner[sample.tokens == token], minlength=len(sample))
-        mean, error = LRA_EACH[token >= 12], counts.std() * (2 / LRA_SAMPLES) ** 0.5
+        mean, error = LRA_EACH[token >= 12], counts.std() * OF_TWO
         assert abs(counts.mean() - mean) < 3 * error + 0.05, SYMBOLS[token]
     roots = np.bincount(sample.tokens[sample.offsets[:-1]], minlength=17)[12:16] / len(sample)
     assert (np.abs(roots - 0.25) < 3 * (0.25 * 0.75 / len(sample)) ** 0.5).all()
@@ -181,6 +167,7 @@ BAD_LINES = [
     (b"( ( ( [MAX 2 ) 9 ) ] ) \xff\t9", "not UTF-8"),
     (b"( ( ( [MAX 2 ) 9 ) ]\t9", "parentheses"),
     (b"( ( ( [MAX 2 ) 9 ) )\t9", "brackets"),
+    (b"( ( [MAX 2 ) )\t2", "brackets"),
     (b"( [MAX ] )\t9", "brackets do not match, or an operator has no argument"),
     (b"( ( ( [MAX 2 ) 9 ) ] ) 4\t9", "brackets"),
     (b"\t9", "brackets"),

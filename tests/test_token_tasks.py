@@ -23,15 +23,13 @@ from training.training_progress import Progress
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def make_hold(length: int = 12) -> TaskData:
-    return load_task("hold", DataSettings(max_length=length, train_size=19, val_size=5, test_size=16))
+def make_hold() -> TaskData:
+    return load_task("hold", DataSettings(max_length=12, train_size=19, val_size=5, test_size=16))
 
 
-def trainer_of(
-    task: TaskData, training: TrainingSettings = TRAINING, attention: Any = CONVENTIONAL
-) -> Trainer:
+def trainer_of(task: TaskData, training: TrainingSettings = TRAINING) -> Trainer:
     settings = replace(SETTINGS, dropout=0.0)
-    model = TransformerClassifier(attention, task.vocab_size, task.num_classes, settings, form=task.form)
+    model = TransformerClassifier(CONVENTIONAL, task.vocab_size, task.num_classes, settings, form=task.form)
     return Trainer(model, task, training, 0, CPU, Progress())
 
 
@@ -70,51 +68,42 @@ def test_a_batch_in_which_nothing_is_asked_for_changes_no_weight() -> None:
     assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("losses", "best", "epochs"), [([3.0, 2.0, 2.0, 2.5], 2, 4), ([2.0, 2.1, 2.2, 1.0], 1, 3)]
-)
-def test_bits_per_byte_select_the_epoch_of_the_lowest_loss_and_are_what_patience_waits_for(
-    losses: list[float], best: int, epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_bits_per_byte_select_the_epoch_of_the_lowest_loss_whose_weights_are_tested_at_16_times_the_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Trainer.validate
 
     def validate(trainer: Trainer, epoch: int) -> dict[str, Any]:  # accuracies say the contrary
-        loss = losses[epoch - 1]
+        loss = (3.0, 2.0, 2.0, 2.5, 1.0)[epoch - 1]
         return original(trainer, epoch) | {"val_loss": loss, "val_accuracy": loss / 5}
 
     monkeypatch.setattr(Trainer, "validate", validate)
-    training = replace(TRAINING, max_epochs=4, patience=2)
-    assert run_tiny(tmp_path, training=training, task=make_bytes()) == ("done", "")
+    task, training = make_bytes(), replace(TRAINING, max_epochs=5, patience=2)
+    assert run_tiny(tmp_path, training=training, task=task) == ("done", "")
     result = json.loads((tmp_path / "result.json").read_text())
-    assert (result["best_epoch"], result["epochs_run"], result["metric"]) == (best, epochs, "bits_per_byte")
-    assert result["stopped_early"] == (epochs < 4)
-    assert torch.load(tmp_path / "checkpoint_best.pt", weights_only=True)["epoch"] == best
-
-
-def test_a_cell_is_tested_at_16_times_its_length_with_the_weights_of_its_best_epoch(tmp_path: Path) -> None:
-    task, attention = make_hold(32), attention_of("multi_timescale")
-    training = replace(TRAINING, max_epochs=2)
-    assert run_tiny(tmp_path, attention, training, task=task) == ("done", "")
-    tests = json.loads((tmp_path / "result.json").read_text())
-    found = tests["test_by_length"]
-    assert list(found) == ["32", "128", "512"] and found["32"]["accuracy"] == tests["test_accuracy_best"]
-    trainer = trainer_of(task, training, attention)
+    assert (result["best_epoch"], result["epochs_run"], result["metric"]) == (2, 4, "bits_per_byte")
+    assert result["stopped_early"]
     saved = torch.load(tmp_path / "checkpoint_best.pt", weights_only=True)
+    assert saved["epoch"] == 2
+    found = result["test_by_length"]
+    assert list(found) == ["20", "40", "320"] and found["20"]["accuracy"] == result["test_accuracy_best"]
+    trainer = trainer_of(task, training)
     trainer.model.load_state_dict(saved["model"])
-    expected = trainer.evaluate(trainer.model, task.longer_tests["512"])
-    assert found["512"] == {"loss": expected.loss, "accuracy": expected.accuracy}
+    expected = trainer.evaluate(trainer.model, task.longer_tests["320"])
+    assert found["320"] == {"loss": expected.loss, "accuracy": expected.accuracy}
 
 
 def test_a_stopped_cell_of_a_token_task_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    attention = attention_of("adaptive")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run_tiny(whole, attention, task=make_bytes()) == ("done", "")
-    for number in (9, 16):  # checks: of an epoch there are 7, so in the second, and in the tests at the end
-        check = Mock(side_effect=[None] * (number - 1) + [StoppedError("enough")])
+    arguments = attention_of("adaptive"), replace(TRAINING, max_epochs=2)
+    assert run_tiny(whole, *arguments, task=make_bytes()) == ("done", "")
+    for epochs_done in (1, 2):  # of 7 checks each: stopped in the second epoch, then in the tests at the end
+        check = Mock(side_effect=[None] * 8 + [StoppedError("enough")])
         with pytest.raises(StoppedError):
-            run_tiny(stopped, attention, task=make_bytes(), check=check)
-    assert run_tiny(stopped, attention, task=make_bytes()) == ("done", "")
-    assert len(metrics_of(stopped)) == 3 and outcome(stopped) == outcome(whole)
+            run_tiny(stopped, *arguments, task=make_bytes(), check=check)
+        assert len(metrics_of(stopped)) == epochs_done
+    assert run_tiny(stopped, *arguments, task=make_bytes()) == ("done", "")
+    assert outcome(stopped) == outcome(whole)
 
 
 def split_of(label: int, form: str) -> TokenDataset:

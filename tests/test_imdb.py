@@ -260,7 +260,6 @@ def test_identical_reviews_stay_on_one_side_of_the_split_and_all_others_as_drawn
     assert drawn.tolist() == [2, 5, 8, 9, 30, 31]
 
 
-@pytest.mark.slow
 def test_the_real_reviews_have_the_known_lengths_and_copies(
     real_reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

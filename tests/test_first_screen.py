@@ -133,7 +133,7 @@ def test_a_task_is_said_to_be_one_that_no_model_can_do_where_guessing_is_known(t
     for _, path in results_of(root):
         rewrite(path, **{ACCURACY: 0.17})
     assert "; no model is told apart from guessing)" in seen(root)[2][0]
-    rewrite(root / "config.json", task_info={})
+    put(root / "config.json", "task_info listops majority", None)
     assert seen(root)[2] == ["listops (points of accuracy)"]
 
 

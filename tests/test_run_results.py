@@ -111,6 +111,9 @@ def test_a_cell_is_taken_from_the_folder_that_finished_it_and_never_twice(tmp_pa
 
 
 def test_further_tasks_and_models_are_an_addition(one: Path, tmp_path: Path) -> None:
-    joined = read_joined([one, folder(tmp_path / "two", (0,), tasks=("imdb",), models=("multi_timescale",))])
+    more: dict[str, Any] = {"tasks": ("imdb",), "models": ("multi_timescale",)}
+    two = folder(tmp_path / "two", (0,), **more, unavailable={"listops": "offline", "image": "offline"})
+    joined = read_joined([one, two])
+    assert joined.results.config["unavailable"] == {"image": "offline"}
     assert set(joined.results.config["task_info"]) == {"listops", "imdb"}
     assert [record.cell.task for record in joined.results.cells] == ["listops", "listops", "imdb"]

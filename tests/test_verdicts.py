@@ -58,7 +58,7 @@ def test_at_another_length_the_tests_of_that_length_are_compared_and_without_a_p
 
 def test_the_family_of_a_correction_is_one_task() -> None:
     up = [value + 0.004 + one for value, one in zip(BASE, NOISE, strict=True)]
-    models = {"conventional": BASE, "a": up, "b": BASE[:1]}
+    models = {"conventional": BASE, "a": up, "b": BASE[:2]}
     one = compare(tidy(models))
     two = compare(pd.concat([tidy(models), tidy(models | {"c": BASE}, task="u")]))
     assert one[0].p_holm == one[0].p_t == two[0].p_holm  # b has too few seeds to be tested

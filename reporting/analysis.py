@@ -120,14 +120,18 @@ class Analysis:
     def sharing(self, task: str) -> str:
         """What must be said of the task's times and memory; "" where each cell had its device, or a core of
         its own as all others had."""
-        done = [record for record in done_cells(self.results) if record.cell.task == task]
-        most = max(map(most_on_a_device, done), default=1)
+        most = max(self.on_a_device(task), default=1)
         return f"times and memory: {most} cells on a device" if most > 1 and not self.one_core_a_cell else ""
+
+    def on_a_device(self, task: str | None = None) -> list[int]:
+        """How many cells were on the device of each finished cell at a time, itself included."""
+        done = done_cells(self.results)
+        return [most_on_a_device(record) for record in done if task in (None, record.cell.task)]
 
     @property
     def one_core_a_cell(self) -> bool:
         """Whether the cells ran side by side on a CPU, as many as it has cores at most, a thread each."""
-        sharing = {most_on_a_device(record) for record in done_cells(self.results)}
+        sharing = set(self.on_a_device())
         environments = [source.environment for source in self.joined.sources]
         alone = all(one.get("threads") == 1 and one.get("device") == "cpu" for one in environments)
         cores = [one.get("cores") for one in environments]

@@ -31,9 +31,7 @@ from reporting.run_results import (
     TaskFacts,
     as_object,
     default_baseline,
-    done_cells,
     folder_name,
-    most_on_a_device,
     unavailable_tasks,
 )
 from reporting.summary_tables import difference_tables, run_tables, task_tables
@@ -159,13 +157,13 @@ def _notices(analysis: Analysis) -> list[tuple[str, str]]:
     if len({_device(source) for source in analysis.joined.sources}) > 1:
         text = "Times and memory of different machines are in one mean; ratios are taken within a seed."
         notices.append(("Several machines.", text))
-    on_a_device = [most_on_a_device(record) for record in done_cells(analysis.results)]
-    shared = [most for most in on_a_device if most > 1]
+    most = analysis.on_a_device()
+    shared = [one for one in most if one > 1]
     if shared and not analysis.one_core_a_cell:
         text = (
-            f"{len(shared)} of {len(on_a_device)} cells were trained with others on the same device, up to "
-            f"{max(shared)} at once. Their times are longer than those of a cell that is alone, and "
-            "the memory is that of each process by itself: compare costs with care."
+            f"{len(shared)} of {len(most)} cells were trained with others on the same device, up to "
+            f"{max(shared)} at once. Their times are longer than those of a cell that is alone, "
+            "and the memory is that of each process by itself: compare costs with care."
         )
         notices.append(("Shared devices.", text))
     cells, lost = analysis.results.cells, analysis.unfinished()
@@ -225,7 +223,7 @@ def _facts(analysis: Analysis) -> list[tuple[str, str]]:
 
 
 def _side_by_side(analysis: Analysis) -> str:
-    most = max(map(most_on_a_device, done_cells(analysis.results)), default=1)
+    most = max(analysis.on_a_device(), default=1)
     if most > 1 and analysis.one_core_a_cell:
         return f"{most} cells at a time, each with one core of its own"
     return f"up to {most} cells on a device" if most > 1 else "one cell at a time on a device"

@@ -9,8 +9,8 @@ run says nothing of any model.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from reporting.analysis import SMOKE, Analysis
 from reporting.report_findings import guessing
@@ -38,26 +38,13 @@ class Entry(NamedTuple):
         return f"{self.verdict}: {self.numbers}" if self.numbers else self.verdict
 
 
-class Matrix(NamedTuple):
-    """A heading for each task, a row of entries for each model, (name, entries), and what the words mean."""
-
-    title: str
-    tasks: list[str]
-    rows: list[tuple[str, list[Entry]]]
-    legend: str = ""
-
-    def table(self) -> TextTable:
-        rows = [[name, *map(str, entries)] for name, entries in self.rows]
-        return TextTable(self.title, ["model", *self.tasks], rows, self.legend, names=1 + len(self.tasks))
-
-
 class FirstScreen(NamedTuple):
-    """verdicts: of each model its name, and how a sentence or a few of it go on. matrices: at the length
-    trained on, and at the longest that was tested; none where there is nothing to compare. scope: sentences
-    on what the verdicts hold for."""
+    """verdicts: of each model its name, and how a sentence or a few of it go on. matrices: a row for each
+    model, its name and an Entry for each task, at the length trained on, and at the longest that was tested;
+    none where there is nothing to compare. scope: sentences on what the verdicts hold for."""
 
     verdicts: list[tuple[str, str]]
-    matrices: Sequence[Matrix] = ()
+    matrices: Sequence[TextTable] = ()
     scope: Sequence[str] = ()
 
 
@@ -72,23 +59,20 @@ def first_screen(analysis: Analysis) -> FirstScreen:
     return FirstScreen(verdicts, matrices, [*_size(analysis), *_grid_ends(analysis)])
 
 
-def _verdicts(analysis: Analysis) -> Matrix:
-    base = [_base(analysis, task) for task in analysis.facts]
-    rows = _rows(analysis, list(analysis.facts), base, analysis.differences)
-    kinds = {entry.kind for _, entries in rows for entry in entries}
+def _verdicts(analysis: Analysis) -> TextTable:
+    header = ["model", *(_heading(analysis, task) for task in analysis.facts)]
+    base = [f"{analysis.baseline_name} (baseline)", *(_base(analysis, task) for task in analysis.facts)]
+    rows = [base, *_rows(analysis, analysis.facts, analysis.differences)]
+    kinds = {entry.kind for row in rows for entry in row if isinstance(entry, Entry)}
     legend = "; ".join(f"{word}: {meaning}" for word, meaning in WORDS.items() if word in kinds)
-    return Matrix("Verdicts", [_heading(analysis, task) for task in analysis.facts], rows, legend)
+    return TextTable("Verdicts", header, rows, legend, names=len(header))
 
 
-def _rows(
-    analysis: Analysis, tasks: Sequence[str], base: list[Entry], differences: Sequence[Difference]
-) -> list[tuple[str, list[Entry]]]:
-    """The baseline's row, with these entries, and one of each other model."""
+def _rows(analysis: Analysis, tasks: Iterable[str], differences: Sequence[Difference]) -> Iterator[list[Any]]:
+    """Of the models but the baseline."""
     found = {(row.task, row.model): row for row in differences}
-    rows = [(f"{analysis.baseline_name} (baseline)", base)]
     for model, name in analysis.others.items():
-        rows.append((name, [_entry(analysis, task, model, found.get((task, model))) for task in tasks]))
-    return rows
+        yield [name, *(_entry(analysis, task, model, found.get((task, model))) for task in tasks)]
 
 
 def _heading(analysis: Analysis, task: str) -> str:
@@ -189,19 +173,19 @@ def _soon(analysis: Analysis, model: str) -> list[str]:
     return [f"It reaches the target {' and '.join(parts)}."] if parts else []
 
 
-def _beyond(analysis: Analysis) -> list[Matrix]:
+def _beyond(analysis: Analysis) -> list[TextTable]:
     """The differences at the longest length that each task was tested at."""
     tasks = list(dict.fromkeys(row.task for row in analysis.beyond))
-    headings, base = [], []
+    header: list[str] = ["model"]
+    base: list[Any] = [f"{analysis.baseline_name} (baseline)"]
     for task in tasks:
-        trained, *_, longest = analysis.lengths[task]
-        times = longest / trained
-        headings.append(f"{task} at {longest:,} tokens ({times:.3g} times the trained length)")
-        metric = analysis.metric(task)
+        metric, (trained, *_, longest) = analysis.metric(task), analysis.lengths[task]
+        header.append(f"{task} at {longest:,} tokens ({longest / trained:.3g} times the trained length)")
         mean = analysis.mean(task, analysis.baseline, metric.at_length(longest))
         base.append(Entry(metric.shown(mean.mean) if mean.n else "no result", "", "baseline"))
-    rows = _rows(analysis, tasks, base, analysis.beyond)
-    return [Matrix("Tested beyond the trained length", headings, rows)] if tasks else []
+    rows = [base, *_rows(analysis, tasks, analysis.beyond)]
+    title = "Tested beyond the trained length"
+    return [TextTable(title, header, rows, names=len(header))] if tasks else []
 
 
 def _size(analysis: Analysis) -> list[str]:

@@ -30,11 +30,12 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class TextTable:
-    """Plain text in rows. The first `names` columns are left-aligned, the others, numbers, right-aligned."""
+    """Entries by row, shown as str() gives them. The first `names` columns are left-aligned, the others,
+    numbers, right-aligned."""
 
     title: str
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[object]]
     note: str = ""
     names: int = 1
 
@@ -65,7 +66,7 @@ def code_block(text: str, language: str = "sh") -> str:
 
 
 def markdown_table(table: TextTable) -> str:
-    lines = [[markdown(entry) for entry in row] for row in (table.header, *table.rows)]
+    lines = [[markdown(str(entry)) for entry in row] for row in (table.header, *table.rows)]
     lines.insert(1, ["---"] * table.names + ["---:"] * (len(table.header) - table.names))
     text = "\n".join("| " + " | ".join(row) + " |" for row in lines)
     note = f"\n\n{markdown(table.note)}" if table.note else ""
@@ -74,7 +75,7 @@ def markdown_table(table: TextTable) -> str:
 
 def latex_table(table: TextTable) -> str:
     """A table environment by pandas, shrunk to the width of the text where it is wider."""
-    rows = [[latex(entry) for entry in row] for row in table.rows]
+    rows = [[latex(str(entry)) for entry in row] for row in table.rows]
     frame = pd.DataFrame(rows, columns=[latex(one) for one in table.header])
     caption = latex(table.title) + (". " + latex(table.note) if table.note else "")
     columns = "l" * table.names + "r" * (len(table.header) - table.names)

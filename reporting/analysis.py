@@ -4,10 +4,9 @@ analysis = make_analysis(read_joined([folder]))
 analysis.quality("listops", "gravitational")                # Estimate(n=3, mean=0.43, low=0.41, high=0.45)
 """
 
-import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import pandas as pd
 
@@ -16,10 +15,10 @@ from reporting.accuracy_against_cost import progress_metrics, progress_table, ta
 from reporting.comparison_tables import (
     epoch_table,
     learned_table,
-    length_table,
     mean_ratio,
     metric_table,
     summarize,
+    tested_lengths,
 )
 from reporting.figure_style import ModelStyle, model_styles
 from reporting.learning_rates import Tuning, read_tuning
@@ -35,7 +34,7 @@ from reporting.run_results import (
     task_facts,
     tasks_of,
 )
-from reporting.seed_statistics import Estimate
+from reporting.seed_statistics import Estimate, estimate
 from reporting.verdicts import Difference, Speed, compare, compare_speed
 from results_folder import AttentionPatterns, Cell, CellRecord, Results
 
@@ -45,9 +44,9 @@ SMOKE = "smoke test: its numbers mean nothing"
 @dataclass(frozen=True)
 class Analysis:
     """All that a report is made from. styles: name, colour and marker by model, in order; baseline: the model
-    that the others are compared with; beyond: differences at the longest length that a task was tested at,
-    beyond the one trained on; facts, targets: by task; no_patterns: why a cell has none; tunings: by
-    task and model, the first folder's that has one; bad_tunings: why one cannot be read.
+    that the others are compared with; lengths: by task that was tested at several, the one trained on first;
+    beyond: differences at the longest of them; facts, targets: by task; no_patterns: why a cell has none;
+    tunings: by task and model, the first folder's that has one; bad_tunings: why one cannot be read.
 
     See comparison_tables.py and accuracy_against_cost.py for the tables."""
 
@@ -56,7 +55,8 @@ class Analysis:
     styles: dict[str, ModelStyle]
     baseline: str
     table: pd.DataFrame
-    summary: pd.DataFrame
+    means: dict[tuple[str, str, str], Estimate]
+    lengths: dict[str, list[int]]
     differences: list[Difference]
     beyond: list[Difference]
     speeds: list[Speed]
@@ -81,32 +81,25 @@ class Analysis:
     def baseline_name(self) -> str:
         return self.names[self.baseline]
 
+    @property
+    def others(self) -> dict[str, str]:
+        """The names of the models but the baseline."""
+        return {model: name for model, name in self.names.items() if model != self.baseline}
+
     def unfinished(self) -> list[CellRecord]:
         return [record for record in self.results.cells if record.state != "done"]
 
     def lost(self, task: str, model: str) -> str:
-        """The cells that are not done, in words: "2 failed, 1 missing"; "" where there are none."""
-        cells = [record for record in self.unfinished() if record.cell.task == task]
-        states = Counter(record.state for record in cells if record.cell.model == model)
-        return ", ".join(f"{n} {state}" for state, n in states.items())
+        """The cells that are not done, in words; "" where there are none."""
+        return in_words([r for r in self.unfinished() if (r.cell.task, r.cell.model) == (task, model)])
 
     def multiple(self, task: str, model: str, metric: str) -> float:
         """The metric as a multiple of the baseline's, paired by seed; NaN without a pair."""
         return mean_ratio(self.table, task, model, metric, self.baseline)
 
-    @cached_property
-    def _means(self) -> dict[tuple[str, str, str], Estimate]:
-        """By task, model and metric."""
-        rows = self.summary.itertuples(index=False, name=None)
-        return {(task, model, metric): Estimate(*found) for task, model, metric, *found in rows}
-
     def mean(self, task: str, model: str, metric: str) -> Estimate:
         """Over the seeds; n = 0 and NaN where there are none."""
-        return self._means.get((task, model, metric), Estimate(0, math.nan, math.nan, math.nan))
-
-    def shortest_test(self, task: str) -> int:
-        """Of a task with tests of several lengths, the one trained on."""
-        return int(length_table(self.table[self.table["task"] == task])["length"].min())
+        return self.means.get((task, model, metric), estimate([]))
 
     def quality(self, task: str, model: str) -> Estimate:
         """The mean of the task's own metric on the test split."""
@@ -127,18 +120,27 @@ class Analysis:
     def sharing(self, task: str) -> str:
         """What must be said of the task's times and memory; "" where each cell had its device, or a core of
         its own as all others had."""
-        done = [record for record in done_cells(self.results) if record.cell.task == task]
-        most = max(map(most_on_a_device, done), default=1)
+        most = max(self.on_a_device(task), default=1)
         return f"times and memory: {most} cells on a device" if most > 1 and not self.one_core_a_cell else ""
+
+    def on_a_device(self, task: str | None = None) -> list[int]:
+        """How many cells were on the device of each finished cell at a time, itself included."""
+        done = done_cells(self.results)
+        return [most_on_a_device(record) for record in done if task in (None, record.cell.task)]
 
     @property
     def one_core_a_cell(self) -> bool:
         """Whether the cells ran side by side on a CPU, as many as it has cores at most, a thread each."""
-        sharing = {most_on_a_device(record) for record in done_cells(self.results)}
+        sharing = set(self.on_a_device())
         environments = [source.environment for source in self.joined.sources]
         alone = all(one.get("threads") == 1 and one.get("device") == "cpu" for one in environments)
         cores = [one.get("cores") for one in environments]
         return alone and len(sharing) == 1 and all(isinstance(n, int) and max(sharing) <= n for n in cores)
+
+
+def in_words(cells: Sequence[CellRecord]) -> str:
+    """How many there are in each state: "2 failed, 1 missing"."""
+    return ", ".join(f"{n} {state}" for state, n in Counter(record.state for record in cells).items())
 
 
 def make_analysis(joined: JoinedResults, baseline: str | None = None) -> Analysis:
@@ -154,15 +156,17 @@ def make_analysis(joined: JoinedResults, baseline: str | None = None) -> Analysi
     tunings, bad_tunings = _tunings(joined)
     measured, more = metric_table(results, patterns), progress_metrics(progress, targets, facts)
     table = pd.concat([measured, more], ignore_index=True) if len(more) else measured
+    lengths = tested_lengths(table)
     return Analysis(
         joined=joined,
         facts=facts,
         styles=model_styles(models),
         baseline=baseline,
         table=table,
-        summary=summarize(table),
+        means=summarize(table),
+        lengths=lengths,
         differences=compare(table, baseline, {task: one.level for task, one in facts.items()}),
-        beyond=compare(table, baseline, at=_longest(table)),
+        beyond=compare(table, baseline, at={task: of[-1] for task, of in lengths.items() if len(of) > 1}),
         speeds=compare_speed(progress, targets, {task: one.metric for task, one in facts.items()}, baseline),
         epochs=epoch_table(results),
         learned=learned_table(results),
@@ -175,22 +179,14 @@ def make_analysis(joined: JoinedResults, baseline: str | None = None) -> Analysi
     )
 
 
-def _longest(table: pd.DataFrame) -> dict[str, int]:
-    """By task that was tested at more than one length, the longest."""
-    lengths = {task: length_table(rows)["length"] for task, rows in table.groupby("task", sort=False)}
-    return {str(task): int(found.max()) for task, found in lengths.items() if found.nunique() > 1}
-
-
 def _tunings(joined: JoinedResults) -> tuple[dict[tuple[str, str], Tuning], list[str]]:
     found: dict[tuple[str, str], Tuning] = {}
     unreadable = []
     for source in joined.sources:
         for task, model in dict.fromkeys((record.cell.task, record.cell.model) for record in source.cells):
             try:
-                tuning = read_tuning(source.root, task, model)
+                if tuning := read_tuning(source.root, task, model):
+                    found.setdefault((task, model), tuning)
             except InputError as error:
                 unreadable.append(str(error))
-                continue
-            if tuning is not None:
-                found.setdefault((task, model), tuning)
     return found, unreadable

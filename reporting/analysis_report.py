@@ -11,13 +11,12 @@ itself (Content-Security-Policy) to load anything.
 import base64
 import shlex
 import struct
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from reporting.accuracy_against_cost import TARGET_SHARE
-from reporting.analysis import Analysis
+from reporting.analysis import Analysis, in_words
 from reporting.attention_explorer import explorer_data, template_environment
 from reporting.comparison_tables import NEAR
 from reporting.first_screen import first_screen
@@ -28,14 +27,14 @@ from reporting.run_results import (
     BASELINE,
     MIXED,
     TaskFacts,
+    as_object,
     default_baseline,
-    done_cells,
-    most_on_a_device,
+    folder_name,
     unavailable_tasks,
 )
 from reporting.summary_tables import difference_tables, run_tables, task_tables
 from reporting.task_figures import DrawnFigure
-from reporting.text_tables import TextTable, code_block, markdown, markdown_table, single_line
+from reporting.text_tables import code_block, markdown, markdown_table, single_line
 from reporting.verdicts import LEARNED_GAP, LEARNED_SHARE, SIGNIFICANCE
 from results_folder import Results
 
@@ -68,24 +67,6 @@ DEFINITIONS = (
     "Entropy of a row: of a query's weights over the log of the number of tokens, mean over examples, "
     "layers and heads: 1 = even weights, 0 = one token.",
 )
-
-
-class Notice(NamedTuple):
-    """A warning that must not be overlooked; lead: its first words."""
-
-    lead: str
-    text: str
-
-
-class Section(NamedTuple):
-    """A task's: its name and heading, what it asks, figures, what its numbers say, tables."""
-
-    name: str
-    title: str
-    question: str
-    figures: list[DrawnFigure]
-    sentences: list[str]
-    tables: list[TextTable]
 
 
 def render_report(analysis: Analysis, figures: dict[str, list[DrawnFigure]], folder: Path) -> dict[str, str]:
@@ -123,11 +104,17 @@ def _glossary(analysis: Analysis) -> list[tuple[str, str]]:
     return [(name, said) for name, said in models + tasks if said]
 
 
-def _section(analysis: Analysis, task: str, figures: list[DrawnFigure]) -> Section:
+def _section(analysis: Analysis, task: str, figures: list[DrawnFigure]) -> dict[str, Any]:
+    """A task's: its name and heading, what it asks, figures, what its numbers say, tables."""
     facts, notice = analysis.facts[task], analysis.notice(task)
-    title = f"{task} ({facts.title})" + (f": {notice}" if notice else "")
-    question = in_a_line(TASKS, task)
-    return Section(task, title, question, figures, findings(analysis, task), task_tables(analysis, facts))
+    return {
+        "name": task,
+        "title": f"{task} ({facts.title})" + (f": {notice}" if notice else ""),
+        "question": in_a_line(TASKS, task),
+        "figures": figures,
+        "sentences": findings(analysis, task),
+        "tables": task_tables(analysis, facts),
+    }
 
 
 def _without_patterns(analysis: Analysis) -> list[str]:
@@ -145,52 +132,45 @@ def _png(path: Path) -> tuple[str, int, int]:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}", width, height
 
 
-def _notices(analysis: Analysis) -> list[Notice]:
+def _notices(analysis: Analysis) -> list[tuple[str, str]]:
+    """Warnings that must not be overlooked: first words, and how they go on."""
     notices = []
     if analysis.results.config.get("preset") == "smoke":
         text = "This run only checks that every step works. Its numbers mean nothing."
-        notices.append(Notice("Smoke test.", text))
+        notices.append(("Smoke test.", text))
     for task, why in unavailable_tasks(analysis.results).items():
-        notices.append(Notice(f"Left out: {task}.", f"Its data were unavailable: {why}"))
-    for why in analysis.bad_tunings:
-        notices.append(Notice("Learning rates unknown.", why))
+        notices.append((f"Left out: {task}.", f"Its data were unavailable: {why}"))
+    notices += [("Learning rates unknown.", why) for why in analysis.bad_tunings]
     if analysis.joined.differences:
         unlike = "; ".join(analysis.joined.differences)
-        notices.append(Notice("Unlike runs in one table.", f"{MIXED} was given, and {unlike}."))
-    if len(set(_per_folder(analysis, _device))) > 1:
+        notices.append(("Unlike runs in one table.", f"{MIXED} was given, and {unlike}."))
+    if len({_device(source) for source in analysis.joined.sources}) > 1:
         text = "Times and memory of different machines are in one mean; ratios are taken within a seed."
-        notices.append(Notice("Several machines.", text))
-    on_a_device = [most_on_a_device(record) for record in done_cells(analysis.results)]
-    shared = [most for most in on_a_device if most > 1]
+        notices.append(("Several machines.", text))
+    most = analysis.on_a_device()
+    shared = [one for one in most if one > 1]
     if shared and not analysis.one_core_a_cell:
         text = (
-            f"{len(shared)} of {len(on_a_device)} cells were trained with others on the same device, up to "
-            f"{max(shared)} at once. Their times are longer than those of a cell that is alone, and "
-            "the memory is that of each process by itself: compare costs with care."
+            f"{len(shared)} of {len(most)} cells were trained with others on the same device, up to "
+            f"{max(shared)} at once. Their times are longer than those of a cell that is alone, "
+            "and the memory is that of each process by itself: compare costs with care."
         )
-        notices.append(Notice("Shared devices.", text))
+        notices.append(("Shared devices.", text))
     cells, lost = analysis.results.cells, analysis.unfinished()
     if len(lost) == len(cells):
-        notices.append(Notice("No cell is done.", "There are no results to compare."))
+        notices.append(("No cell is done.", "There are no results to compare."))
     elif lost:
-        states = ", ".join(f"{n} {state}" for state, n in Counter(one.state for one in lost).items())
-        text = f"{states}: they are in no mean, and are named with their reasons under What was run."
-        notices.append(Notice(f"{len(lost)} of {len(cells)} cells are not done.", text))
+        text = f"{in_words(lost)}: they are in no mean, and are named with their reasons under What was run."
+        notices.append((f"{len(lost)} of {len(cells)} cells are not done.", text))
     return notices
-
-
-def _per_folder(analysis: Analysis, read: Callable[[Results], str]) -> list[str]:
-    return [read(source) for source in analysis.joined.sources]
 
 
 def _by_folder(analysis: Analysis, read: Callable[[Results], str]) -> str:
     """What the folders say: once where they agree, else each with its folder's name."""
-    said = _per_folder(analysis, read)
-    if len(set(said)) == 1:
-        return said[0]
-    folders = _per_folder(analysis, lambda source: source.root.resolve().name)
-    pairs = zip(said, folders, strict=True)
-    return "; ".join(f"{_plain(text)} ({folder})" for text, folder in pairs)
+    said = [(read(source), folder_name(source)) for source in analysis.joined.sources]
+    if len({text for text, _ in said}) == 1:
+        return said[0][0]
+    return "; ".join(f"{_plain(text)} ({folder})" for text, folder in said)
 
 
 def _device(source: Results) -> str:
@@ -204,17 +184,15 @@ def _commit(source: Results) -> str:
 
 def _facts(analysis: Analysis) -> list[tuple[str, str]]:
     """What was run, by name."""
-    seeds = sorted({record.cell.seed for record in analysis.results.cells})
-    total, lost = len(analysis.results.cells), analysis.unfinished()
-    settings = analysis.results.config.get("settings")
-    settings = settings if isinstance(settings, dict) else {}
+    total, seeds = len(analysis.results.cells), _seeds(analysis.results)
+    settings = as_object(analysis.results.config.get("settings"))
     processor, software = ("cpu", "cores", "threads"), ("python", "torch", "numpy", "cuda", "platform")
     facts = {
         "preset": analysis.results.config.get("preset"),
-        "cells": f"{total - len(lost)} of {total} done",
+        "cells": f"{total - len(analysis.unfinished())} of {total} done",
         "models": ", ".join(analysis.names.values()),
         "baseline": _baseline(analysis),
-        "seeds": ", ".join(map(str, seeds)) + (" (n = 1)" if len(seeds) == 1 else ""),
+        "seeds": f"{seeds} (n = 1)" if seeds and "," not in seeds else seeds,
         "side by side": _side_by_side(analysis),
         "device": _by_folder(analysis, _device),
         "processor": _by_folder(analysis, lambda source: _joined(source.environment, processor)),
@@ -225,22 +203,17 @@ def _facts(analysis: Analysis) -> list[tuple[str, str]]:
         "started": _by_folder(analysis, lambda source: str(source.config.get("created") or "")),
         "model settings": _settings(settings.get("model")),
         "training settings": _settings(settings.get("training")),
-    } | {f"of {task}": _settings(own) for task, own in _by_task(settings)}
+    } | {f"of {task}": _settings(own) for task, own in as_object(settings.get("by_task")).items()}
     lines = [(key, _plain(value)) for key, value in facts.items()]
-    if len(analysis.joined.sources) > 1:
-        names = _per_folder(analysis, lambda source: f"{source.root.resolve().name} {_seeds(source)}")
+    if len(sources := analysis.joined.sources) > 1:
+        seeds_of = [(folder_name(source), _seeds(source)) for source in sources]
+        names = [f"{name} ({f'seeds {seeds}' if seeds else 'no cells'})" for name, seeds in seeds_of]
         lines.insert(1, ("results folders", "; ".join(names)))
-    return lines + [(f"task {task.name}", _plain(_task_line(task))) for task in analysis.facts.values()]
-
-
-def _by_task(settings: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What differs from the run's settings for a task."""
-    found = settings.get("by_task")
-    return [*found.items()] if isinstance(found, dict) else []
+    return lines + [(f"task {task.name}", _task_line(task)) for task in analysis.facts.values()]
 
 
 def _side_by_side(analysis: Analysis) -> str:
-    most = max(map(most_on_a_device, done_cells(analysis.results)), default=1)
+    most = max(analysis.on_a_device(), default=1)
     if most > 1 and analysis.one_core_a_cell:
         return f"{most} cells at a time, each with one core of its own"
     return f"up to {most} cells on a device" if most > 1 else "one cell at a time on a device"
@@ -255,9 +228,8 @@ def _baseline(analysis: Analysis) -> str:
     return f"{analysis.baseline_name}{why}"
 
 
-def _seeds(source: Results) -> str:
-    seeds = sorted({record.cell.seed for record in source.cells})
-    return f"(seeds {', '.join(map(str, seeds))})" if seeds else "(no cells)"
+def _seeds(results: Results) -> str:
+    return ", ".join(map(str, sorted({record.cell.seed for record in results.cells})))
 
 
 def _distinct(analysis: Analysis, key: str) -> str:
@@ -275,9 +247,7 @@ def _joined(values: dict[str, Any], keys: Sequence[str]) -> str:
 
 
 def _settings(values: Any) -> str:
-    if not isinstance(values, dict):
-        return ""
-    return ", ".join(f"{key} = {_said(value)}" for key, value in values.items())
+    return ", ".join(f"{key} = {_said(value)}" for key, value in as_object(values).items())
 
 
 def _task_line(facts: TaskFacts) -> str:
@@ -292,19 +262,18 @@ def _task_line(facts: TaskFacts) -> str:
     for name, level in (("chance", facts.level), ("largest class", majority)):
         if level is not None:
             parts.append(f"{name} {facts.metric.shown(level)}")
-    said = ("task",)  # in the line's name
-    parts += [f"{key} {_said(value)}" for key, value in facts.provenance.items() if key not in said]
+    # The task is in the line's name.
+    parts += [f"{key} {_said(value)}" for key, value in facts.provenance.items() if key != "task"]
     return "; ".join(parts)
 
 
 def _said(value: Any) -> str:
     """A JSON value in words: {"a": 1, "b": [2]} is "a 1, b (2)"."""
     if isinstance(value, dict):
-        inner = (
-            (key, f"({_said(entry)})" if isinstance(entry, dict) else _said(entry))
-            for key, entry in value.items()
-        )
-        return ", ".join(f"{key} {entry}" for key, entry in inner)
+        inner = {
+            key: (f"({_said(one)})" if isinstance(one, dict) else _said(one)) for key, one in value.items()
+        }
+        return ", ".join(f"{key} {entry}" for key, entry in inner.items())
     if isinstance(value, list):
         return f"({', '.join(map(_said, value))})"
     return "none" if value is None else str(value)
@@ -313,25 +282,17 @@ def _said(value: Any) -> str:
 def _how_to_reproduce(analysis: Analysis) -> dict[str, str]:
     """before, commands, after: a sentence, a block of shell commands, a sentence."""
     sources = analysis.joined.sources
-    commands = [
-        single_line(str(source.config.get("command") or "python run_experiment.py")) for source in sources
-    ]
-    folders = [shlex.quote(single_line(source.root.resolve().name)) for source in sources]
-    mixed = [MIXED] if analysis.joined.differences else []
-    own = (
-        [] if analysis.baseline == default_baseline([*analysis.names]) else ["--baseline", analysis.baseline]
-    )
-    chosen = [shlex.quote(single_line(word)) for word in own]
-    again = " ".join(["python analyze_results.py", *folders, *mixed, *chosen])
+    commands = [str(source.config.get("command") or "python run_experiment.py") for source in sources]
+    words = [folder_name(source) for source in sources]
+    words += [MIXED] if analysis.joined.differences else []
+    if analysis.baseline != default_baseline([*analysis.names]):
+        words += ["--baseline", analysis.baseline]
+    commands.append(f"python analyze_results.py {' '.join(shlex.quote(single_line(word)) for word in words)}")
     commit = _by_folder(analysis, _commit)
     where = f"At commit {commit}, with" if commit else "With"
-    made = (
-        "The last command remakes this analysis; the first makes"
-        if len(commands) == 1
-        else ("The last command remakes this analysis; each of those before it makes")
-    )
+    others = "the first makes" if len(sources) == 1 else "each of those before it makes"
     return {
         "before": f"{where} the packages of requirements.txt:",
-        "commands": "\n".join([*commands, again]),
-        "after": f"{made} a new results folder.",
+        "commands": "\n".join(map(single_line, commands)),
+        "after": f"The last command remakes this analysis; {others} a new results folder.",
     }

@@ -2,23 +2,24 @@
 
     results = usable(read_results(folder))      # run_results.py
     table = metric_table(results, patterns)     # task, model, seed, metric, value: everything measured
-    summary = summarize(table)                  # task, model, metric, n, mean, low, high
+    summarize(table)["recall", "gravitational", "seconds_per_epoch"].mean
 
-Accuracies, or bits per byte, are under the name of their task's metric (metrics.py). The seed is the unit;
-`low` and `high` are the ends of the 95 % t interval, NaN for n = 1.
+Accuracies, or bits per byte, are under the name of their task's metric (metrics.py). The seed is the unit.
 """
 
 import math
 import re
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from reporting.attention_numbers import attention_entropy, share_within
 from reporting.metrics import METRICS, PERCENT, Metric, number
-from reporting.run_results import BASELINE, done_cells, task_facts
-from reporting.seed_statistics import estimate
+from reporting.run_results import BASELINE, as_object, done_cells, task_facts
+from reporting.seed_statistics import Estimate, estimate
 from results_folder import AttentionPatterns, Cell, Results
 
 CONVERGENCE = "convergence_epoch_above_chance"
@@ -85,13 +86,10 @@ def metric_table(results: Results, patterns: dict[Cell, AttentionPatterns]) -> p
             values |= {metric: number(result.get(metric)) for metric in RESULT_METRICS}
             facts = task_facts(results, record.cell.task)
             metric, level = facts.metric, facts.level
-            values |= {
-                f"test_{metric.name}_{which}": metric.read(result, f"test_{{}}_{which}")
-                for which in ("best", "last")
-            }
-            values |= {
-                metric.at_length(length): value for length, value in quality_by_length(result, metric).items()
-            }
+            values[metric.best] = metric.read(result, "test_{}_best")
+            values[metric.last] = metric.read(result, "test_{}_last")
+            by_length = quality_by_length(result, metric)
+            values |= {metric.at_length(length): value for length, value in by_length.items()}
             read = [metric.read(row, "val_{}") for row in record.metrics]
             worst = 0.0 if metric.more_is_better else math.inf
             curve = [worst if value is None else value for value in read]
@@ -109,10 +107,9 @@ def metric_table(results: Results, patterns: dict[Cell, AttentionPatterns]) -> p
 
 def quality_by_length(result: dict[str, Any], metric: Metric) -> dict[int, float]:
     """The test metric by the length of the examples, ascending, where result.json has `test_by_length`."""
-    by_length = result.get("test_by_length")
     found = {
         int(length): value
-        for length, row in (by_length.items() if isinstance(by_length, dict) else ())
+        for length, row in as_object(result.get("test_by_length")).items()
         if re.fullmatch(r"[1-9]\d{0,8}", length) and isinstance(row, dict)
         if (value := metric.read(row, "{}")) is not None
     }
@@ -124,6 +121,12 @@ def length_table(table: pd.DataFrame) -> pd.DataFrame:
     of_length = table[table["metric"].str.contains(r"_at_\d+$")]
     lengths = of_length.assign(length=of_length["metric"].str.rsplit("_", n=1).str[-1].astype(int))
     return lengths.sort_values("length", kind="stable")[["model", "seed", "length", "value"]]
+
+
+def tested_lengths(table: pd.DataFrame) -> dict[str, list[int]]:
+    """By task with tests at lengths of their own: these, ascending, the one trained on first."""
+    lengths = {str(task): length_table(rows)["length"] for task, rows in table.groupby("task", sort=False)}
+    return {task: found.unique().tolist() for task, found in lengths.items() if len(found)}
 
 
 def epoch_table(results: Results) -> pd.DataFrame:
@@ -153,18 +156,16 @@ def learned_table(results: Results) -> pd.DataFrame:
 
 
 def _learned(learned: Any) -> Iterator[tuple[str, int, int, int, float]]:
-    for layer, scalars in learned.items() if isinstance(learned, dict) else ():
+    for layer, scalars in as_object(learned).items():
         place = re.fullmatch(r"layer(\d{1,4})", layer)
-        if place is None or not isinstance(scalars, dict):
-            continue
-        for name, scalar in LEARNED.items():
-            by_timescale = scalars.get(name)
+        for name, scalar in LEARNED.items() if place else ():
+            by_timescale = as_object(scalars).get(name)
             for timescale, heads in enumerate(by_timescale if isinstance(by_timescale, list) else ()):
                 for head, entry in enumerate(heads if isinstance(heads, list) else ()):
                     value = number(entry)
                     if value is not None and (name != "gamma" or 0 < value < 1):
                         shown = 1 / (1 - value) if name == "gamma" else value
-                        yield scalar, int(place[1]), timescale, head, shown
+                        yield scalar, int(layer.removeprefix("layer")), timescale, head, shown
 
 
 def distance_table(patterns: dict[Cell, AttentionPatterns]) -> pd.DataFrame:
@@ -172,23 +173,20 @@ def distance_table(patterns: dict[Cell, AttentionPatterns]) -> pd.DataFrame:
     high, share; a bin is low <= |i - j| < high."""
     rows = []
     for cell, one in patterns.items():
-        edges = one.distance_edges.tolist()
-        shares = one.distance_share.mean(2)  # (layers, T, B)
-        for layer, by_timescale in enumerate(shares.tolist()):
-            for timescale, by_bin in enumerate(by_timescale):
-                for low, high, share in zip(edges[:-1], edges[1:], by_bin, strict=True):
-                    rows.append((cell.task, cell.model, cell.seed, layer, timescale, low, high, share))
+        shares = one.distance_share.mean(2).astype(float)  # (layers, T, B)
+        for (layer, timescale, place), share in np.ndenumerate(shares):
+            ends = one.distance_edges[place : place + 2]
+            rows.append((cell.task, cell.model, cell.seed, layer, timescale, *ends, share))
     columns = ["task", "model", "seed", "layer", "timescale", "low", "high", "share"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def summarize(table: pd.DataFrame) -> pd.DataFrame:
-    """n, mean and 95 % t interval over seeds: task, model, metric, n, mean, low, high."""
-    rows = [
-        (task, model, metric, *estimate(group.sort_values("seed")["value"].tolist()))
+def summarize(table: pd.DataFrame) -> dict[tuple[str, str, str], Estimate]:
+    """The mean over seeds with its interval, by task, model and metric."""
+    return {
+        (str(task), str(model), str(metric)): estimate(group.sort_values("seed")["value"].tolist())
         for (task, model, metric), group in table.groupby(["task", "model", "metric"], sort=False)
-    ]
-    return pd.DataFrame(rows, columns=["task", "model", "metric", "n", "mean", "low", "high"])
+    }
 
 
 def by_seed(table: pd.DataFrame, task: str, model: str, metric: str) -> dict[int, float]:
@@ -200,4 +198,4 @@ def mean_ratio(table: pd.DataFrame, task: str, model: str, metric: str, baseline
     """The metric as a multiple of the baseline's: the mean of the ratios by seed, NaN without a pair."""
     values, base = (by_seed(table, task, one, metric) for one in (model, baseline))
     ratios = [values[seed] / base[seed] for seed in values if base.get(seed, 0) > 0]
-    return math.fsum(ratios) / len(ratios) if ratios else math.nan
+    return fmean(ratios) if ratios else math.nan

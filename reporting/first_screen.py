@@ -1,7 +1,7 @@
 """The first screen of a report: a sentence of verdict for each model, and a matrix of models and tasks.
 
     screen = first_screen(analysis)
-    screen.verdicts, screen.matrix, screen.beyond, screen.scope
+    screen.verdicts, screen.matrices, screen.scope
 
 All say the same numbers, and no more than these allow: "better" and "worse" are verdicts (verdicts.py), a
 difference without one is given as "open" or as of too few seeds, what did not finish is named, and a smoke
@@ -9,8 +9,8 @@ run says nothing of any model.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from reporting.analysis import SMOKE, Analysis
 from reporting.report_findings import guessing
@@ -38,55 +38,41 @@ class Entry(NamedTuple):
         return f"{self.verdict}: {self.numbers}" if self.numbers else self.verdict
 
 
-class Matrix(NamedTuple):
-    """A heading for each task, a row of entries for each model, (name, entries), and what the words mean."""
-
-    title: str
-    tasks: list[str]
-    rows: list[tuple[str, list[Entry]]]
-    legend: str = ""
-
-    def table(self) -> TextTable:
-        rows = [[name, *map(str, entries)] for name, entries in self.rows]
-        return TextTable(self.title, ["model", *self.tasks], rows, self.legend, names=1 + len(self.tasks))
-
-
-class Verdict(NamedTuple):
-    """A sentence or a few of a model: its name, and how they go on."""
-
-    name: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.text}"
-
-
 class FirstScreen(NamedTuple):
-    """matrix: None where there is nothing to compare. beyond: at the longest length of tests,
-    None where none was. scope: sentences on what the verdicts hold for."""
+    """verdicts: of each model its name, and how a sentence or a few of it go on. matrices: a row for each
+    model, its name and an Entry for each task, at the length trained on, and at the longest that was tested;
+    none where there is nothing to compare. scope: sentences on what the verdicts hold for."""
 
-    verdicts: list[Verdict]
-    matrix: Matrix | None = None
-    beyond: Matrix | None = None
-    scope: tuple[str, ...] = ()
+    verdicts: list[tuple[str, str]]
+    matrices: Sequence[TextTable] = ()
+    scope: Sequence[str] = ()
 
 
 def first_screen(analysis: Analysis) -> FirstScreen:
     if SMOKE in {analysis.notice(task) for task in analysis.facts}:
-        return FirstScreen([Verdict("A smoke test", "says nothing of any model.")])
-    others = [model for model in analysis.names if model != analysis.baseline]
+        return FirstScreen([("A smoke test", "says nothing of any model.")])
     if not any(analysis.quality(task, model).n for task in analysis.facts for model in analysis.names):
-        return FirstScreen([Verdict("No cell is done,", "so nothing can be said of any model.")])
-    differences = {(row.task, row.model): row for row in analysis.differences}
-    rows = [(f"{analysis.baseline_name} (baseline)", [_base(analysis, task) for task in analysis.facts])]
-    for model in others:
-        entries = [_entry(analysis, task, model, differences.get((task, model))) for task in analysis.facts]
-        rows.append((analysis.names[model], entries))
-    kinds = {entry.kind for _, entries in rows for entry in entries}
+        return FirstScreen([("No cell is done,", "so nothing can be said of any model.")])
+    verdicts = [(analysis.baseline_name, _of_baseline(analysis))]
+    verdicts += [(name, _of_model(analysis, model)) for model, name in analysis.others.items()]
+    matrices = [_verdicts(analysis), *_beyond(analysis)]
+    return FirstScreen(verdicts, matrices, [*_size(analysis), *_grid_ends(analysis)])
+
+
+def _verdicts(analysis: Analysis) -> TextTable:
+    header = ["model", *(_heading(analysis, task) for task in analysis.facts)]
+    base = [f"{analysis.baseline_name} (baseline)", *(_base(analysis, task) for task in analysis.facts)]
+    rows = [base, *_rows(analysis, analysis.facts, analysis.differences)]
+    kinds = {entry.kind for row in rows for entry in row if isinstance(entry, Entry)}
     legend = "; ".join(f"{word}: {meaning}" for word, meaning in WORDS.items() if word in kinds)
-    verdicts = [_of_baseline(analysis), *(_of_model(analysis, model, differences) for model in others)]
-    matrix = Matrix("Verdicts", [_heading(analysis, task) for task in analysis.facts], rows, legend)
-    return FirstScreen(verdicts, matrix, _beyond(analysis, others), (*_size(analysis), *_grid_ends(analysis)))
+    return TextTable("Verdicts", header, rows, legend, names=len(header))
+
+
+def _rows(analysis: Analysis, tasks: Iterable[str], differences: Sequence[Difference]) -> Iterator[list[Any]]:
+    """Of the models but the baseline."""
+    found = {(row.task, row.model): row for row in differences}
+    for model, name in analysis.others.items():
+        yield [name, *(_entry(analysis, task, model, found.get((task, model))) for task in tasks)]
 
 
 def _heading(analysis: Analysis, task: str) -> str:
@@ -99,21 +85,17 @@ def _heading(analysis: Analysis, task: str) -> str:
 
 
 def _base(analysis: Analysis, task: str) -> Entry:
-    mean, metric = analysis.quality(task, analysis.baseline), analysis.metric(task)
+    mean, lost = analysis.quality(task, analysis.baseline), analysis.lost(task, analysis.baseline)
     if not mean.n:
-        return Entry(
-            f"no result ({analysis.lost(task, analysis.baseline) or 'not planned'})", "", "no result"
-        )
-    parts = [f"n = {mean.n}", analysis.lost(task, analysis.baseline)]
-    return Entry(metric.shown(mean.mean), "; ".join(filter(None, parts)), "baseline")
+        return Entry(f"no result ({lost or 'not planned'})", "", "no result")
+    numbers = f"n = {mean.n}; {lost}" if lost else f"n = {mean.n}"
+    return Entry(analysis.metric(task).shown(mean.mean), numbers, "baseline")
 
 
 def _entry(analysis: Analysis, task: str, model: str, row: Difference | None) -> Entry:
     if row is None or not analysis.quality(task, model).n:
         return Entry(f"no result ({analysis.lost(task, model) or 'not planned'})", "", "no result")
-    if not row.mean.n:
-        return Entry(row.verdict, "", row.verdict)
-    return Entry(row.verdict, _numbers(analysis, row), row.verdict)
+    return Entry(row.verdict, _numbers(analysis, row) if row.mean.n else "", row.verdict)
 
 
 def _numbers(analysis: Analysis, row: Difference) -> str:
@@ -129,7 +111,7 @@ def _numbers(analysis: Analysis, row: Difference) -> str:
     return "; ".join(filter(None, [text, learned, analysis.lost(row.task, row.model)]))
 
 
-def _of_baseline(analysis: Analysis) -> Verdict:
+def _of_baseline(analysis: Analysis) -> str:
     """What the baseline reaches, and where it has nothing to compare with."""
     reached, without = [], []
     for task, facts in analysis.facts.items():
@@ -141,13 +123,13 @@ def _of_baseline(analysis: Analysis) -> Verdict:
     text = f"is what the others are compared with{': ' if reached else ''}{_listed(reached)}."
     if without:
         text += f" It has no result on {_listed(without)}: nothing is compared there."
-    return Verdict(analysis.baseline_name, text)
+    return text
 
 
-def _of_model(analysis: Analysis, model: str, differences: dict[tuple[str, str], Difference]) -> Verdict:
+def _of_model(analysis: Analysis, model: str) -> str:
     """Where the model is better, worse, neither or unknown, how soon it learns and what it costs."""
     base = analysis.baseline_name
-    rows = [row for (_, of), row in differences.items() if of == model and row.mean.n]
+    rows = [row for row in analysis.differences if row.model == model and row.mean.n]
     starts = {
         "better": ("is better", f" than {base}"),
         "worse": ("is worse", f" than {base}"),
@@ -164,8 +146,7 @@ def _of_model(analysis: Analysis, model: str, differences: dict[tuple[str, str],
     sentences = [f"{'; '.join(parts)}."]
     if any("diverged" in analysis.lost(row.task, model) for row in rows):
         sentences.append("Seeds that diverged are in no mean, which flatters it.")
-    sentences += [*_soon(analysis, model), *_cost(analysis, model)]
-    return Verdict(analysis.names[model], " ".join(sentences))
+    return " ".join([*sentences, *_soon(analysis, model), *_cost(analysis, model)])
 
 
 def _brief(analysis: Analysis, row: Difference) -> str:
@@ -192,24 +173,19 @@ def _soon(analysis: Analysis, model: str) -> list[str]:
     return [f"It reaches the target {' and '.join(parts)}."] if parts else []
 
 
-def _beyond(analysis: Analysis, others: Sequence[str]) -> Matrix | None:
+def _beyond(analysis: Analysis) -> list[TextTable]:
     """The differences at the longest length that each task was tested at."""
-    found = {(row.task, row.model): row for row in analysis.beyond}
-    lengths = {row.task: row.length for row in analysis.beyond if row.length}
-    if not lengths:
-        return None
-    headings, base = [], []
-    for task, length in lengths.items():
-        times = length / analysis.shortest_test(task)
-        headings.append(f"{task} at {length:,} tokens ({times:.3g} times the trained length)")
-        metric = analysis.metric(task)
-        mean = analysis.mean(task, analysis.baseline, metric.at_length(length)).mean
-        base.append(Entry("no result" if math.isnan(mean) else metric.shown(mean), "", "baseline"))
-    rows = [(f"{analysis.baseline_name} (baseline)", base)]
-    for model in others:
-        entries = [_entry(analysis, task, model, found.get((task, model))) for task in lengths]
-        rows.append((analysis.names[model], entries))
-    return Matrix("Tested beyond the trained length", headings, rows)
+    tasks = list(dict.fromkeys(row.task for row in analysis.beyond))
+    header: list[str] = ["model"]
+    base: list[Any] = [f"{analysis.baseline_name} (baseline)"]
+    for task in tasks:
+        metric, (trained, *_, longest) = analysis.metric(task), analysis.lengths[task]
+        header.append(f"{task} at {longest:,} tokens ({longest / trained:.3g} times the trained length)")
+        mean = analysis.mean(task, analysis.baseline, metric.at_length(longest))
+        base.append(Entry(metric.shown(mean.mean) if mean.n else "no result", "", "baseline"))
+    rows = [base, *_rows(analysis, tasks, analysis.beyond)]
+    title = "Tested beyond the trained length"
+    return [TextTable(title, header, rows, names=len(header))] if tasks else []
 
 
 def _size(analysis: Analysis) -> list[str]:

@@ -9,9 +9,10 @@ it is said what its interval allows, and how many seeds would tell.
 """
 
 import math
+from statistics import fmean
 
 from reporting.analysis import Analysis
-from reporting.comparison_tables import LEARNED_WORDS, TIMED_METRICS, length_table
+from reporting.comparison_tables import LEARNED_WORDS, TIMED_METRICS
 from reporting.lra_literature import comparable
 from reporting.metrics import Metric
 from reporting.run_results import BASELINE, TaskFacts
@@ -38,12 +39,11 @@ def findings(analysis: Analysis, task: str) -> list[str]:
 
 def _quality_findings(analysis: Analysis, facts: TaskFacts) -> list[str]:
     metric = facts.metric
-    means = {model: analysis.quality(facts.name, model) for model in analysis.names}
-    means = {model: mean for model, mean in means.items() if mean.n}
-    shown = "; ".join(
-        f"{analysis.names[model]} {_shown(metric, mean)}"
-        for model, mean in sorted(means.items(), key=lambda item: -metric.gain(item[1].mean))
+    means = {name: analysis.quality(facts.name, model) for model, name in analysis.names.items()}
+    found = sorted(
+        ((name, mean) for name, mean in means.items() if mean.n), key=lambda one: -metric.gain(one[1].mean)
     )
+    shown = "; ".join(f"{name} {_shown(metric, mean)}" for name, mean in found)
     first = "highest" if metric.more_is_better else "lowest, which is the best"
     sentences = [f"Test {metric.title}, from the {first}: {shown}."]
     if not metric.more_is_better:
@@ -55,8 +55,8 @@ def _quality_findings(analysis: Analysis, facts: TaskFacts) -> list[str]:
             f"Not told apart from always naming the largest class ({100 * facts.majority:.1f} %; two "
             f"standard errors of the test set are {200 * _majority_error(facts):.1f} points): {names}."
         )
-    if any(mean.n == 1 for mean in means.values()) and count:
-        typical = sum(mean.mean for mean in means.values()) / len(means)
+    if any(mean.n == 1 for _, mean in found) and count:
+        typical = fmean(mean.mean for _, mean in found)
         error = math.sqrt(typical * (1 - typical) / count)
         # Predictions in one example are no independent draws.
         what, bound = ("examples", "about") if count == facts.test_size else ("predictions", "at least")
@@ -98,14 +98,13 @@ def _difference_findings(analysis: Analysis, task: str) -> list[str]:
         name = f"{analysis.names[row.model]} against {analysis.baseline_name}"
         points = f"{row.metric.difference(row.mean.mean)} {row.metric.step} of test {row.metric.title}"
         if row.mean.n == 0:
-            sentences.append(f"{name}: no seed finished with both, so there is no comparison.")
+            said = "no seed finished with both, so there is no comparison."
         elif row.mean.n == 1:
-            sentences.append(
-                f"{name}: {points} (n = 1: no interval; one seed cannot tell the mechanism from the luck of "
-                "the draw)."
-            )
+            luck = "one seed cannot tell the mechanism from the luck of the draw"
+            said = f"{points} (n = 1: no interval; {luck})."
         else:
-            sentences.append(f"{name}: {points} on average {_evidence(row)}")
+            said = f"{points} on average {_evidence(row)}"
+        sentences.append(f"{name}: {said}")
     return sentences
 
 
@@ -121,7 +120,7 @@ def _evidence(row: Difference) -> str:
     numbers += f"; after Holm's correction {p_is(row.p_holm)})" if n >= LEAST_SEEDS else ")"
     if row.verdict == "too few seeds":
         return f"{numbers}: too few seeds to tell; {LEAST_SEEDS} are the least for a verdict."
-    if row.verdict in ("better", "worse"):
+    if row.decided:
         by_shares = "by the share of seeds that learn, " if row.shares is not None else ""
         level = f"at the {SIGNIFICANCE} level, for these settings and this data."
         alone = row.shares is None and row.p_sign_flip > SIGNIFICANCE
@@ -131,9 +130,11 @@ def _evidence(row: Difference) -> str:
         return f"{numbers}: no difference of more than {metric.margin}."
     if row.shares is not None:
         return f"{numbers}: a difference in the share of seeds that learn is not shown."
-    gain, loss = max(metric.gain(low), metric.gain(high)), min(metric.gain(low), metric.gain(high))
-    ends = [f"a {word} of {metric.scale * abs(end):.{metric.digits}f}" for word, end in
-            (("gain", max(gain, 0.0)), ("loss", min(loss, 0.0))) if end]  # fmt: skip
+    ends = [
+        f"a {word} of {abs(end):.{metric.digits}f}"
+        for word, end in (("gain", max(row.gain.high, 0.0)), ("loss", min(row.gain.low, 0.0)))
+        if end
+    ]
     return (
         f"{numbers}: not told apart. The interval allows {' and '.join(ends)} {metric.step}; a difference of "
         f"{metric.margin} would need about {row.pairs_needed:,} seeds at this spread."
@@ -162,20 +163,17 @@ def _cost_findings(analysis: Analysis, task: str) -> list[str]:
         ("parameters", "Parameters"),
         ("forward_flops", "Matrix products of a forward pass"),
     ):
-        others = {model: name for model, name in analysis.names.items() if model != analysis.baseline}
-        multiples = {name: analysis.multiple(task, model, metric) for model, name in others.items()}
+        multiples = {name: analysis.multiple(task, model, metric) for model, name in analysis.others.items()}
         ratios = [f"{name} {short(value)}" for name, value in multiples.items() if not math.isnan(value)]
         if ratios:
-            measured = metric in ("seconds_per_epoch", "peak_memory_bytes")
-            several = analysis.mean(task, analysis.baseline, metric).n > 1
-            mean = " (mean of the seeds' ratios)" if several and measured else ""
-            if metric in TIMED_METRICS and (sharing := analysis.sharing(task)):
-                mean += f" ({sharing})"
-            caveat = " A difference in quality may also come from a difference in size."
-            sentences.append(
-                f"{what} as a multiple of {analysis.baseline_name}'s{mean}: {'; '.join(ratios)}."
-                + (caveat if metric == "parameters" else "")
-            )
+            timed, of = metric in TIMED_METRICS, f"{analysis.baseline_name}'s"
+            if timed and analysis.mean(task, analysis.baseline, metric).n > 1:
+                of += " (mean of the seeds' ratios)"
+            if timed and (sharing := analysis.sharing(task)):
+                of += f" ({sharing})"
+            sentences.append(f"{what} as a multiple of {of}: {'; '.join(ratios)}.")
+            if metric == "parameters":
+                sentences[-1] += " A difference in quality may also come from a difference in size."
     return sentences
 
 
@@ -188,16 +186,14 @@ def _speed_findings(analysis: Analysis, task: str) -> list[str]:
     for speed in speeds:
         name = analysis.names[speed.model]
         some = f" ({speed.reached} of {speed.n} seeds)" if speed.reached < speed.n else ""
-        if not speed.reached:
+        if speed.reached:
+            parts.append(f"{name} {speed.shown_median} {speed.unit}{some}")
+        else:
             parts.append(f"{name} never in {short(speed.budget)} {speed.unit}")
-            continue
-        reach = f"more than {short(speed.budget)}" if math.isinf(speed.median) else short(speed.median)
-        parts.append(f"{name} {reach} {speed.unit}{some}")
-    for speed in speeds:
         if speed.p_holm <= SIGNIFICANCE:
             word = "sooner" if speed.wins > speed.losses else "later"
             verdicts.append(
-                f"{analysis.names[speed.model]} is there {word} than {analysis.baseline_name} in "
+                f"{name} is there {word} than {analysis.baseline_name} in "
                 f"{max(speed.wins, speed.losses)} of {speed.wins + speed.losses + speed.ties} pairs (sign "
                 f"test, after Holm's correction {p_is(speed.p_holm)})."
             )
@@ -208,16 +204,14 @@ def _speed_findings(analysis: Analysis, task: str) -> list[str]:
 
 def _length_findings(analysis: Analysis, task: str) -> list[str]:
     """Quality at the longest examples beside that at the trained length."""
-    lengths = length_table(analysis.table[analysis.table["task"] == task])["length"].unique().tolist()
+    lengths = analysis.lengths.get(task, [])
     if len(lengths) < 2:
         return []
     metric, parts = analysis.metric(task), []
     for model, name in analysis.names.items():
-        short_, long = (
-            analysis.mean(task, model, metric.at_length(length)) for length in (lengths[0], lengths[-1])
-        )
-        if short_.n and long.n:
-            parts.append(f"{name} {metric.shown(short_.mean)} to {metric.shown(long.mean)}")
+        ends = [analysis.mean(task, model, metric.at_length(length)) for length in (lengths[0], lengths[-1])]
+        if all(mean.n for mean in ends):
+            parts.append(f"{name} {' to '.join(metric.shown(mean.mean) for mean in ends)}")
     return [f"From {lengths[0]:,} tokens, the length trained on, to {lengths[-1]:,}: {'; '.join(parts)}."]
 
 
@@ -237,10 +231,11 @@ def _learned_findings(analysis: Analysis, task: str) -> list[str]:
     learned = analysis.learned[analysis.learned["task"] == task]
     sentences = []
     for (scalar, model), lines in learned.groupby(["scalar", "model"], sort=False):
-        first = lines.groupby(["seed"])["epoch"].transform("min")
-        last = lines.groupby(["seed"])["epoch"].transform("max")
-        start = lines[lines["epoch"] == first].groupby("timescale")["value"].mean()
-        end = lines[lines["epoch"] == last].groupby("timescale")["value"].mean()
+        epochs = lines.groupby("seed")["epoch"]
+        start, end = (
+            lines[lines["epoch"] == epochs.transform(which)].groupby("timescale")["value"].mean()
+            for which in ("min", "max")
+        )
         moves = ", ".join(f"{short(start[one])} to {short(end[one])}" for one in start.index)
         what = LEARNED_WORDS[str(scalar)]
         sentences.append(

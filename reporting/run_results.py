@@ -56,6 +56,11 @@ class TaskFacts:
         return self.metric.chance_level(self.chance)
 
 
+def as_object(value: Any) -> dict[str, Any]:
+    """A JSON object; an empty one in place of anything else."""
+    return value if isinstance(value, dict) else {}
+
+
 def _share(value: Any) -> float | None:
     found = number(value)
     return found if found is not None and 0 <= found <= 1 else None
@@ -74,11 +79,12 @@ def usable(results: Results) -> Results:
     cells = []
     for record in {record.cell: record for record in results.cells}.values():
         metric, result = metrics[record.cell.task], record.result or {}
-        said = result.get("metric", metric.name)
-        lacks = (
-            f"is of the metric {said!s:.40}" if said != metric.name else f"has no test_{metric.source}_best"
-        )
-        if record.state == "done" and (said != metric.name or metric.read(result, "test_{}_best") is None):
+        lacks = ""
+        if (said := result.get("metric", metric.name)) != metric.name:
+            lacks = f"is of the metric {said!s:.40}"
+        elif metric.read(result, "test_{}_best") is None:
+            lacks = f"has no test_{metric.source}_best"
+        if lacks and record.state == "done":
             record = replace(record, state="failed", reason=f"unusable: result.json {lacks}")
         cells.append(record)
     return replace(results, cells=cells)
@@ -90,10 +96,8 @@ def metric_of(record: CellRecord) -> Metric:
 
 
 def task_facts(results: Results, task: str) -> TaskFacts:
-    info = results.config.get("task_info")
-    facts = info.get(task) if isinstance(info, dict) else None
-    facts = facts if isinstance(facts, dict) else {}
-    provenance, names = facts.get("provenance"), facts.get("class_names")
+    facts = as_object(as_object(results.config.get("task_info")).get(task))
+    names = facts.get("class_names")
     try:
         metric = metric_named(facts.get("metric", PERCENT.name))
     except InputError as error:
@@ -105,7 +109,7 @@ def task_facts(results: Results, task: str) -> TaskFacts:
         majority=_share(facts.get("majority")),
         test_size=_count(facts.get("test_size")),
         num_classes=_count(facts.get("num_classes")),
-        provenance=provenance if isinstance(provenance, dict) else {},
+        provenance=as_object(facts.get("provenance")),
         metric=metric,
         test_predictions=_count(facts.get("test_predictions")),
         class_names=tuple(map(str, names)) if isinstance(names, list) else (),
@@ -176,7 +180,7 @@ def read_joined(folders: Sequence[Path], *, allow_differences: bool = False) -> 
         for record in source.cells:
             held = cells.get(record.cell)
             if held and held[0].state == record.state == "done":
-                twice = f"{record.cell} is done in {_name(held[1])} and in {_name(source)}"
+                twice = f"{record.cell} is done in {folder_name(held[1])} and in {folder_name(source)}"
                 if not allow_differences:
                     raise InputError(f"{twice}; give it once, or {MIXED} to take the first")
                 differences.append(f"{twice}: the first counts")
@@ -186,12 +190,8 @@ def read_joined(folders: Sequence[Path], *, allow_differences: bool = False) -> 
     return JoinedResults(results, sources, tuple(differences))
 
 
-def _name(source: Results) -> str:
+def folder_name(source: Results) -> str:
     return source.root.resolve().name
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _joined_config(sources: Sequence[Results]) -> dict[str, Any]:
@@ -199,53 +199,43 @@ def _joined_config(sources: Sequence[Results]) -> dict[str, Any]:
     infos: dict[str, Any] = {}
     unavailable: dict[str, Any] = {}
     for source in reversed(sources):
-        infos |= _object(source.config.get("task_info"))
-        unavailable |= _object(source.config.get("unavailable"))
+        infos |= as_object(source.config.get("task_info"))
+        unavailable |= as_object(source.config.get("unavailable"))
     missing = {task: why for task, why in unavailable.items() if task not in infos}
     return sources[0].config | {"task_info": infos, "unavailable": missing}
 
 
 def unavailable_tasks(results: Results) -> dict[str, str]:
     """By task that was left out, why."""
-    return {str(task): str(why) for task, why in _object(results.config.get("unavailable")).items()}
+    return {str(task): str(why) for task, why in as_object(results.config.get("unavailable")).items()}
 
 
 def _differences(one: Results, other: Results) -> Iterator[str]:
     """What keeps two folders from being one run, each as "training.batch_size is 32 in A and 64 in B"."""
     mine, theirs = dict(_comparable(one)), dict(_comparable(other))
-    for key in [*mine, *(key for key in theirs if key not in mine)]:
-        # A task or a model that only one of them has is an addition, not a difference.
-        part = key.split(" ", 1)[0]
-        shared = any(name.split(" ", 1)[0] == part for name in mine) and any(
-            name.split(" ", 1)[0] == part for name in theirs
-        )
-        if shared and mine.get(key) != theirs.get(key):
-            values = f"{_said(mine.get(key))} in {_name(one)} and {_said(theirs.get(key))} in {_name(other)}"
-            yield f"{key} is {values}"
-
-
-def _said(value: Any) -> str:
-    return "not set" if value is None else str(value)
+    # A task or a model that only one of them has is an addition, not a difference.
+    shared = {key.split(" ")[0] for key in mine} & {key.split(" ")[0] for key in theirs}
+    for key in mine | theirs:
+        values = mine.get(key), theirs.get(key)
+        if key.split(" ")[0] in shared and values[0] != values[1]:
+            here, there = ("not set" if value is None else value for value in values)
+            yield f"{key} is {here} in {folder_name(one)} and {there} in {folder_name(other)}"
 
 
 def _comparable(results: Results) -> Iterator[tuple[str, Any]]:
     """What must be equal, by name; the first word of a name says whether both folders must have it."""
     config = results.config
     yield "preset", config.get("preset")
-    settings = _object(config.get("settings"))
-    for group in ("model", "training"):
-        for name, value in _object(settings.get(group)).items():
-            yield f"{group} setting {name}", value
-    for task, values in _object(settings.get("by_task")).items():
-        yield from ((f"{task} setting {name}", value) for name, value in values.items())
-    for task, values in _object(settings.get("data")).items():
-        yield from ((f"{task} setting {name}", value) for name, value in values.items() if name not in PLACES)
-    for task, facts in _object(config.get("task_info")).items():
+    settings = as_object(config.get("settings"))
+    of_models = {group: settings.get(group) for group in ("model", "training")}
+    for part in (of_models, as_object(settings.get("by_task")), as_object(settings.get("data"))):
+        for group, values in part.items():
+            named = as_object(values).items()
+            yield from ((f"{group} setting {name}", value) for name, value in named if name not in PLACES)
+    for task, facts in as_object(config.get("task_info")).items():
         for name in ("num_classes", "test_size", "metric"):
-            yield f"{task} {name}", _object(facts).get(name)
-        yield f"{task} data sha256", _object(_object(facts).get("provenance")).get("sha256")
-    arithmetic = sorted(
-        {str((record.result or {}).get("precision")) for record in results.cells if record.result}
-    )
+            yield f"{task} {name}", as_object(facts).get(name)
+        yield f"{task} data sha256", as_object(as_object(facts).get("provenance")).get("sha256")
+    arithmetic = {str(record.result.get("precision")) for record in results.cells if record.result}
     if arithmetic:
-        yield "arithmetic", " and ".join(arithmetic)
+        yield "arithmetic", " and ".join(sorted(arithmetic))

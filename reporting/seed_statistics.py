@@ -17,15 +17,14 @@ Cohen 1988, 2.3.5 (d_z); Guenther 1981 (number of pairs); Holm 1979.
 import functools
 import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
 
-CONFIDENCE = 0.95
-
 
 class Estimate(NamedTuple):
-    """The mean of n numbers with its t interval; the ends are NaN for n < 2, the mean for n = 0."""
+    """The mean of n numbers with its 95 % t interval; the ends are NaN for n < 2, the mean for n = 0."""
 
     n: int
     mean: float
@@ -48,13 +47,7 @@ def t_probability(angle: float, freedom: int) -> float:
 
 @functools.cache
 def t_quantile(confidence: float, freedom: int) -> float:
-    """The t with P(|T| < t) = confidence: 12.706 at 0.95 and one degree of freedom.
-
-    Raises ValueError unless 0 < confidence < 1 and freedom >= 1."""
-    if not 0 < confidence < 1 or freedom < 1:
-        raise ValueError(
-            f"expected 0 < confidence < 1 and freedom >= 1, got confidence {confidence}, freedom {freedom}"
-        )
+    """The t with P(|T| < t) = confidence, 0 < confidence < 1: 12.706 at 0.95 and one degree of freedom."""
     low, high = 0.0, math.pi / 2
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if t_probability(middle, freedom) < confidence else (low, middle)
@@ -66,26 +59,24 @@ def deviation(values: Sequence[float]) -> float:
     rounding."""
     if len(values) < 2:
         return math.nan
-    mean = math.fsum(values) / len(values)
+    mean = fmean(values)
     found = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
     return found if found > 1e-12 * max(map(abs, values)) else 0.0
 
 
-def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
-    """The mean of the values and its t interval, which takes them as independent draws from a normal."""
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of the values and its 95 % t interval, which takes them as independent draws from a normal."""
     n = len(values)
-    if n == 0:
-        return Estimate(0, math.nan, math.nan, math.nan)
-    mean = math.fsum(values) / n
-    if n == 1:
-        return Estimate(1, mean, math.nan, math.nan)
-    half = t_quantile(confidence, n - 1) * deviation(values) / math.sqrt(n)
+    mean = fmean(values) if n else math.nan
+    if n < 2:
+        return Estimate(n, mean, math.nan, math.nan)
+    half = t_quantile(0.95, n - 1) * deviation(values) / math.sqrt(n)
     return Estimate(n, mean, mean - half, mean + half)
 
 
-def paired_differences(values: dict[int, float], baseline: dict[int, float]) -> dict[int, float]:
-    """value - baseline by seed, for the seeds that both have, in ascending order."""
-    return {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())}
+def paired_differences(values: dict[int, float], baseline: dict[int, float]) -> list[float]:
+    """value - baseline, from numbers by seed, of the seeds that both have, in ascending order."""
+    return [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
 
 
 def paired_t_p(differences: Sequence[float]) -> float:
@@ -97,7 +88,7 @@ def paired_t_p(differences: Sequence[float]) -> float:
         return math.nan
     if spread == 0:
         return sign_flip_p(differences)
-    t = abs(math.fsum(differences) / n) / (spread / math.sqrt(n))
+    t = abs(fmean(differences)) / (spread / math.sqrt(n))
     return max(0.0, 1 - t_probability(math.atan(t / math.sqrt(n - 1)), n - 1))
 
 
@@ -105,7 +96,7 @@ def standardised(differences: Sequence[float]) -> float:
     """Cohen's d_z: the mean difference over the standard deviation of the differences; NaN without a
     spread."""
     spread = deviation(differences)
-    return math.fsum(differences) / len(differences) / spread if spread > 0 else math.nan
+    return fmean(differences) / spread if spread > 0 else math.nan
 
 
 def pairs_needed(spread: float, difference: float) -> int:
@@ -157,9 +148,11 @@ def _signed_sums(values: Sequence[float]) -> np.ndarray:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for having looked at all of them (Holm's step-down), in the order given."""
-    adjusted, running = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
+    """p values adjusted for having looked at all of them (Holm's step-down), in the order given; NaN, of
+    what was not tested, is not counted and stays."""
+    tested = [index for index, p in enumerate(p_values) if not math.isnan(p)]
+    adjusted, running = [math.nan] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(tested, key=p_values.__getitem__)):
+        running = max(running, min(1.0, (len(tested) - rank) * p_values[index]))
         adjusted[index] = running
     return adjusted

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from reporting.analysis import Analysis
-from reporting.comparison_tables import CONVERGENCE, NEAR, length_table
+from reporting.comparison_tables import CONVERGENCE, NEAR
 from reporting.lra_literature import comparable
 from reporting.metrics import Metric, metric_named
 from reporting.run_results import TaskFacts
@@ -19,31 +19,22 @@ from reporting.seed_statistics import Estimate
 from reporting.text_tables import NONE, TextTable, short, short_p
 from reporting.verdicts import Difference, Speed
 
-MIB = 2.0**20
 INTERVAL = "Mean over n seeds [95 % t interval]; n = 1: one run, no interval"
 # (metric, heading, scale)
 Column = tuple[str, str, float]
-TABLES: tuple[tuple[str, tuple[Column, ...]], ...] = (
-    (
-        "cost",
-        (
-            ("seconds_per_epoch", "s per training epoch", 1.0),
-            ("tokens_per_second", "tokens per s", 1.0),
-            ("peak_memory_bytes", "peak memory (MiB)", 1 / MIB),
-            ("parameters", "parameters", 1.0),
-            ("attention_parameters", "of them in attention", 1.0),
-            ("forward_flops", "forward MFLOPs / example", 1e-6),
-        ),
-    ),
-    (
-        "attention",
-        (
-            ("attention_entropy", "entropy of a row (1 = even)", 1.0),
-            ("attention_share_near", f"weight within {NEAR} tokens (%)", 100.0),
-        ),
-    ),
+COST: tuple[Column, ...] = (
+    ("seconds_per_epoch", "s per training epoch", 1.0),
+    ("tokens_per_second", "tokens per s", 1.0),
+    ("peak_memory_bytes", "peak memory (MiB)", 2.0**-20),
+    ("parameters", "parameters", 1.0),
+    ("attention_parameters", "of them in attention", 1.0),
+    ("forward_flops", "forward MFLOPs / example", 1e-6),
 )
-TARGET_COLUMNS: tuple[Column, ...] = (
+ATTENTION: tuple[Column, ...] = (
+    ("attention_entropy", "entropy of a row (1 = even)", 1.0),
+    ("attention_share_near", f"weight within {NEAR} tokens (%)", 100.0),
+)
+TARGET: tuple[Column, ...] = (
     ("seconds_to_target", "training s to it", 1.0),
     ("tokens_to_target", "million tokens to it", 1e-6),
     ("seconds_to_best", "training s to the best epoch", 1.0),
@@ -60,16 +51,16 @@ def shown_mean(mean: Estimate, scale: float = 1.0, *, of: int = 0) -> str:
     return f"{text} (n = {mean.n})" if 0 < mean.n < of else text
 
 
-def _quality_columns(metric: Metric) -> tuple[Column, ...]:
+def _quality(metric: Metric) -> list[Column]:
     found: list[Column] = [
         (metric.best, f"test {metric.label}", metric.scale),
         (metric.last, f"after the last epoch{' (%)' if metric.unit == '%' else ''}", metric.scale),
         ("best_epoch", "best epoch", 1.0),
     ]
-    if metric.more_is_better:
-        found.append(("convergence_epoch", "epochs to 90 % of best", 1.0))
-    above = "the same above chance" if metric.more_is_better else "epochs to 90 % of the way from chance"
-    return (*found, (CONVERGENCE, above, 1.0))
+    if not metric.more_is_better:
+        return [*found, (CONVERGENCE, "epochs to 90 % of the way from chance", 1.0)]
+    found.append(("convergence_epoch", "epochs to 90 % of best", 1.0))
+    return [*found, (CONVERGENCE, "the same above chance", 1.0)]
 
 
 def tables(analysis: Analysis) -> list[TextTable]:
@@ -79,24 +70,30 @@ def tables(analysis: Analysis) -> list[TextTable]:
 
 
 def task_tables(analysis: Analysis, facts: TaskFacts) -> list[TextTable]:
-    columns = _quality_columns(facts.metric)
-    found = [_task_table(analysis, facts, f"{facts.metric.title} and convergence", columns)]
-    for kind, columns in TABLES:
-        if kind != "attention" or (analysis.table["metric"] == columns[0][0]).any():
-            found.append(_task_table(analysis, facts, kind, columns))
+    metric = facts.metric
+    found = [
+        _task_table(analysis, facts, f"{metric.title} and convergence", _quality(metric)),
+        _task_table(analysis, facts, "cost", COST),
+    ]
+    if (analysis.table["metric"] == ATTENTION[0][0]).any():
+        found.append(_task_table(analysis, facts, "attention", ATTENTION))
     if facts.name in analysis.targets:
         found.append(_target_table(analysis, facts))
-    found += _length_table(analysis, facts)
-    if comparable(analysis.results, facts.name):
-        found.append(_published_table(analysis, facts))
+    if lengths := analysis.lengths.get(facts.name):
+        columns = [(metric.at_length(length), f"{length:,} tokens", metric.scale) for length in lengths]
+        kind = f"test {metric.label} by length, trained at {lengths[0]:,}"
+        found.append(_task_table(analysis, facts, kind, columns))
+    if published := comparable(analysis.results, facts.name):
+        rows = [[one.name, one.source, f"{100 * one.accuracy:.2f}"] for one in published]
+        title = _title(analysis, facts, "published test accuracy")
+        found.append(TextTable(title, ["model", "source", "test accuracy (%)"], rows, names=2))
     return found
 
 
 def run_tables(analysis: Analysis) -> list[TextTable]:
     """The learning rates that were tried, and the cells that are not done."""
-    found = _tuning_table(analysis)
-    if analysis.unfinished():
-        rows = [[str(record.cell), record.state, record.reason or NONE] for record in analysis.unfinished()]
+    found = [_tuning_table(analysis)] if analysis.tunings else []
+    if rows := [[str(one.cell), one.state, one.reason or NONE] for one in analysis.unfinished()]:
         found.append(TextTable("Cells that are not done", ["cell", "state", "reason"], rows, names=3))
     return found
 
@@ -123,58 +120,35 @@ def _title(analysis: Analysis, facts: TaskFacts, kind: str, *, timed: bool = Fal
 
 
 def _target_table(analysis: Analysis, facts: TaskFacts) -> TextTable:
-    target = facts.metric.shown(analysis.targets[facts.name])
+    metric = facts.metric
+    target = metric.shown(analysis.targets[facts.name])
     speeds = {speed.model: speed for speed in analysis.speeds if speed.task == facts.name}
     unit = next((speed.unit for speed in speeds.values()), "steps")
-    rows = _rows(analysis, facts.name, TARGET_COLUMNS)
+    rows = _rows(analysis, facts.name, TARGET)
     for row, model in zip(rows, analysis.names, strict=True):
         row[2:2] = _speed_cells(speeds.get(model))
-    header = [
-        "model",
-        "n",
-        "seeds at the target",
-        f"median {unit} to it",
-        "sooner, later, tied",
-        "p",
-        "p (Holm)",
-    ]
-    header += [heading for _, heading, _ in TARGET_COLUMNS]
+    header = ["model", "n", "seeds at the target", f"median {unit} to it", "sooner, later, tied", "p"]
+    header += ["p (Holm)", *(heading for _, heading, _ in TARGET)]
     note = (
-        f"{INTERVAL}. Target: a validation {facts.metric.title} of {target}. Median over all seeds, those "
+        f"{INTERVAL}. Target: a validation {metric.title} of {target}. Median over all seeds, those "
         "that did not reach it counted as slower than any that did. Sooner, later, tied: pairs with "
         f"{analysis.baseline_name}, where training that ended before the target can lose or tie alone; p: "
         "exact, two-sided sign test; Holm's correction over the models of the task. Seconds and tokens to "
         "it: mean over the seeds that reached it, of training alone"
     )
-    title = _title(analysis, facts, f"time to {_article(facts.metric)} of {target}", timed=True)
-    return TextTable(title, header, rows, note)
-
-
-def _article(metric: Metric) -> str:
-    return "an accuracy" if metric.more_is_better else metric.title
+    what = "an accuracy" if metric.more_is_better else metric.title
+    return TextTable(_title(analysis, facts, f"time to {what} of {target}", timed=True), header, rows, note)
 
 
 def _speed_cells(speed: Speed | None) -> list[str]:
     if speed is None:
         return [NONE] * 5
-    median = f"more than {short(speed.budget)}" if math.isinf(speed.median) else short(speed.median)
     pairs = NONE if math.isnan(speed.p) else f"{speed.wins}, {speed.losses}, {speed.ties}"
-    return [f"{speed.reached} of {speed.n}", median, pairs, short_p(speed.p), short_p(speed.p_holm)]
+    p_values = short_p(speed.p), short_p(speed.p_holm)
+    return [f"{speed.reached} of {speed.n}", speed.shown_median, pairs, *p_values]
 
 
-def _length_table(analysis: Analysis, facts: TaskFacts) -> list[TextTable]:
-    """The test metric at each length of its examples, where some are longer than those trained on."""
-    lengths = length_table(analysis.table[analysis.table["task"] == facts.name])["length"].unique().tolist()
-    if not lengths:
-        return []
-    metric = facts.metric
-    columns = [(metric.at_length(length), f"{length:,} tokens", metric.scale) for length in lengths]
-    return [
-        _task_table(analysis, facts, f"test {metric.label} by length, trained at {lengths[0]:,}", columns)
-    ]
-
-
-def _tuning_table(analysis: Analysis) -> list[TextTable]:
+def _tuning_table(analysis: Analysis) -> TextTable:
     """What each learning rate came to on validation."""
     rates = sorted({one.learning_rate for tuning in analysis.tunings.values() for one in tuning.trials})
     rows = []
@@ -186,31 +160,19 @@ def _tuning_table(analysis: Analysis) -> list[TextTable]:
         }
         chosen = f"{tuning.chosen:g}" + (" (an end of the grid)" if tuning.at_an_end else "")
         rows.append([analysis.names[model], task, *(tried.get(rate, NONE) for rate in rates), chosen])
-    if not rows:
-        return []
     used = sorted({seed for tuning in analysis.tunings.values() for seed in tuning.seeds})
     note = (
         f"Best validation value, mean of seeds {', '.join(map(str, used))}, which no result uses; results "
-        f"are trained with the chosen rate"
+        "are trained with the chosen rate"
     )
     header = ["model", "task", *(f"{rate:g}" for rate in rates), "chosen"]
-    return [TextTable("Learning rates", header, rows, note, names=2)]
-
-
-def _published_table(analysis: Analysis, facts: TaskFacts) -> TextTable:
-    lines = comparable(analysis.results, facts.name)
-    rows = [[line.name, line.source, f"{100 * line.accuracy:.2f}"] for line in lines]
-    header = ["model", "source", "test accuracy (%)"]
-    return TextTable(_title(analysis, facts, "published test accuracy"), header, rows, names=2)
+    return TextTable("Learning rates", header, rows, note, names=2)
 
 
 def difference_tables(analysis: Analysis) -> list[TextTable]:
     """At the length trained on, and at the longest that was tested."""
-    found = []
-    for differences, title in ((analysis.differences, ""), (analysis.beyond, ", at the longest length")):
-        if differences:
-            found.append(_difference_table(analysis, differences, title))
-    return found
+    both = ((analysis.differences, ""), (analysis.beyond, ", at the longest length"))
+    return [_difference_table(analysis, found, title) for found, title in both if found]
 
 
 def _difference_table(analysis: Analysis, differences: Sequence[Difference], title: str) -> TextTable:
@@ -218,14 +180,10 @@ def _difference_table(analysis: Analysis, differences: Sequence[Difference], tit
     for row in differences:
         notice = analysis.notice(row.task)
         task = row.task + (f" at {row.length:,}" if row.length else "") + (f" ({notice})" if notice else "")
-        difference = shown_mean(row.mean, row.metric.scale)
-        numbers = (
-            str(row.mean.n),
-            f"{difference} {row.metric.step}" if row.mean.n else NONE,
-            short(row.dz),
-            NONE if row.shares is None else str(row.shares),
-            *map(short_p, (row.p_t, row.p_sign_flip, row.p_shares, row.p_holm)),
-        )
+        difference = f"{shown_mean(row.mean, row.metric.scale)} {row.metric.step}" if row.mean.n else NONE
+        shares = NONE if row.shares is None else str(row.shares)
+        p_values = map(short_p, (row.p_t, row.p_sign_flip, row.p_shares, row.p_holm))
+        numbers = (str(row.mean.n), difference, short(row.dz), shares, *p_values)
         rows.append([analysis.names[row.model], task, *numbers, row.verdict])
     header = ["model", "task", "n", "difference", "d_z", "seeds that learned"]
     header += ["p (t)", "p (sign flip)", "p (shares)", "p (Holm)", "verdict"]

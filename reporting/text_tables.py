@@ -30,11 +30,12 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class TextTable:
-    """Plain text in rows. The first `names` columns are left-aligned, the others, numbers, right-aligned."""
+    """Entries by row, shown as str() gives them. The first `names` columns are left-aligned, the others,
+    numbers, right-aligned."""
 
     title: str
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[object]]
     note: str = ""
     names: int = 1
 
@@ -65,9 +66,8 @@ def code_block(text: str, language: str = "sh") -> str:
 
 
 def markdown_table(table: TextTable) -> str:
-    rule = ["---"] * table.names + ["---:"] * (len(table.header) - table.names)
-    lines = [[markdown(entry) for entry in row] for row in (table.header, *table.rows)]
-    lines.insert(1, rule)
+    lines = [[markdown(str(entry)) for entry in row] for row in (table.header, *table.rows)]
+    lines.insert(1, ["---"] * table.names + ["---:"] * (len(table.header) - table.names))
     text = "\n".join("| " + " | ".join(row) + " |" for row in lines)
     note = f"\n\n{markdown(table.note)}" if table.note else ""
     return f"**{markdown(table.title)}**\n\n{text}{note}"
@@ -75,26 +75,22 @@ def markdown_table(table: TextTable) -> str:
 
 def latex_table(table: TextTable) -> str:
     """A table environment by pandas, shrunk to the width of the text where it is wider."""
-    frame = pd.DataFrame(
-        [[latex(entry) for entry in row] for row in table.rows], columns=[latex(one) for one in table.header]
-    )
+    rows = [[latex(str(entry)) for entry in row] for row in table.rows]
+    frame = pd.DataFrame(rows, columns=[latex(one) for one in table.header])
     caption = latex(table.title) + (". " + latex(table.note) if table.note else "")
     columns = "l" * table.names + "r" * (len(table.header) - table.names)
     text = frame.to_latex(index=False, column_format=columns, caption=caption, position="htbp")
     text = text.replace(r"\caption", "\\centering\n\\caption")
-    return text.replace(r"\begin{tabular}", LATEX_FIT + r"{\begin{tabular}").replace(
-        r"\end{tabular}", r"\end{tabular}}"
-    )
+    text = text.replace(r"\begin{tabular}", LATEX_FIT + r"{\begin{tabular}")
+    return text.replace(r"\end{tabular}", r"\end{tabular}}")
 
 
 def short(value: float) -> str:
     """About three digits: 0.0123, 1.23, 12.3, 123, 12,345; whole numbers as they are. A dash for NaN."""
     if math.isnan(value):
         return NONE
-    if value == round(value):
-        return f"{value:,.0f}"
     size = abs(value)
-    if size >= 99.95:
+    if value == round(value) or size >= 99.95:
         return f"{value:,.0f}"
     if size >= 9.995:
         return f"{value:.1f}"

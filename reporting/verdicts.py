@@ -11,7 +11,8 @@ mean says little, and the shares decide (Fisher's exact test).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from statistics import median_low
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ from reporting.seed_statistics import (
     sign_test_p,
     standardised,
 )
+from reporting.text_tables import short
 
 SIGNIFICANCE = 0.05
 LEAST_SEEDS = 3  # pairs, without which there is no verdict
@@ -65,8 +67,8 @@ class Difference(NamedTuple):
     p_sign_flip: float
     shares: Shares | None
     p_shares: float
-    p_holm: float
-    length: int | None = None  # of the test, where it is not the one trained on
+    length: int | None  # of the test, where it is not the one trained on
+    p_holm: float = math.nan
 
     @property
     def p(self) -> float:
@@ -121,41 +123,19 @@ def compare(
         values = {model: by_seed(of_task, task, model, column) for model in of_task["model"].unique()}
         base = values.get(baseline, {})
         learned = _learned(values, metric, (levels or {}).get(task))
-        family = [
-            _difference(task, model, metric, mine, base, _shares(learned, model, baseline), length)
-            for model, mine in values.items()
-            if model != baseline
-        ]
+        family = []
+        for model, mine in values.items():
+            if model == baseline:
+                continue
+            differences, shares = paired_differences(mine, base), _shares(learned, model, baseline)
+            sizes = estimate(differences), standardised(differences), deviation(differences)
+            p_values = paired_t_p(differences), sign_flip_p(differences)
+            p_shares = math.nan if shares is None else fisher_p(*shares)
+            family.append(Difference(task, model, metric, *sizes, *p_values, shares, p_shares, length))
         # A comparison without a verdict is none of the family.
-        adjusted = iter(holm([row.p for row in family if row.mean.n >= LEAST_SEEDS]))
-        found += [row._replace(p_holm=next(adjusted)) if row.mean.n >= LEAST_SEEDS else row for row in family]
+        adjusted = holm([row.p if row.mean.n >= LEAST_SEEDS else math.nan for row in family])
+        found += [row._replace(p_holm=p) for row, p in zip(family, adjusted, strict=True)]
     return found
-
-
-def _difference(
-    task: str,
-    model: str,
-    metric: Metric,
-    mine: dict[int, float],
-    base: dict[int, float],
-    shares: Shares | None,
-    length: int | None,
-) -> Difference:
-    differences = list(paired_differences(mine, base).values())
-    return Difference(
-        task,
-        model,
-        metric,
-        estimate(differences),
-        standardised(differences),
-        deviation(differences),
-        paired_t_p(differences),
-        sign_flip_p(differences),
-        shares,
-        math.nan if shares is None else fisher_p(*shares),
-        math.nan,
-        length,
-    )
 
 
 def _learned(
@@ -201,7 +181,11 @@ class Speed(NamedTuple):
     losses: int
     ties: int
     p: float
-    p_holm: float
+    p_holm: float = math.nan
+
+    @property
+    def shown_median(self) -> str:
+        return f"more than {short(self.budget)}" if math.isinf(self.median) else short(self.median)
 
 
 def compare_speed(
@@ -226,51 +210,36 @@ def compare_speed(
             }
             for model, mine in of_task.groupby("model", sort=False)
         }
-        family = [_speed(task, model, unit, mine, times.get(baseline, {})) for model, mine in times.items()]
         family = [
-            row._replace(wins=0, losses=0, ties=0, p=math.nan) if row.model == baseline else row
-            for row in family
+            _speed(task, model, unit, mine, {} if model == baseline else times.get(baseline, {}))
+            for model, mine in times.items()
         ]
-        adjusted = iter(holm([row.p for row in family if not math.isnan(row.p)]))
-        found += [row if math.isnan(row.p) else row._replace(p_holm=next(adjusted)) for row in family]
+        adjusted = holm([row.p for row in family])
+        found += [row._replace(p_holm=p) for row, p in zip(family, adjusted, strict=True)]
     return found
 
 
 class Time(NamedTuple):
-    """When the target was reached; else (censored) how long it was not."""
+    """When the target was reached; or, missed, how long it was not. Of equal times one that was reached is
+    the smaller."""
 
     at: float
-    reached: bool
+    missed: bool
 
 
 def _time_to(epochs: pd.DataFrame, column: str, target: float, metric: Metric) -> Time:
     # The tolerance is for rounding: accuracies are shares of far fewer examples.
     there = epochs[[metric.gain(value - target) >= -1e-9 for value in epochs["quality"]]]
-    return Time(float((there if len(there) else epochs[-1:])[column].iloc[0]), len(there) > 0)
-
-
-def _before(one: Time, other: Time) -> bool:
-    return one.reached and (one.at < other.at or (one.at == other.at and not other.reached))
+    return Time(float((there if len(there) else epochs[-1:])[column].iloc[0]), there.empty)
 
 
 def _speed(task: str, model: str, unit: str, mine: dict[int, Time], base: dict[int, Time]) -> Speed:
     pairs = [(mine[seed], base[seed]) for seed in mine.keys() & base.keys()]
-    wins, losses = sum(_before(*pair) for pair in pairs), sum(_before(*pair[::-1]) for pair in pairs)
-    at: Sequence[float] = [time.at if time.reached else math.inf for time in mine.values()]
-    median = float(sorted(at)[len(at) // 2 - (len(at) % 2 == 0)])  # the lower of two: no mean with infinity
-    reached, budget = sum(time.reached for time in mine.values()), max(time.at for time in mine.values())
+    wins = sum(one < other and not one.missed for one, other in pairs)
+    losses = sum(other < one and not other.missed for one, other in pairs)
     p = sign_test_p(wins, losses) if pairs else math.nan
-    return Speed(
-        task,
-        model,
-        unit,
-        reached,
-        len(mine),
-        median,
-        budget,
-        wins,
-        losses,
-        len(pairs) - wins - losses,
-        p,
-        math.nan,
-    )
+    reached, budget = sum(not time.missed for time in mine.values()), max(time.at for time in mine.values())
+    # The lower of two in the middle: there is no mean with infinity.
+    median = median_low(math.inf if time.missed else time.at for time in mine.values())
+    counts = wins, losses, len(pairs) - wins - losses
+    return Speed(task, model, unit, reached, len(mine), median, budget, *counts, p)

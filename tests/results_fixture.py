@@ -77,23 +77,17 @@ def report_of(root: Path) -> str:
 
 def tidy(values: dict[str, list[float]], metric: str = ACCURACY, task: str = "listops") -> pd.DataFrame:
     """The tidy table of one metric, from the values by seed of each model."""
-    rows = [
-        (task, model, seed, metric, value)
-        for model, numbers in values.items()
-        for seed, value in enumerate(numbers)
-    ]
-    return pd.DataFrame(rows, columns=["task", "model", "seed", "metric", "value"])
+    rows = [(model, seed, value) for model, found in values.items() for seed, value in enumerate(found)]
+    return pd.DataFrame(rows, columns=["model", "seed", "value"]).assign(task=task, metric=metric)
 
 
 def task_info(task: str) -> Row:
-    classes = 10 if task == "listops" else 2
+    title = TITLES.get(task, task.replace("_", " ").capitalize())
+    classes, majority = (10, 0.175) if task == "listops" else (2, 0.5)
+    provenance = {"source": "generated", "seed": 0, "sha256": "0" * 64}
     return {
-        "title": TITLES.get(task, task.replace("_", " ").capitalize()),
-        "num_classes": classes,
-        "chance": 1 / classes,
-        "majority": 0.175 if task == "listops" else 0.5,
-        "test_size": 2000,
-        "provenance": {"source": "generated", "seed": 0, "sha256": "0" * 64},
+        **{"title": title, "num_classes": classes, "chance": 1 / classes, "majority": majority},
+        **{"test_size": 2000, "provenance": provenance},
     }
 
 
@@ -130,48 +124,50 @@ def make_results(
     }
     write(root / "environment.json", environment)
     for cell in cells:
-        make_cell(root, cell, models.index(cell.model), (states or {}).get(cell, "done"), epochs, patterns)
+        if (state := (states or {}).get(cell, "done")) != "missing":
+            make_cell(cell.folder(root), cell, models.index(cell.model), state, epochs, patterns)
     return root
 
 
-def make_cell(root: Path, cell: Cell, number: int, state: str, epochs: int, patterns: bool) -> None:
+def make_cell(folder: Path, cell: Cell, number: int, state: str, epochs: int, patterns: bool) -> None:
     """One cell; `number` is the model's place, which sets its level."""
-    if state == "missing":
-        return
-    folder = cell.folder(root)
     write(folder / "status.json", {"state": state, "reason": REASONS.get(state, ""), "time": "2026-01-02"})
     write(folder / "config.json", {"schema_version": 1, "task": cell.task, "model": cell.model})
     if state == "pending":
         return
     draws = np.random.default_rng([cell.seed, number, len(cell.task)])
-    top = (0.36 if cell.task == "listops" else 0.62) + 0.015 * number + draws.normal(0, 0.006)
-    chance = 0.1 if cell.task == "listops" else 0.5
-    if state == "diverged":
-        epochs = max(1, epochs // 2)
-    rows = [epoch_row(epoch, top, chance, number, cell.model, draws) for epoch in range(1, epochs + 1)]
+    chance, level = (0.1, 0.36) if cell.task == "listops" else (0.5, 0.62)
+    top = float(level + 0.015 * number + draws.normal(0, 0.006))
+    rows: list[Row] = []
+    for epoch in range(1, 1 + (max(1, epochs // 2) if state == "diverged" else epochs)):
+        reached = 1 - np.exp(-epoch / (1.5 + 0.5 * number))
+        accuracy = float(chance + (top - chance) * reached + draws.normal(0, 0.003))
+        learned = {f"layer{layer}": learned_scalars(epoch, cell.model, draws) for layer in range(LAYERS)}
+        train_loss = float(2 - reached + draws.normal(0, 0.01))
+        val_loss = float(2.02 - 0.95 * reached + draws.normal(0, 0.01))
+        row = {
+            **{"epoch": epoch, "train_loss": train_loss, "train_accuracy": accuracy + 0.01},
+            **{"val_loss": val_loss, "val_accuracy": accuracy},
+            **{"train_seconds": 10.0 * (1 + number), "train_tokens": 100_000},
+            "learned": {layer: scalars for layer, scalars in learned.items() if scalars},
+        }
+        rows.append(row)
     write_rows(folder, rows)
     if state == "done":
-        write(folder / "result.json", cell_result(rows, number, float(top), draws))
+        size = 50_000 * number
+        result = {
+            **{"schema_version": 1, "test_accuracy_best": top, "test_accuracy_last": top - 0.004},
+            **{"best_epoch": len(rows), "epochs_run": len(rows)},
+            "convergence_epoch": 99,  # of an older version: not read
+            "seconds_per_epoch": float(10 * (1 + number) + draws.random()),
+            "tokens_per_second": float(1e4 / (1 + number) + draws.random()),
+            "peak_memory_bytes": int(2**29 * (1 + 0.3 * number)),
+            **{"parameters": 300_000 + size, "attention_parameters": 130_000 + size},
+        }
+        write(folder / "result.json", result)
         if patterns:
             arrays = pattern_arrays(cell.model, draws)
             np.savez_compressed(folder / "attention_patterns.npz", allow_pickle=False, **arrays)
-
-
-def epoch_row(
-    epoch: int, top: float, chance: float, number: int, model: str, draws: np.random.Generator
-) -> Row:
-    reached = 1 - np.exp(-epoch / (1.5 + 0.5 * number))
-    accuracy = float(chance + (top - chance) * reached + draws.normal(0, 0.003))
-    learned = {f"layer{layer}": learned_scalars(epoch, model, draws) for layer in range(LAYERS)}
-    train_loss = float(2 - reached + draws.normal(0, 0.01))
-    val_loss = float(2.02 - 0.95 * reached + draws.normal(0, 0.01))
-    return {
-        "epoch": epoch,
-        **{"train_loss": train_loss, "train_accuracy": accuracy + 0.01},
-        **{"val_loss": val_loss, "val_accuracy": accuracy},
-        **{"train_seconds": 10.0 * (1 + number), "train_tokens": 100_000},
-        "learned": {layer: scalars for layer, scalars in learned.items() if scalars},
-    }
 
 
 def learned_scalars(epoch: int, model: str, draws: np.random.Generator) -> Row:
@@ -186,20 +182,6 @@ def learned_scalars(epoch: int, model: str, draws: np.random.Generator) -> Row:
         law = {"power": 8 + 0.1 * epoch, "softening": 0.1 - 0.001 * epoch}
         scalars |= {name: [[value] * HEADS] * 3 for name, value in law.items()}
     return scalars
-
-
-def cell_result(rows: list[Row], number: int, top: float, draws: np.random.Generator) -> Row:
-    size = 50_000 * number
-    return {
-        "schema_version": 1,
-        **{"test_accuracy_best": top, "test_accuracy_last": top - 0.004},
-        **{"best_epoch": len(rows), "epochs_run": len(rows)},
-        "convergence_epoch": 99,  # of an older version: not read
-        "seconds_per_epoch": float(10 * (1 + number) + draws.random()),
-        "tokens_per_second": float(1e4 / (1 + number) + draws.random()),
-        "peak_memory_bytes": int(2**29 * (1 + 0.3 * number)),
-        **{"parameters": 300_000 + size, "attention_parameters": 130_000 + size},
-    }
 
 
 def pattern_arrays(

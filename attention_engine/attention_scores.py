@@ -88,10 +88,16 @@ class Gravity:
             x[:, :, None, None] if isinstance(x, Tensor) else x for x in (self.softening, self.distance_power)
         )
         softened = self.squared_distance(q, k) + softening
-        if self.query_mass is None or self.log_gravity is None:
+        strength = self.strength()
+        if strength is None:
             return self.key_mass.log().unsqueeze(-2) - power / 2 * softened.log()
-        strength = self.log_gravity.exp().unsqueeze(-1) * self.query_mass  # G m_i: (N, T, H, L)
         return strength.unsqueeze(-1) * self.key_mass.unsqueeze(-2) * softened.pow(-power / 2)
+
+    def strength(self) -> Tensor | None:
+        """`G m_i` (N, T, H, L), or None with "force"."""
+        if self.query_mass is None or self.log_gravity is None:
+            return None
+        return self.log_gravity.exp().unsqueeze(-1) * self.query_mass
 
     def squared_distance(self, q: Tensor, k: Tensor) -> Tensor:
         """`r2_ij` (N, T', H, L, S)."""

@@ -176,7 +176,7 @@ FORMULAS: list[tuple[Factory, Settings]] = [
         *(
             {"softening": softening, "distance_power": power, **normalization}
             for normalization in (SOFTMAX, FORCE)
-            for power, softening in ((1.0, 0.01), (2.0, 2.0), (2.0, 0.01), (4.0, 0.01), (4.0, 2.0))
+            for power, softening in ((1.0, 0.01), (2.0, 2.0), (4.0, 0.01))
         )
     ),
 ]

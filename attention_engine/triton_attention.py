@@ -170,7 +170,7 @@ class FusedAttention(torch.autograd.Function):
         upstream = upstream.contiguous()
         # Timescales that share q, k and v each make a part of the gradient: those are summed in float32.
         part = q.dtype if q.shape[1] == plan.timescales else torch.float32
-        dq, dk, dv = (_per_timescale(x, plan.timescales, part) for x in (q, k, v))
+        dq, dk, dv = (x.new_empty(len(x), plan.timescales, *x.shape[2:], dtype=part) for x in (q, k, v))
         dstrength = None if strength is None else torch.empty_like(strength)
         dmass = None if key_mass is None else torch.empty_like(key_mass)
         parts = None
@@ -189,10 +189,6 @@ class FusedAttention(torch.autograd.Function):
         if dmass is not None and strength is None:
             dmass = dmass / key_mass  # the kernels' is by log m_j
         return dq, dk, dv, dstrength, dmass, drate, None, None, None, None
-
-
-def _per_timescale(x: Tensor, timescales: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(len(x), timescales, *x.shape[2:], dtype=dtype, device=x.device)
 
 
 def _joined(gradient: Tensor, x: Tensor) -> Tensor:

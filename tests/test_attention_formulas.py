@@ -315,14 +315,6 @@ def test_default_horizons_are_log_spaced_from_ten_to_a_thousand(count: int, hori
     assert [1 / (1 - gamma) for gamma in default_gammas(count)] == pytest.approx(horizons)
 
 
-def test_masses_and_gravity_start_at_one() -> None:
-    module = GravitationalMultiTimescaleAttention(E, H)
-    x = torch.zeros(1, 2, E)
-    for mass in module.masses(x, x).values():
-        torch.testing.assert_close(mass, torch.ones(1, 3, H, 2))
-    torch.testing.assert_close(module.learned_scalars()["gravity"], torch.ones(3, H))
-
-
 @pytest.mark.parametrize("gammas", [(0.9, 0.99, 0.999), (0.6, 0.9, 0.99), (0.3, 0.8), (0.5,)])
 def test_laplace_mixing_solves_the_tikhonov_normal_equations(gammas: tuple[float, ...]) -> None:
     low, high = 1 / (1 - gammas[0]), 1 / (1 - gammas[-1])

@@ -222,32 +222,12 @@ class GravitationalAttention(AttentionModule):
             embed_dim, num_heads, dropout, bias, batch_first=batch_first, device=device, dtype=dtype
         )
         self.out_proj = self.make_out_proj(embed_dim, bias, device, dtype)
-        self.field = GravitationalField(
-            embed_dim,
-            num_heads,
-            1,
-            softening,
-            distance_power,
-            normalization,
-            distance,
-            learned_power,
-            learned_softening,
-            device,
-            dtype,
-        )
+        law = softening, distance_power, normalization, distance, learned_power, learned_softening
+        self.field = GravitationalField(embed_dim, num_heads, 1, *law, device, dtype)
         self.discounts: Discounts | None = None
         if adaptive:
-            self.discounts = Discounts(
-                1,
-                num_heads,
-                gammas=None,
-                learn_gammas=True,
-                device=device,
-                dtype=dtype,
-                over_heads=True,
-                adaptive=True,
-                embed_dim=embed_dim,
-            )
+            rates: dict[str, Any] = {"over_heads": True, "adaptive": True, "embed_dim": embed_dim}
+            self.discounts = Discounts(1, num_heads, None, True, device=device, dtype=dtype, **rates)
 
     def score(self, query: Tensor, key: Tensor) -> Gravity:
         return self.field.score(query, key)

@@ -97,18 +97,8 @@ class GravitationalMultiTimescaleAttention(AttentionModule):
             embed_dim, self.discounts.initial_gammas, decoder, True, device, dtype
         )
         self.out_proj = self.make_out_proj(self.decoder.out_features, bias, device, dtype)
-        self.field = GravitationalField(
-            embed_dim,
-            num_heads,
-            num_timescales,
-            softening,
-            distance_power,
-            normalization,
-            distance,
-            learned_power,
-            learned_softening,
-            **place,
-        )
+        law = softening, distance_power, normalization, distance, learned_power, learned_softening
+        self.field = GravitationalField(embed_dim, num_heads, num_timescales, *law, **place)
 
     def score(self, query: Tensor, key: Tensor) -> Gravity:
         return self.field.score(query, key, self.discounts.log_decay(), self.discounts.discount)

@@ -88,10 +88,16 @@ class Gravity:
             x[:, :, None, None] if isinstance(x, Tensor) else x for x in (self.softening, self.distance_power)
         )
         softened = self.squared_distance(q, k) + softening
-        if self.query_mass is None or self.log_gravity is None:
+        strength = self.strength()
+        if strength is None:
             return self.key_mass.log().unsqueeze(-2) - power / 2 * softened.log()
-        strength = self.log_gravity.exp().unsqueeze(-1) * self.query_mass  # G m_i: (N, T, H, L)
         return strength.unsqueeze(-1) * self.key_mass.unsqueeze(-2) * softened.pow(-power / 2)
+
+    def strength(self) -> Tensor | None:
+        """`G m_i` (N, T, H, L), or None with "force"."""
+        if self.query_mass is None or self.log_gravity is None:
+            return None
+        return self.log_gravity.exp().unsqueeze(-1) * self.query_mass
 
     def squared_distance(self, q: Tensor, k: Tensor) -> Tensor:
         """`r2_ij` (N, T', H, L, S)."""
@@ -140,9 +146,9 @@ def join_score(score: Score, tensors: Sequence[Tensor | None]) -> Score:
 def with_strength(score: Gravity) -> Gravity:
     """The same score with A_i = G m_i in place of the masses of queries, and log G = 0: a kernel gives the
     gradient of A_i row by row, autograd those of G and m_i."""
-    if score.query_mass is None or score.log_gravity is None:
+    strength = score.strength()
+    if strength is None or score.log_gravity is None:
         return score
-    strength = score.log_gravity.float().exp().unsqueeze(-1) * score.query_mass.float()
     return replace(score, query_mass=strength, log_gravity=torch.zeros_like(score.log_gravity))
 
 

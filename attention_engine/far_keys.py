@@ -32,16 +32,25 @@ def nearest_keys(
     return nearest.clamp(0, key_length - 1), distance
 
 
+def _is_bounded(score: Score) -> bool:
+    if isinstance(score, DotProduct):
+        return True
+    learned = isinstance(score.softening, Tensor) or isinstance(score.distance_power, Tensor)
+    return not learned and score.distance != "manhattan"
+
+
 @torch.no_grad()
-def reach_of_rows(q: Tensor, k: Tensor, score: Score, mask: Mask) -> Tensor:
-    """For each problem the largest |i - j| to look at, (N, T, H) int32, computed on the device.
+def reach_of_rows(q: Tensor, k: Tensor, score: Score, mask: Mask) -> Tensor | None:
+    """For each problem the largest |i - j| to look at, (N, T, H) int32, computed on the device; None where
+    distance does not make far keys light, or no constants bound what one can weigh.
 
     A row's sum is at least the weight of its nearest key, at distance d: `exp(s_near) gamma^d`. All keys
     beyond W weigh at most `2 exp(s_max) gamma^(W + 1) / (1 - gamma)`. W is where that is the tolerance's part
     of the former: `W = d + (s_max - s_near + log(2 / (1 - gamma)) - log tolerance) / -log gamma`.
     """
     log_decay, (query_length, key_length) = score.log_decay, (q.shape[-2], k.shape[-2])
-    assert log_decay is not None
+    if log_decay is None or score.clock is not None or mask.pairs is not None or not _is_bounded(score):
+        return None
     nearest, distance = nearest_keys(mask, query_length, key_length, q.device)
     nearest = nearest[:, None, None].expand(len(q), 1, q.shape[2], -1)  # (N, 1, H, L)
     index = nearest.unsqueeze(-1).expand(-1, q.shape[1], -1, -1, q.shape[-1])

@@ -94,7 +94,7 @@ def native_attention(
         kind = GRAVITY if score.normalization == "softmax" else FORCE
         shape = float(score.softening), float(score.distance_power)
         plan = Plan(kind, 1.0, score.key_mass.shape[1], without, mask.without_tensors(), *shape)
-    if skip_far_keys and log_decay is not None and mask.pairs is None and _may_skip(q, k, log_decay):
+    if skip_far_keys and _may_pay(q, k, log_decay):
         reach = reach_of_rows(q, k, score, mask)
     try:
         output: Tensor = NativeAttention.apply(plan, reach, q, k, v, *tensors, mask.padding, mask.pairs)
@@ -103,9 +103,11 @@ def native_attention(
     return output
 
 
-def _may_skip(q: Tensor, k: Tensor, log_decay: Tensor) -> bool:
+def _may_pay(q: Tensor, k: Tensor, log_decay: Tensor | None) -> bool:
     """Whether it can pay to look for far keys: the sequence is long, the fastest decay is soon nothing."""
     longest = max(q.shape[-2], k.shape[-2])
+    if log_decay is None:
+        return False
     return longest >= SHORTEST_TO_SKIP and bool(-longest * log_decay.detach().min() > 2 * NEGLIGIBLE)
 
 

@@ -69,7 +69,7 @@ def triton_attention(
             float(score.distance_power) / 2,
         )
         strength, key_mass = _masses(score, mask)
-    if skip_far_keys and log_decay is not None and mask.pairs is None and q.numel() and k.numel():
+    if skip_far_keys and q.numel() and k.numel():
         reach = reach_of_rows(q, k, score, mask)
     tensors = [None if x is None else x.contiguous() for x in (q, k, v, strength, key_mass, log_decay)]
     output: Tensor = FusedAttention.apply(*tensors, mask.padding, mask.pairs, reach, plan)
@@ -168,7 +168,7 @@ class FusedAttention(torch.autograd.Function):
         upstream = upstream.contiguous()
         # Timescales that share q, k and v each make a part of the gradient: those are summed in float32.
         part = q.dtype if q.shape[1] == plan.timescales else torch.float32
-        dq, dk, dv = (_per_timescale(x, plan.timescales, part) for x in (q, k, v))
+        dq, dk, dv = (x.new_empty(len(x), plan.timescales, *x.shape[2:], dtype=part) for x in (q, k, v))
         dstrength = None if strength is None else torch.empty_like(strength)
         dmass = None if key_mass is None else torch.empty_like(key_mass)
         parts = None
@@ -187,10 +187,6 @@ class FusedAttention(torch.autograd.Function):
         if dmass is not None and strength is None:
             dmass = dmass / key_mass  # the kernels' is by log m_j
         return dq, dk, dv, dstrength, dmass, drate, None, None, None, None
-
-
-def _per_timescale(x: Tensor, timescales: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(len(x), timescales, *x.shape[2:], dtype=dtype, device=x.device)
 
 
 def _joined(gradient: Tensor, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ Memory is what is held at most above inputs, outputs and gradients: by the alloc
 set of a fresh process on the CPU. Writes .json, .png and .pdf, named by date, device and CPU threads.
 """
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -296,8 +297,10 @@ def peak_operations(settings: SpeedSettings, device: torch.device) -> float | No
     return max(tries)
 
 
-def measure(settings: SpeedSettings, device: torch.device) -> list[dict[str, Any]]:
-    """A row for each length and case, the anchor first."""
+def measure(
+    settings: SpeedSettings, device: torch.device, keep: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """A row for each length and case, the anchor first. What is measured by then is kept after each."""
     rows, peaks = [], []
     for length in settings.lengths:
         anchor = Case("dot product", ANCHOR, length)
@@ -318,7 +321,9 @@ def measure(settings: SpeedSettings, device: torch.device) -> list[dict[str, Any
             row["gflops"] = operations / 1e9 if complete else None
             if settings.memory:
                 row["peak_bytes"] = peak_process(device)(peak_bytes, case, settings, str(device))
+            row["share_of_peak"] = None
             rows.append(row)
+            keep(rows)
             print(f"N = {length:,}: {case.name}: {times['both']['ratio']:.2f}", file=sys.stderr, flush=True)
     peak = max((peak for peak in peaks if peak), default=None)
     for row in rows:
@@ -409,8 +414,9 @@ def main(argv: list[str] | None = None) -> int:
         settings = replace(SpeedSettings(), **given_settings(arguments, SpeedSettings))
         device = chosen_device(settings.device, settings.threads)
         stem = results_stem(settings.output_dir, "attention_speed", device)
-        rows = measure(settings, device)
-        write_results(stem, device, asdict(settings), rows)
+        keep = functools.partial(write_results, stem, device, asdict(settings))
+        rows = measure(settings, device, keep)
+        keep(rows)
         save_speed_figure(rows, stem, settings)
         print(markdown_table(table_of(rows, settings, device)))
         return EXIT_DONE

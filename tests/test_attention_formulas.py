@@ -176,7 +176,7 @@ FORMULAS: list[tuple[Factory, Settings]] = [
         *(
             {"softening": softening, "distance_power": power, **normalization}
             for normalization in (SOFTMAX, FORCE)
-            for power, softening in ((1.0, 0.01), (2.0, 2.0), (2.0, 0.01), (4.0, 0.01), (4.0, 2.0))
+            for power, softening in ((1.0, 0.01), (2.0, 2.0), (4.0, 0.01))
         )
     ),
 ]
@@ -313,14 +313,6 @@ def test_discounts_start_where_they_are_asked_to(gammas: tuple[float, ...] | Non
 )
 def test_default_horizons_are_log_spaced_from_ten_to_a_thousand(count: int, horizons: list[float]) -> None:
     assert [1 / (1 - gamma) for gamma in default_gammas(count)] == pytest.approx(horizons)
-
-
-def test_masses_and_gravity_start_at_one() -> None:
-    module = GravitationalMultiTimescaleAttention(E, H)
-    x = torch.zeros(1, 2, E)
-    for mass in module.masses(x, x).values():
-        torch.testing.assert_close(mass, torch.ones(1, 3, H, 2))
-    torch.testing.assert_close(module.learned_scalars()["gravity"], torch.ones(3, H))
 
 
 @pytest.mark.parametrize("gammas", [(0.9, 0.99, 0.999), (0.6, 0.9, 0.99), (0.3, 0.8), (0.5,)])

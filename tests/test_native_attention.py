@@ -37,7 +37,7 @@ def wrong(case: Case, output: float = 2e-6, gradient: float = 2e-5) -> dict[str,
 @each_score
 @pytest.mark.parametrize(
     ("shape", "decay", "shared"),
-    [(shape, decay, shared) for shape in SMALL for decay in DECAYS for shared in (True, False)]
+    [(shape, decay, shape != SMALL[0]) for shape in SMALL for decay in DECAYS]
     + [("parts of keys", None, True), ("parts of keys", (0.6, 0.95), False)],
 )
 def test_outputs_and_gradients_are_those_of_the_formula(
@@ -195,9 +195,9 @@ def test_processes_that_start_together_build_it_once_and_the_next_finds_it(
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
     code, pipe = "import test_native_attention as tests; print(tests.attended())", subprocess.PIPE
     command = [sys.executable, "-c", code]
-    processes = [subprocess.Popen(command, text=True, stdout=pipe, stderr=pipe) for _ in range(3)]
+    processes = [subprocess.Popen(command, text=True, stdout=pipe, stderr=pipe) for _ in range(2)]
     told = [process.communicate() for process in processes]
-    assert [output for output, _ in told] == ["native\n"] * 3
+    assert [output for output, _ in told] == ["native\n"] * 2
     assert sum(error.startswith("building the attention kernel") for _, error in told) == 1
     assert not any("beware" in error for _, error in told)
     assert (fresh / "calls").read_text().count("x") == len(libraries(fresh)) == 1

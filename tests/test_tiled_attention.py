@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton_cases import MASKS, Case, beyond, errors, masks
 
-from attention_engine import tiled_attention
+from attention_engine import tiled_problems
 from attention_engine.attention_scores import Mask
 from attention_engine.far_keys import reach_of_rows
 from attention_kernels import attend
@@ -43,7 +43,7 @@ def wrong(kind: str, tolerances: tuple[float, float] = TOLERANCES, **changes: An
 
 
 @each_kind
-@pytest.mark.parametrize(("batch", "length"), [(2, n) for n in (1, 63, 64, 65, 128, 192, 300)] + [(1, 300)])
+@pytest.mark.parametrize(("batch", "length"), [(2, 1), (2, 65), (2, 300), (1, 300)])
 def test_every_length_gives_the_dense_formula(kind: str, batch: int, length: int) -> None:
     assert wrong(kind, batch=batch, heads=1, queries=length, keys=length) == {}
 
@@ -59,7 +59,7 @@ def test_masks_hold_in_every_tile_and_a_row_with_no_key_is_zeros(kind: str, mask
 
 @pytest.mark.parametrize("kind", ["softmax", "force"])
 @pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
-@pytest.mark.parametrize("softening", [1e-4, 0.01, 0.1])
+@pytest.mark.parametrize("softening", [1e-4, 0.1])
 def test_coincident_pairs_at_small_softening(kind: str, power: float, softening: float) -> None:
     """One key may take all weight of its row: the gradients of masses are what sums that cancel leave."""
     sizes: dict[str, Any] = {"heads": 1, "queries": 66, "keys": 66}
@@ -84,7 +84,7 @@ def test_skipping_far_keys_changes_nothing(
         reaches.append(reach_of_rows(*args, **kwargs))
         return reaches[-1]
 
-    monkeypatch.setattr(tiled_attention, "reach_of_rows", observed)
+    monkeypatch.setattr(tiled_problems, "reach_of_rows", observed)
     changes: dict[str, Any] = {"batch": 1, "heads": 2, "queries": 700, "keys": 650, "softening": 0.5}
     changes |= {"decay": (0.3, 0.5), "learn_decay": learn_decay, "mask": Mask(causal=causal)}
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-6)):

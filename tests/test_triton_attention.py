@@ -100,7 +100,7 @@ def test_kernels_compile_for_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """The compiler refuses more than the interpreter does."""
+    """The compiler refuses more than the interpreter does; it takes a while over large tiles."""
     triton = need_triton()
     from attention_engine import triton_kernels as kernels
 
@@ -110,6 +110,7 @@ def test_kernels_compile_for_a_gpu(
     for name in names:
         monkeypatch.setattr(kernels, name, Compiled(getattr(kernels, name)))
     monkeypatch.setattr("attention_kernels._triton_cannot", lambda *args: "")
+    monkeypatch.setattr("attention_engine.triton_attention.tile_shape", lambda q: (16, 16))
     Case(kind, dtype=dtype, **changes).evaluate("triton")
     for name in names:
         if name != "row_product_kernel":
@@ -160,20 +161,6 @@ def test_where_there_is_a_mask_triton_goes_before_pytorchs_own_kernel(
     masked = Mask(torch.zeros(1, 2, dtype=torch.bool))
     chosen = [fastest_backend(zeros(), DotProduct(1.0), mask, 0.0, False) for mask in (Mask(), masked)]
     assert chosen == ["sdpa", "triton"]
-
-
-def test_modules_run_without_triton() -> None:
-    """In a process in which triton cannot be imported."""
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch\n"
-        "from gravitational_attention import GravitationalAttention\n"
-        "x = torch.zeros(1, 3, 8)\n"
-        "print(GravitationalAttention(8, 2)(x, x, x, need_weights=False)[0].shape)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "[1, 3, 8]" in done.stdout
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------

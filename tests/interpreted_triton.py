@@ -83,8 +83,10 @@ def test_skipping_far_keys_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     of_rows = far_keys.reach_of_rows
 
     def observed(*args: Any) -> torch.Tensor:
-        reach.append(of_rows(*args))
-        return reach[0]
+        found = of_rows(*args)
+        assert found is not None
+        reach.append(found)
+        return found
 
     monkeypatch.setattr(triton_attention, "reach_of_rows", observed)
     skipped = case.evaluate("triton")
@@ -116,7 +118,9 @@ def test_reach_of_equal_scores_by_hand() -> None:
     q = torch.zeros(1, 1, 1, 200, 4)
     log_decay = torch.tensor([[math.log(0.4)]])
     reach = far_keys.reach_of_rows(q, q, DotProduct(0.5, log_decay), Mask())
-    assert reach.tolist() == [[[20]]]
+    assert reach is not None and reach.tolist() == [[[20]]]
+    by_pairs = Mask(pairs=torch.ones(1, 1, 1, 200, 200, dtype=torch.bool))
+    assert far_keys.reach_of_rows(q, q, DotProduct(0.5, log_decay), by_pairs) is None
 
 
 def test_no_lengths_at_all() -> None:

@@ -219,12 +219,8 @@ def _rows_of(p: Problems) -> Iterator[tuple[int, slice, slice]]:
     """A timescale, problems and queries that are worked on together."""
     count, length, keys = *p.factors.a.shape[1:3], p.factors.b.shape[2]
     size = max(1, TILE_PAIRS // (min(BLOCK, length) * min(BLOCK, keys)))
-    timescales, first_problems, first_rows = (
-        range(len(p.reach)),
-        range(0, count, size),
-        range(0, length, BLOCK),
-    )
-    for t, first, row in itertools.product(timescales, first_problems, first_rows):
+    starts = itertools.product(range(len(p.reach)), range(0, count, size), range(0, length, BLOCK))
+    for t, first, row in starts:
         yield t, slice(first, min(first + size, count)), slice(row, min(row + BLOCK, length))
 
 

@@ -843,10 +843,12 @@ struct Job {
   Job(const Call& c, bool is_backward) : c(c), is_backward(is_backward) {
     const int64_t L = c.queries + PAIR, S = c.keys + PAIR, T = c.shared ? c.timescales : 1;
     problems = c.batch * c.heads * (c.shared ? 1 : c.timescales);
+    const int length = is_backward ? c.keys : c.queries;
     parts = 1;  // by the shapes alone, so that sums are the same for any number of threads
-    if (0 < problems && problems < 16) parts = std::clamp((is_backward ? c.keys : c.queries) / 256, 1, (15 + problems) / problems);
-    // What is packed is packed for each piece: no more of them than keep the threads busy.
-    pieces = c.threads > 1 ? std::clamp(4 * c.threads / std::max(1, problems), 1, parts) : 1;
+    if (0 < problems && problems < 16) parts = std::clamp(length / 256, 1, (15 + problems) / problems);
+    // What is packed is packed for each piece: no more of them than keep threads busy, also beside other work.
+    const int wanted = std::max((2 * c.threads + problems - 1) / std::max(1, problems), length / 1024);
+    pieces = c.threads > 1 ? std::clamp(wanted, 1, parts) : 1;
     threads = std::clamp(problems * pieces, 1, std::max(1, c.threads));
     slab = is_backward ? OfRows::size(rounded_up(c.queries, PAIR), T) : 0;
     int64_t floats = S * (2 + 2 * T) + T + 3 * T * TILE_ROWS + 2 * ROWS * STRIDE + WIDTH + W;

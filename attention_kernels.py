@@ -34,7 +34,7 @@ from attention_engine.dense_attention import dense_weights, only_dense_derivativ
 from attention_engine.tiled_attention import tiled_attention
 
 BACKENDS = ("auto", "dense", "tiled", "native", "sdpa", "triton")
-# What "auto" chooses from, fastest first.
+# What "auto" chooses from, fastest first where there is no mask.
 AUTO_BACKENDS = ("native", "sdpa", "triton", "tiled", "dense")
 TRITON_LARGEST_HEAD_DIM = 256
 _chosen = ["auto"]  # by `use_backend`, the innermost last
@@ -105,12 +105,14 @@ def _attend(
     backend: str,
     skip_far_keys: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    empty = not (q.numel() and k.numel())
     if backend == "auto":
-        empty = not (q.numel() and k.numel())
         backend = "dense" if empty else fastest_backend(q, score, mask, dropout, need_weights)
     reason = cannot(backend, q, score, mask, dropout, need_weights)
     if reason:
         raise ValueError(f"backend {backend!r} {reason}")
+    if empty:
+        backend = "dense"  # there is no tile
     with without_autocast(q.device):
         if isinstance(score, Gravity) and backend != "dense":
             q, k, score = score.as_euclidean(q, k)

@@ -4,6 +4,10 @@
 the results. A mechanism adds its score, and `project_out` where it has several timescales:
 
     class MyAttention(AttentionModule):
+        def __init__(self, embed_dim, num_heads, dropout=0.0, bias=True, **settings):
+            super().__init__(embed_dim, num_heads, dropout, bias, **settings)
+            self.out_proj = self.make_out_proj(embed_dim, bias)
+
         def score(self, query, key):                  # -> attention_scores.Score
             return DotProduct(scale=self.head_dim**-0.5)
 
@@ -49,8 +53,8 @@ class AttentionModule(nn.Module):
         self,
         embed_dim: int,
         num_heads: int,
-        dropout: float,
-        bias: bool,
+        dropout: float = 0.0,
+        bias: bool = True,
         *,
         num_timescales: int = 1,
         num_projections: int = 1,
@@ -99,7 +103,9 @@ class AttentionModule(nn.Module):
         if self.out_proj.bias is not None:
             nn.init.zeros_(self.out_proj.bias)
 
-    def make_out_proj(self, in_features: int, bias: bool, device: Any, dtype: Any) -> nn.Linear:
+    def make_out_proj(
+        self, in_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> nn.Linear:
         """The output projection (in_features -> E), with its bias 0 at the start."""
         out_proj = nn.Linear(in_features, self.embed_dim, bias=bias, device=device, dtype=dtype)
         if bias:

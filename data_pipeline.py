@@ -388,13 +388,13 @@ def print_stats(arguments: argparse.Namespace) -> int:
     print(
         f"{'split':8}{'examples':>10}{'mean':>9}" + "".join(f"{f'{p} %':>7}" for p in PERCENTILES) + "    max"
     )
-    for which, count in task.provenance.get("identical", {}).items():
-        print(f"identical examples, {which}: {count}")
     splits = {"train": task.train, "val": task.val, "test": task.test}
     for name, split in splits.items():
         percentiles = np.percentile(split.lengths, PERCENTILES)
         print(f"{name:8}{len(split):10,}{split.lengths.mean():9.1f}", end="")
         print("".join(f"{value:7.0f}" for value in percentiles) + f"{split.lengths.max():7}")
+    for which, count in task.provenance.get("identical", {}).items():
+        print(f"identical examples, {which}: {count}")
     for name, split in splits.items():
         asked = split.labels[split.labels != IGNORED]
         counts = np.bincount(asked, minlength=task.num_classes)

@@ -177,8 +177,8 @@ class GravitationalAttention(AttentionModule):
         weights = force / force.sum(-1, keepdim=True)   # normalization="force"
         output = weights @ v @ W_o.T + b_o
 
-    With "softmax", G m_i is a temperature per query. With "force", G and m_i scale a whole row and cancel:
-    the module then has neither, and no exponential is needed.
+    With "softmax", G m_i is an inverse temperature per query. With "force", G and m_i scale a whole row and
+    cancel: the module then has neither, and no exponential is needed.
 
     embed_dim: E, a positive multiple of num_heads. num_heads: H.
     dropout: probability of dropping an attention weight in training, in [0, 1); default 0.

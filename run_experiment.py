@@ -210,7 +210,7 @@ def resumed(arguments: argparse.Namespace) -> tuple[Path, RunPlan]:
     open_cells = [
         cell
         for cell in chosen_cells(plan, arguments)
-        if verified_cell(root, cell).state != "done" and not is_chosen(root, cell)
+        if verified_cell(root, cell).state != "done" and not rate_is_chosen(root, cell)
     ]
     check_space(root, plan, tasks, open_cells)
     write_cells(root, plan, tasks)
@@ -271,13 +271,13 @@ def run_cells(root: Path, plan: RunPlan, chosen: Iterable[Cell], executor: Execu
 def is_open(root: Path, cell: Cell) -> bool:
     """Whether a cell is neither done nor given up, or its files are damaged, and its trial is still of
     use."""
-    if is_chosen(root, cell):
+    if rate_is_chosen(root, cell):
         return False
     record = verified_cell(root, cell)
     return record.state not in SETTLED or record.damaged
 
 
-def is_chosen(root: Path, cell: Cell) -> bool:
+def rate_is_chosen(root: Path, cell: Cell) -> bool:
     """Whether a cell is a trial and the choice it was for is made, which stays."""
     return cell.trial is not None and read_tuning(root, cell.task, cell.model) is not None
 
@@ -366,7 +366,7 @@ def run(argv: list[str]) -> int:
         root = arguments.resume
         plan = make_plan(arguments) if root is None else read_plan(root)
         if arguments.dry_run:
-            return dry_run(*load_tasks(plan, leave_out=root is None))
+            return dry_run(*load_tasks(plan, leave_out=root is None and not PRESETS[plan.preset].complete))
         print(listing(plan, root))
         return EXIT_DONE
     if resources.ray is not None:

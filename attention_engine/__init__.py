@@ -1,1 +1,1 @@
-"""The attention engine behind `attention_kernels.attend`: scores, masks, fast backends, the base class."""
+"""The attention engine behind `attention_kernels.attend`: scores, masks, fast backends."""

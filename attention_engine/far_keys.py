@@ -10,7 +10,9 @@ from torch import Tensor
 
 from attention_engine.attention_scores import DotProduct, Mask, Score, with_strength
 
-TOLERANCE, TOLERANCE_LEARNED_DECAY = 2.0**-24, 2.0**-34  # a gradient by log gamma weighs far keys by |i - j|
+# The share of a row's sum that skipped keys may weigh; less where gamma is learned: its gradient weighs them
+# by |i - j|.
+TOLERANCE, TOLERANCE_LEARNED_DECAY = 2.0**-24, 2.0**-34
 
 
 @torch.no_grad()
@@ -33,6 +35,8 @@ def nearest_keys(
 
 
 def _is_bounded(score: Score) -> bool:
+    """Whether constants bound what a key can weigh. Of Manhattan distances they do, too, but what the nearest
+    key weighs is computed below for Euclidean ones alone."""
     if isinstance(score, DotProduct):
         return True
     learned = isinstance(score.softening, Tensor) or isinstance(score.distance_power, Tensor)

@@ -34,7 +34,7 @@ from attention_engine.far_keys import reach_of_rows
 BLOCK = 256  # queries and keys of a tile, at most
 TILE_PAIRS = 2**17  # of a tile of all its problems: 512 KiB in float32, a few of which stay in a core's cache
 ROUNDING = 2e-5  # the most that float32 may err in the softened distance, relative to the softening
-VANISHED = 1e-25  # a weight of nothing: arithmetic on denormal numbers is a hundred times slower
+VANISHED = 1e-25  # a smaller weight becomes 0: arithmetic on denormal numbers is a hundred times slower
 LARGEST_UNIT_FORCE = 50.0  # of a coincident pair: beyond it, float32 rounds the gradients of masses away
 
 
@@ -70,7 +70,7 @@ class TiledAttention(torch.autograd.Function):
         output, log_sum = _forward(lower(call, q, *others))
         ctx.call = call
         ctx.save_for_backward(q, *others, output, log_sum)
-        return output.unflatten(1, (len(q), -1)).transpose(0, 1).to(q.dtype)
+        return output.unflatten(1, (len(q), q.shape[2])).transpose(0, 1).to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
@@ -122,7 +122,7 @@ class Factors(NamedTuple):
         """Views of a tile's."""
         t, problems, *rows_and_keys = tile
         rows, keys = ((problems, x) for x in rows_and_keys)
-        places = zip(self, [rows] * 3 + [keys] * 5 + [problems] * 3, strict=True)
+        places = zip(self, [rows] * 3 + [keys] * 5 + [problems] * 3, strict=True)  # in the fields' order
         return Factors(*(x if x is None else x[min(t, len(x) - 1)][place] for x, place in places))  # type: ignore
 
 
@@ -142,7 +142,7 @@ def needs_float64(q: Tensor, k: Tensor, score: Gravity, mask: Mask) -> bool:
     """Whether float32 is not enough: for `|q|^2 - 2 q . k + |k|^2`, which cancels terms of the size of |q|^2,
     beside the softening; or for the gradients of masses, where one key may take all weight of a row."""
     softening, power = float(torch.as_tensor(score.softening).min()), score.distance_power
-    # A learned power starts far beyond that: there the gradients of masses are as good as nothing.
+    # A learned law is beyond that from its start: there the gradients of masses are as good as nothing.
     if not isinstance(power, Tensor) and softening ** (-power / 2) > LARGEST_UNIT_FORCE:
         return True
     if score.distance == "manhattan":
@@ -154,7 +154,7 @@ def needs_float64(q: Tensor, k: Tensor, score: Gravity, mask: Mask) -> bool:
 
 def centred(q: Tensor, k: Tensor, padding: Tensor | None, by_median: bool) -> tuple[Tensor, Tensor]:
     """q and k less the middle of the keys that are not padding (N, S), which become 0: their mean, or their
-    median, which no few outliers pull away."""
+    median, which a few outliers do not move."""
     true_k, absent = k.detach(), None if padding is None else padding[:, None, None, :, None]
     true_k = true_k if absent is None else true_k.masked_fill(absent, math.nan)
     middle = (true_k.nanmedian(-2, True).values if by_median else true_k.nanmean(-2, True)).nan_to_num(0.0)
@@ -225,7 +225,7 @@ def _rows_of(p: Problems) -> Iterator[tuple[int, slice, slice]]:
 
 
 def _tiles_of(p: Problems, t: int, problems: slice, rows: slice) -> Iterator[Tile]:
-    """The tiles of some queries, but those of which every key is padding, after the queries, or far."""
+    """The tiles of some queries, but those of which every key is padding, far, or if causal after them."""
     mask, reach = p.call.mask, max(p.reach[t][problems])
     first, behind = (mask.query_offset + x for x in (rows.start, rows.stop))  # positions
     end = min(max(p.ends[problems]), behind + (0 if mask.causal else reach))

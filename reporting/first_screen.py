@@ -18,8 +18,8 @@ from reporting.text_tables import TextTable, short
 from reporting.verdicts import LEAST_SEEDS, SIGNIFICANCE, Difference
 
 WORDS = {
-    "better": f"the corrected p is at most {SIGNIFICANCE}, and the interval holds gains that matter",
-    "worse": f"the corrected p is at most {SIGNIFICANCE}, and the interval holds losses that matter",
+    "better": f"the corrected p is at most {SIGNIFICANCE}: gains that may matter, or more seeds that learn",
+    "worse": f"the corrected p is at most {SIGNIFICANCE}: losses that may matter, or fewer seeds that learn",
     "no relevant difference": "the interval holds none that matters",
     "open": "the interval holds differences that matter, so that more seeds would tell",
     "too few seeds": f"less than {LEAST_SEEDS} pairs allow no verdict",
@@ -28,7 +28,8 @@ WORDS = {
 
 
 class Entry(NamedTuple):
-    """What the matrix says of a model on a task. verdict: the words; kind: its colour, a key of WORDS."""
+    """What the matrix says of a model on a task. verdict: the words; kind: its colour, a key of
+    WORDS, "baseline" or "no result"."""
 
     verdict: str
     numbers: str

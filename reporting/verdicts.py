@@ -53,6 +53,10 @@ class Shares(NamedTuple):
     def __str__(self) -> str:
         return f"{self.learned} of {self.n} against {self.base_learned} of {self.base_n}"
 
+    @property
+    def gain(self) -> float:
+        return self.learned / self.n - self.base_learned / self.base_n
+
 
 class Difference(NamedTuple):
     """A model's test metric minus the baseline's on one task, paired by seed; see `compare`."""
@@ -94,14 +98,16 @@ class Difference(NamedTuple):
     @property
     def verdict(self) -> str:
         """ "no pair", "too few seeds" (less than 3 pairs), "no relevant difference" (the interval holds none,
-        however sure it is), "better" or "worse" (p_holm <= 0.05), "open" (it holds relevant ones)."""
+        however sure it is), "better" or "worse" (p_holm <= 0.05, by the mean, or by the share of seeds that
+        learn where this is what was tested), "open" (it holds relevant ones)."""
         if self.mean.n < LEAST_SEEDS:
             return "too few seeds" if self.mean.n else "no pair"
         within = max(abs(self.mean.low), abs(self.mean.high)) <= self.metric.relevant
         if within and self.shares is None:
             return "no relevant difference"
         if self.p_holm <= SIGNIFICANCE:
-            return "better" if self.metric.gain(self.mean.mean) > 0 else "worse"
+            gain = self.metric.gain(self.mean.mean) if self.shares is None else self.shares.gain
+            return "better" if gain > 0 else "worse"
         return "open"
 
 

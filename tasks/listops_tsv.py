@@ -111,7 +111,8 @@ def _piece_of_each_token(part: TokenDataset) -> NDArray[np.int64]:
     last[part.offsets[1:] - 1] = True  # the end of an expression is nobody's argument
     piece = tokens + np.where(last, 0, len(SYMBOLS))
     operator = is_operator(tokens)
-    piece[operator] = 2 * len(SYMBOLS) + tokens[operator] - FIRST_OPERATOR + 4 * count_arguments(part.tokens)
+    piece[operator] = 2 * len(SYMBOLS) + tokens[operator] - FIRST_OPERATOR
+    piece[operator] += len(OPERATORS) * count_arguments(part.tokens)
     return piece
 
 
@@ -198,7 +199,7 @@ def _shown(text: bytes) -> str:
 
 
 def value_of(tokens: bytes) -> int:
-    """The value of an expression, by a stack: nothing of what makes expressions is used."""
+    """The value of an expression, by a stack, independent of the generator that it checks."""
     opened: list[tuple[int, list[int]]] = []  # operators, each with the arguments that stand before it
     arguments: list[int] = []  # so far, of the operator opened last
     for token in tokens:

@@ -32,6 +32,7 @@ from attention_cases import (
 )
 from torch import Tensor, nn
 
+from attention_kernels import use_backend
 from attention_module import AttentionModule
 from gravitational_attention import GravitationalAttention
 from gravitational_multi_timescale_attention import GravitationalMultiTimescaleAttention
@@ -242,11 +243,13 @@ def test_an_empty_batch_no_queries_and_no_keys_are_legal(
     name: str, need_weights: bool, sizes: tuple[int, int, int, int]
 ) -> None:
     module, (query, key, value, _) = make(name), make_inputs(sizes=sizes)
-    output, weights = module(query, key, value, need_weights=need_weights)
-    if weights is not None:
-        assert weights.shape == sizes[:3]
-    torch.testing.assert_close(output, nothing_read(module).expand(query.shape))
-    output.sum().backward()
+    for backend in ("auto",) if need_weights else ("auto", "tiled"):
+        with use_backend(backend):
+            output, weights = module(query, key, value, need_weights=need_weights)
+        if weights is not None:
+            assert weights.shape == sizes[:3]
+        torch.testing.assert_close(output, nothing_read(module).expand(query.shape))
+        output.sum().backward()
 
 
 def make_transparent(name: str, width: int, dropout: float) -> AttentionModule:

@@ -72,6 +72,7 @@ def test_the_family_of_a_correction_is_one_task() -> None:
         ([0.1] * 5 + [0.99] * 3, [0.99] * 8, Shares(3, 8, 8, 8), "worse"),
         ([0.1] * 4 + [0.99] * 4, [0.99] * 8, Shares(4, 8, 8, 8), "open"),  # p = 0.077
         ([0.99] * 8, [0.1] * 6 + [0.99] * 2, Shares(8, 8, 2, 8), "better"),
+        ([0.56] * 8, [0.99, 0.98, 0.97] + [0.5] * 5, Shares(8, 8, 3, 8), "better"),  # though less in the mean
         ([0.1] * 8, [0.99] * 8, None, "worse"),  # none learns: of one kind, and of no spread
         (BASE, [0.99] * 8, None, "worse"),  # on both sides, without a gap
     ],

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from attention_engine.attention_scores import DotProduct, Mask, Score, with_strength
+from attention_engine.attention_scores import DotProduct, Mask, Score
 
 # The share of a row's sum that skipped keys may weigh; less where gamma is learned: its gradient weighs them
 # by |i - j|.
@@ -74,7 +74,7 @@ def reach_of_rows(q: Tensor, k: Tensor, score: Score, mask: Mask) -> Tensor | No
         if mask.padding is not None:
             key_mass = key_mass.masked_fill(mask.padding[:, None, None, :], 1.0)
         near_mass = key_mass.gather(-1, nearest.expand(-1, key_mass.shape[1], -1, -1))
-        top_mass, strength = key_mass.amax(-1, keepdim=True), with_strength(score).query_mass
+        top_mass, strength = key_mass.amax(-1, keepdim=True), score.strength()
         if strength is None:
             spread = top_mass.log() - near_mass.log() + power * (log_softened - log_softening)
         else:
